@@ -1,0 +1,424 @@
+package main
+
+import (
+	"bufio"
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// A volume is one tmpfs, mounted read-only at its target path. Its files are laid out as kubelet lays out a
+// ConfigMap, so that a change of several files is one rename and file watchers behave as they do there:
+//
+//	name           -> ..data/name         what users see, one link for each file
+//	..data         -> ..gen-0123456789ab  the current generation
+//	..gen-0123456789ab/name               the files; the directory's name is a digest of all of them
+//
+// The mount is the only state: a restarted driver finds in it all that it needs.
+const (
+	mountSource = "connectors-csi" // what /proc/mounts shows as the device
+
+	maxVolumeBytes = 1 << 20 // all files of a volume together, as for a ConfigMap
+	maxVolumeFiles = 256
+
+	dataLink         = "..data"
+	nextDataLink     = "..data_tmp"
+	generationPrefix = "..gen-"
+)
+
+// errNotOurs is returned for a target path that holds something this driver did not put there.
+var errNotOurs = errors.New("the target path holds something that connectors-csi did not mount")
+
+// files are the contents of a volume by file name.
+type files map[string][]byte
+
+// access says who may read a volume: everyone, or only root and the Pod's fsGroup.
+type access struct {
+	gid      int
+	hasGroup bool
+}
+
+func (a access) modes() (dir, file os.FileMode) {
+	if a.hasGroup {
+		return 0o550, 0o440
+	}
+	return 0o555, 0o444
+}
+
+// publishVolume makes the files visible, complete and read-only, at the target path: by a new mount, or in
+// place where the target is mounted already. It reports whether anything had to be written. When it fails, a
+// target that was not mounted before is not mounted afterwards, and one that was still shows its old files.
+func publishVolume(target string, f files, who access) (changed bool, err error) {
+	mounted, err := isMountRoot(target)
+	switch {
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return false, err
+	case mounted:
+		return updateVolume(target, f, who)
+	}
+	return true, mountVolume(target, f, who)
+}
+
+// mountVolume mounts a new volume at the target path:
+//
+//  1. create a tmpfs that is attached nowhere
+//  2. write all files into it
+//  3. make the mount read-only
+//  4. create the target directory and attach the mount there
+//
+// Until the last system call nobody sees anything, and after it everything; a process that dies in between
+// leaves at most an empty directory.
+func mountVolume(target string, f files, who access) error {
+	// 1. create
+	mount, err := newTmpfs(who)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(mount)
+
+	// 2. write
+	if _, err := writeGeneration(mount, f, who); err != nil {
+		return err
+	}
+
+	// 3. read-only
+	if err := setReadOnly(mount, true); err != nil {
+		return err
+	}
+
+	// 4. attach. Mkdir, not MkdirAll: kubelet creates the parent, so a missing one means that this
+	// container does not see kubelet's directory, and a volume mounted here would never reach the Pod.
+	if err := os.Mkdir(target, 0o750); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if err := unix.MoveMount(mount, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		os.Remove(target)
+		return fmt.Errorf("move_mount to %s: %w", target, err)
+	}
+	return nil
+}
+
+// updateVolume brings the files of a mounted volume up to date without ever making the mount writable for
+// the containers that use it: it writes through a private clone of the mount.
+func updateVolume(target string, f files, who access) (changed bool, err error) {
+	clone, err := unix.OpenTree(unix.AT_FDCWD, target, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+	if err != nil {
+		return false, fmt.Errorf("open_tree %s: %w", target, err)
+	}
+	defer unix.Close(clone)
+	var stat unix.Statfs_t
+	if err := unix.Fstatfs(clone, &stat); err != nil {
+		return false, fmt.Errorf("fstatfs %s: %w", target, err)
+	}
+	if stat.Type != unix.TMPFS_MAGIC {
+		return false, fmt.Errorf("%s: %w", target, errNotOurs)
+	}
+	if err := setReadOnly(clone, false); err != nil {
+		return false, err
+	}
+	return writeGeneration(clone, f, who)
+}
+
+// unpublishVolume unmounts whatever is mounted at the target path and removes the directory. Nothing there,
+// or nothing mounted, is success: kubelet may ask again, and it may ask after a reboot.
+func unpublishVolume(target string) (changed bool, err error) {
+	for {
+		// Detached, so that a process standing in the directory cannot keep the Pod from being deleted;
+		// the loop takes off a stack of mounts. EINVAL: not (or no longer) a mount point.
+		err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			break
+		}
+		if err != nil {
+			return changed, fmt.Errorf("umount %s: %w", target, err)
+		}
+		changed = true
+	}
+	switch err := os.Remove(target); {
+	case errors.Is(err, fs.ErrNotExist):
+		return changed, nil
+	case err != nil:
+		return changed, err
+	}
+	return true, nil
+}
+
+// newTmpfs creates a tmpfs that is mounted nowhere, with room for two full generations. tmpfs counts whole
+// pages: at most one begun page for each file, and one for each link with a name too long for its inode.
+func newTmpfs(who access) (mount int, err error) {
+	page := os.Getpagesize()
+	mode, _ := who.modes()
+	options := [][2]string{
+		{"source", mountSource},
+		{"mode", fmt.Sprintf("%o", mode)},
+		{"size", strconv.Itoa(2 * (maxVolumeBytes + 2*maxVolumeFiles*page))},
+		{"nr_inodes", strconv.Itoa(2*2*maxVolumeFiles + 8)},
+	}
+	if who.hasGroup {
+		options = append(options, [2]string{"gid", strconv.Itoa(who.gid)})
+	}
+	conf, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("fsopen tmpfs: %w", err)
+	}
+	defer unix.Close(conf)
+	for _, o := range options {
+		if err := unix.FsconfigSetString(conf, o[0], o[1]); err != nil {
+			return -1, fmt.Errorf("tmpfs option %s=%s: %w", o[0], o[1], err)
+		}
+	}
+	// Keeps tokens out of swap space. Linux before 6.4 and user namespaces refuse it with EINVAL.
+	if err := unix.FsconfigSetFlag(conf, "noswap"); err != nil && !errors.Is(err, unix.EINVAL) {
+		return -1, fmt.Errorf("tmpfs option noswap: %w", err)
+	}
+	if err := unix.FsconfigCreate(conf); err != nil {
+		return -1, fmt.Errorf("create tmpfs: %w", err)
+	}
+	mount, err = unix.Fsmount(conf, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("fsmount tmpfs: %w", err)
+	}
+	return mount, nil
+}
+
+func setReadOnly(mount int, readOnly bool) error {
+	attr := unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}
+	if readOnly {
+		attr = unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+	}
+	if err := unix.MountSetattr(mount, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		return fmt.Errorf("mount_setattr: %w", err)
+	}
+	return nil
+}
+
+// writeGeneration brings the volume behind the mount to the given files:
+//
+//  1. if ..data is not yet the wanted generation, write that generation's directory anew
+//  2. create the visible links that are missing; they dangle until ..data has their file
+//  3. switch ..data to the generation, by rename
+//  4. remove all that does not belong to it: old generations and links, leftovers of an interrupted update
+//
+// Every step finds by itself what is left to do, so an interrupted update is completed by the next one.
+func writeGeneration(mount int, f files, who access) (changed bool, err error) {
+	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", mount))
+	if err != nil {
+		return false, err
+	}
+	defer root.Close()
+	entries, err := fs.ReadDir(root.FS(), ".")
+	if err != nil {
+		return false, err
+	}
+	present := map[string]bool{}
+	for _, e := range entries {
+		present[e.Name()] = true
+	}
+	generation := generationPrefix + digest(f, who)
+	current, err := root.Readlink(dataLink)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+
+	// 1. write
+	if current != generation {
+		changed = true
+		if err := writeFiles(root, generation, f, who); err != nil {
+			return true, errors.Join(err, root.RemoveAll(generation))
+		}
+	}
+
+	// 2. link
+	for name := range f {
+		if present[name] {
+			continue
+		}
+		changed = true
+		if err := root.Symlink(dataLink+"/"+name, name); err != nil {
+			return true, err
+		}
+	}
+
+	// 3. switch
+	if current != generation {
+		if err := root.RemoveAll(nextDataLink); err != nil {
+			return true, err
+		}
+		if err := root.Symlink(generation, nextDataLink); err != nil {
+			return true, err
+		}
+		if err := root.Rename(nextDataLink, dataLink); err != nil {
+			return true, err
+		}
+	}
+
+	// 4. sweep
+	for name := range present {
+		if _, wanted := f[name]; wanted || name == generation || name == dataLink {
+			continue
+		}
+		changed = true
+		if err := root.RemoveAll(name); err != nil {
+			return true, err
+		}
+	}
+	return changed, nil
+}
+
+// writeFiles writes the directory of a generation, replacing what an interrupted update left of it. Modes
+// are set after creation, since the umask would take from them.
+func writeFiles(root *os.Root, generation string, f files, who access) error {
+	if err := root.RemoveAll(generation); err != nil {
+		return err
+	}
+	if err := root.Mkdir(generation, 0o700); err != nil {
+		return err
+	}
+	dirMode, fileMode := who.modes()
+	for name, content := range f {
+		path := generation + "/" + name
+		if err := root.WriteFile(path, content, 0o400); err != nil {
+			return err
+		}
+		if err := who.apply(root, path, fileMode); err != nil {
+			return err
+		}
+	}
+	return who.apply(root, generation, dirMode)
+}
+
+func (a access) apply(root *os.Root, path string, mode os.FileMode) error {
+	if a.hasGroup {
+		if err := root.Chown(path, -1, a.gid); err != nil {
+			return err
+		}
+	}
+	return root.Chmod(path, mode)
+}
+
+// digest names a generation: by its files and by who may read them, so that a change of either is a change.
+func digest(f files, who access) string {
+	h := sha256.New()
+	fmt.Fprintf(h, "%v\n", who)
+	for _, name := range slices.Sorted(maps.Keys(f)) {
+		fmt.Fprintf(h, "%d:%s%d:%s", len(name), name, len(f[name]), f[name])
+	}
+	return hex.EncodeToString(h.Sum(nil)[:16])
+}
+
+// isMountRoot reports whether something is mounted at the path itself, whatever else is mounted on the node.
+func isMountRoot(path string) (bool, error) {
+	var stat unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_MODE, &stat)
+	if err != nil {
+		return false, &fs.PathError{Op: "statx", Path: path, Err: err}
+	}
+	if stat.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return false, fmt.Errorf("%s is not a directory: %w", path, errNotOurs)
+	}
+	return stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, nil
+}
+
+// isPublished reports whether the target path shows a complete volume.
+func isPublished(target string) bool {
+	mounted, err := isMountRoot(target)
+	if err != nil || !mounted {
+		return false
+	}
+	_, err = os.Stat(filepath.Join(target, dataLink))
+	return err == nil
+}
+
+// checkKernel creates and drops a volume that is never attached, which needs all that a publish needs: Linux
+// 5.12 (mount_setattr) and CAP_SYS_ADMIN.
+func checkKernel() error {
+	mount, err := newTmpfs(access{})
+	if err == nil {
+		defer unix.Close(mount)
+		err = setReadOnly(mount, true)
+	}
+	switch {
+	case errors.Is(err, unix.ENOSYS):
+		return fmt.Errorf("this kernel is too old: Linux 5.12 or later is needed (%w)", err)
+	case errors.Is(err, unix.EPERM):
+		return fmt.Errorf("this process may not mount: the container must be privileged (%w)", err)
+	}
+	return err
+}
+
+// checkShared makes sure that what is mounted below the directory reaches the host, and so the Pods.
+func checkShared(dir string) error {
+	mounts, err := readMounts()
+	if err != nil {
+		return err
+	}
+	var around mountInfo // the innermost of the mounts that hold the directory
+	for _, m := range mounts {
+		if m.holds(dir) && len(m.point) >= len(around.point) {
+			around = m
+		}
+	}
+	if !around.shared {
+		return fmt.Errorf("%s is not on a shared mount (it is on the one at %s), so no Pod would see its volumes: "+
+			"mount kubelet's pods directory there with mountPropagation: Bidirectional, and set --kubelet-dir to kubelet's --root-dir",
+			dir, cmp.Or(around.point, "/"))
+	}
+	return nil
+}
+
+// countVolumes counts the volumes mounted below the directory.
+func countVolumes(dir string) (int, error) {
+	mounts, err := readMounts()
+	count := 0
+	for _, m := range mounts {
+		if m.source == mountSource && strings.HasPrefix(m.point, dir+"/") {
+			count++
+		}
+	}
+	return count, err
+}
+
+type mountInfo struct {
+	point, source string
+	shared        bool
+}
+
+func (m mountInfo) holds(path string) bool {
+	return m.point == "/" || path == m.point || strings.HasPrefix(path, m.point+"/")
+}
+
+// readMounts reads the mounts of this process: proc_pid_mountinfo(5).
+func readMounts() ([]mountInfo, error) {
+	file, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	var mounts []mountInfo
+	// White space in a path is written in octal.
+	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+	for lines := bufio.NewScanner(file); lines.Scan(); {
+		before, after, _ := strings.Cut(lines.Text(), " - ")
+		left, right := strings.Fields(before), strings.Fields(after)
+		if len(left) < 6 || len(right) < 2 {
+			return nil, fmt.Errorf("unexpected line in /proc/self/mountinfo: %q", lines.Text())
+		}
+		mounts = append(mounts, mountInfo{
+			point:  unescape.Replace(left[4]),
+			source: right[1],
+			shared: slices.ContainsFunc(left[6:], func(s string) bool { return strings.HasPrefix(s, "shared:") }),
+		})
+	}
+	return mounts, nil
+}
