@@ -1,0 +1,644 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+const (
+	driverName = "connectors-csi"
+
+	// publishTimeout ends a publish well before kubelet's two minutes do, so that kubelet hears the reason.
+	publishTimeout = 60 * time.Second
+
+	// kubeletTokenLifetime is what tokenRequests of the CSIDriver object in deploy.yaml asks for; a volume
+	// that wants no other lifetime uses the token that kubelet passes.
+	kubeletTokenLifetime = 30 * time.Minute
+	minTokenLifetime     = 10 * time.Minute // the API server's own limit for a TokenRequest
+
+	maxMessageBytes = 1000 // an event holds 1,024
+
+	kubeletKeyPrefix = "csi.storage.k8s.io/" // keys of volume_context and secrets that are kubelet's
+	tokensKey        = kubeletKeyPrefix + "serviceAccount.tokens"
+)
+
+// driver serves the Identity and Node services of the Container Storage Interface, version 1. RPCs that it
+// does not implement answer Unimplemented.
+type driver struct {
+	csi.UnimplementedIdentityServer
+	csi.UnimplementedNodeServer
+
+	nodeName     string
+	podsDir      string // kubelet's; every target path is below it
+	builtInFiles bool
+	kube         *kube
+	metrics      *metrics
+
+	mu      sync.Mutex
+	busy    map[string]bool    // target paths with a call under way
+	volumes map[string]*volume // by target path
+}
+
+// volume remembers what a published volume was made from, so that a republish with the same does nothing.
+// After a restart of the driver it is empty, and the first republish renders again.
+type volume struct {
+	attributes attributes
+	who        access
+	token      string      // of the files
+	issued     issuedToken // the token, where the driver asked for it
+	audiences  []string    // of issued
+	versions   []string    // of the Connectors and their classes
+}
+
+func (d *driver) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
+	return &csi.GetPluginInfoResponse{Name: driverName, VendorVersion: version}, nil
+}
+
+func (d *driver) GetPluginCapabilities(context.Context, *csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
+	return &csi.GetPluginCapabilitiesResponse{}, nil // there is no controller
+}
+
+func (d *driver) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, error) {
+	return &csi.ProbeResponse{}, nil
+}
+
+func (d *driver) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.NodeGetInfoResponse, error) {
+	return &csi.NodeGetInfoResponse{NodeId: d.nodeName}, nil
+}
+
+// NodeGetCapabilities announces VOLUME_MOUNT_GROUP, with which kubelet passes the Pod's fsGroup: it applies
+// none itself to a read-only volume.
+func (d *driver) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRequest) (*csi.NodeGetCapabilitiesResponse, error) {
+	rpc := &csi.NodeServiceCapability_RPC{Type: csi.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP}
+	return &csi.NodeGetCapabilitiesResponse{Capabilities: []*csi.NodeServiceCapability{
+		{Type: &csi.NodeServiceCapability_Rpc{Rpc: rpc}},
+	}}, nil
+}
+
+// NodePublishVolume mounts a volume, or brings the files of a mounted one up to date:
+//
+//  1. validate the request
+//  2. lock the target path
+//  3. read the Connectors and their classes, and have a token
+//  4. render the files in memory
+//  5. mount them, or update the mount in place
+//
+// Until step 5 nothing is touched: a first publish that fails leaves nothing behind, since kubelet sends no
+// Unpublish after a final error, and a republish that fails leaves the last good files.
+func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublishVolumeRequest) (_ *csi.NodePublishVolumeResponse, err error) {
+	start, changed := time.Now(), false
+	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	defer cancel()
+	var p publication
+	defer func() {
+		err = errorStatus(err)
+		d.metrics.published(status.Code(err), time.Since(start))
+		logCall("publish", changed, err, "pod", p.pod.namespace+"/"+p.pod.name, "volume", volumeName(request.TargetPath),
+			"connectors", fmt.Sprint(p.attributes.connectors), "duration", time.Since(start))
+	}()
+
+	// 1. validate
+	if p, err = d.validate(request); err != nil {
+		return nil, err
+	}
+
+	// 2. lock
+	unlock, err := d.lock(p.target)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+
+	// 3. read
+	known := d.knownVolume(p.target)
+	mounted, err := d.readObjects(ctx, p, known == nil)
+	if err != nil {
+		return nil, err
+	}
+	next := &volume{attributes: p.attributes, who: p.who, versions: versionsOf(mounted)}
+	if err := d.chooseToken(ctx, p, mounted, known, next); err != nil {
+		return nil, err
+	}
+	if known.madeFrom(next) {
+		return &csi.NodePublishVolumeResponse{}, nil
+	}
+
+	// 4. render
+	f, err := render(ctx, mounted, p.attributes.selection, next.token)
+	if err != nil {
+		d.metrics.inc("connectors_csi_template_failures_total")
+		return nil, renderStatus(err)
+	}
+
+	// 5. mount or update
+	if changed, err = publishVolume(p.target, f, p.who); err != nil {
+		return nil, mountStatus(err)
+	}
+	d.remember(p.target, next)
+	return &csi.NodePublishVolumeResponse{}, nil
+}
+
+// NodeUnpublishVolume unmounts a volume and removes its target path. It needs no memory of the volume and no
+// API server, and succeeds where there is nothing to do.
+func (d *driver) NodeUnpublishVolume(_ context.Context, request *csi.NodeUnpublishVolumeRequest) (_ *csi.NodeUnpublishVolumeResponse, err error) {
+	start, changed := time.Now(), false
+	defer func() {
+		err = errorStatus(err)
+		d.metrics.inc("connectors_csi_unpublish_total", "code", status.Code(err).String())
+		logCall("unpublish", changed, err, "target", request.TargetPath, "duration", time.Since(start))
+	}()
+	if request.VolumeId == "" {
+		return nil, status.Error(codes.InvalidArgument, "volume_id is missing")
+	}
+	if _, err := d.checkTarget(request.TargetPath); err != nil {
+		return nil, err
+	}
+	unlock, err := d.lock(request.TargetPath)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if changed, err = unpublishVolume(request.TargetPath); err != nil {
+		return nil, mountStatus(err)
+	}
+	d.remember(request.TargetPath, nil)
+	return &csi.NodeUnpublishVolumeResponse{}, nil
+}
+
+// publication is a validated request to publish.
+type publication struct {
+	target     string
+	pod        podIdentity
+	token      string // the Pod's, from kubelet
+	attributes attributes
+	who        access
+}
+
+func (d *driver) validate(request *csi.NodePublishVolumeRequest) (publication, error) {
+	p := publication{target: request.TargetPath}
+	fail := func(format string, a ...any) (publication, error) {
+		return p, status.Errorf(codes.InvalidArgument, format, a...)
+	}
+	uid, err := d.checkTarget(request.TargetPath)
+	switch {
+	case request.VolumeId == "":
+		return fail("volume_id is missing")
+	case err != nil:
+		return p, err
+	case request.VolumeCapability.GetMount() == nil:
+		return fail("volume_capability must be of type mount")
+	case !request.Readonly:
+		return fail("the volume must be read-only: set csi.readOnly: true in the Pod's volume")
+	}
+	if group := request.VolumeCapability.GetMount().VolumeMountGroup; group != "" {
+		gid, err := strconv.ParseUint(group, 10, 31)
+		if err != nil {
+			return fail("volume_mount_group %q is not a group ID", group)
+		}
+		p.who = access{gid: int(gid), hasGroup: true}
+	}
+	if p.token, err = podToken(request); err != nil {
+		return p, err
+	}
+	if p.pod, err = parseIdentity(p.token); err != nil {
+		return fail("%v", err)
+	}
+	if err := checkIdentity(p.pod, uid, request.VolumeContext); err != nil {
+		return p, err
+	}
+	if p.attributes, err = parseAttributes(request.VolumeContext, p.pod.namespace, d.builtInFiles); err != nil {
+		return fail("%v", err)
+	}
+	return p, nil
+}
+
+// checkTarget makes sure that the target path is one that kubelet makes,
+//
+//	<pods>/<Pod uid>/volumes/kubernetes.io~csi/<volume>/mount
+//
+// so that no call can mount or unmount anything elsewhere, and returns the Pod's uid.
+func (d *driver) checkTarget(target string) (podUID string, err error) {
+	if target == "" {
+		return "", status.Error(codes.InvalidArgument, "target_path is missing")
+	}
+	below, ok := strings.CutPrefix(target, d.podsDir+"/")
+	parts := strings.Split(below, "/")
+	if !ok || filepath.Clean(target) != target || len(parts) != 5 ||
+		parts[1] != "volumes" || parts[2] != "kubernetes.io~csi" || parts[4] != "mount" {
+		return "", status.Errorf(codes.InvalidArgument, "target_path %q is not %s/<Pod uid>/volumes/kubernetes.io~csi/<volume>/mount; "+
+			"if kubelet has another --root-dir, set --kubelet-dir to it", target, d.podsDir)
+	}
+	return parts[0], nil
+}
+
+func volumeName(target string) string { return filepath.Base(filepath.Dir(target)) }
+
+// podToken finds the Pod's token for the API server: in the secrets, where Kubernetes 1.35 and later pass it,
+// or in volume_context, as older ones do.
+func podToken(request *csi.NodePublishVolumeRequest) (string, error) {
+	var tokens map[string]struct {
+		Token string `json:"token"`
+	}
+	text := cmp.Or(request.Secrets[tokensKey], request.VolumeContext[tokensKey])
+	if err := json.Unmarshal([]byte(text), &tokens); err != nil || tokens[""].Token == "" {
+		return "", status.Errorf(codes.FailedPrecondition, "kubelet passed no token of the Pod's ServiceAccount: "+
+			"the CSIDriver object %s must have tokenRequests with audience \"\"; apply deploy.yaml again", driverName)
+	}
+	return tokens[""].Token, nil
+}
+
+// checkIdentity compares what kubelet says of the Pod with the claims of its token. The keys are kubelet's only
+// while the CSIDriver object has podInfoOnMount; otherwise whoever writes a Pod can write them.
+func checkIdentity(pod podIdentity, targetUID string, volumeContext map[string]string) error {
+	claims := map[string]string{
+		"pod.name": pod.name, "pod.namespace": pod.namespace, "pod.uid": pod.uid, "serviceAccount.name": pod.serviceAccount,
+	}
+	for key, claim := range claims {
+		if said, ok := volumeContext[kubeletKeyPrefix+key]; ok && said != claim {
+			return status.Errorf(codes.PermissionDenied, "%s%s is %q, but the token is that of %q", kubeletKeyPrefix, key, said, claim)
+		}
+	}
+	if pod.uid != targetUID {
+		return status.Errorf(codes.PermissionDenied, "the target path is one of Pod uid %q, but the token is that of %q", targetUID, pod.uid)
+	}
+	return nil
+}
+
+// reference names a Connector.
+type reference struct{ namespace, name string }
+
+func (r reference) String() string { return r.namespace + "/" + r.name }
+
+// attributes are the volumeAttributes of a Pod's volume.
+type attributes struct {
+	connectors []reference
+	selection  selection
+	lifetime   time.Duration // of the token
+}
+
+// The attributes that a volume may have. An empty value is the same as none.
+const (
+	attrConnectors     = "connectors"
+	attrName           = "connector.name"
+	attrNamespace      = "connector.namespace"
+	attrConfigurations = "configuration.names"
+	attrParams         = "configuration.params"
+	attrExpiration     = "token.expiration"
+)
+
+var knownAttributes = []string{attrConfigurations, attrParams, attrName, attrNamespace, attrConnectors, attrExpiration}
+
+func parseAttributes(volumeContext map[string]string, podNamespace string, builtIn bool) (attributes, error) {
+	a := attributes{lifetime: kubeletTokenLifetime, selection: selection{builtIn: builtIn}}
+	for key := range volumeContext {
+		if !slices.Contains(knownAttributes, key) && !strings.HasPrefix(key, kubeletKeyPrefix) {
+			return a, fmt.Errorf("unknown attribute %q in volumeAttributes: did you mean %q? Known are: %s",
+				key, nearest(key, knownAttributes), strings.Join(knownAttributes, ", "))
+		}
+	}
+	var err error
+	if a.connectors, err = parseConnectors(volumeContext, podNamespace); err != nil {
+		return a, err
+	}
+	for _, item := range splitList(volumeContext[attrConfigurations]) {
+		if excluded, ok := strings.CutPrefix(item, "!"); ok {
+			a.selection.excluded = append(a.selection.excluded, strings.TrimSpace(excluded))
+		} else {
+			a.selection.configurations = append(a.selection.configurations, item)
+		}
+	}
+	if len(a.selection.configurations) == 0 && !builtIn {
+		return a, fmt.Errorf("%s is missing in volumeAttributes: name the configurations of the ConnectorClass to mount", attrConfigurations)
+	}
+	if a.selection.params, err = parseParams(volumeContext[attrParams], a.selection.configurations); err != nil {
+		return a, err
+	}
+	if text := volumeContext[attrExpiration]; text != "" {
+		if a.lifetime, err = time.ParseDuration(text); err != nil || a.lifetime < minTokenLifetime {
+			return a, fmt.Errorf("%s %q is not a duration of at least %v, such as 30m or 1h30m", attrExpiration, text, minTokenLifetime)
+		}
+	}
+	return a, nil
+}
+
+func parseConnectors(volumeContext map[string]string, podNamespace string) ([]reference, error) {
+	list, name, namespace := splitList(volumeContext[attrConnectors]), volumeContext[attrName], volumeContext[attrNamespace]
+	var references []reference
+	switch {
+	case len(list) == 0 && name == "":
+		return nil, fmt.Errorf("%s or %s is required in volumeAttributes: name the Connector to mount", attrConnectors, attrName)
+	case len(list) > 0 && (name != "" || namespace != ""):
+		return nil, fmt.Errorf("%s cannot be combined with %s and %s: use one way to name the Connectors", attrConnectors, attrName, attrNamespace)
+	case name != "":
+		references = []reference{{cmp.Or(namespace, podNamespace), name}}
+	}
+	for _, item := range list {
+		namespace, name, ok := strings.Cut(item, "/")
+		if !ok {
+			namespace, name = podNamespace, item
+		}
+		references = append(references, reference{namespace, name})
+	}
+	for i, r := range references {
+		if !isDNSLabel(r.namespace) || !isDNSName(r.name) {
+			return nil, fmt.Errorf("%q is not a valid Connector: name and namespace must be DNS names of lower-case letters, digits and '-'", r)
+		}
+		if slices.Contains(references[:i], r) {
+			return nil, fmt.Errorf("%s names the Connector %q twice", attrConnectors, r)
+		}
+	}
+	return references, nil
+}
+
+// parseParams reads {"<configuration>": {"<parameter>": value, …}, …}.
+func parseParams(text string, configurations []string) (map[string]map[string]any, error) {
+	if text == "" {
+		return nil, nil
+	}
+	value, err := decodeJSON([]byte(text))
+	byConfiguration, ok := value.(object)
+	if err != nil || !ok {
+		return nil, fmt.Errorf(`%s is not a JSON object such as {"config": {"param": "value"}}`, attrParams)
+	}
+	params := map[string]map[string]any{}
+	for name, value := range byConfiguration {
+		if !slices.Contains(configurations, name) {
+			return nil, fmt.Errorf("%s has parameters for %q, which is not in %s: %s", attrParams, name, attrConfigurations, strings.Join(configurations, ", "))
+		}
+		if params[name], ok = value.(object); !ok {
+			return nil, fmt.Errorf("%s: the value of %q is not a JSON object", attrParams, name)
+		}
+	}
+	return params, nil
+}
+
+func splitList(text string) []string {
+	var items []string
+	for _, item := range strings.Split(text, ",") {
+		if item = strings.TrimSpace(item); item != "" {
+			items = append(items, item)
+		}
+	}
+	return items
+}
+
+var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+
+// isDNSLabel tells whether s can be the name of a namespace: RFC 1123.
+func isDNSLabel(s string) bool { return dnsLabel.MatchString(s) }
+
+// isDNSName tells whether s can be the name of an object: labels with dots between them.
+func isDNSName(s string) bool {
+	return len(s) <= 253 && !slices.ContainsFunc(strings.Split(s, "."), func(l string) bool { return !isDNSLabel(l) })
+}
+
+// nearest returns the word with the fewest insertions, deletions and substitutions (Levenshtein distance).
+func nearest(word string, words []string) string {
+	distance := func(other string) int {
+		row := make([]int, len(other)+1)
+		for j := range row {
+			row[j] = j
+		}
+		for i := range len(word) {
+			diagonal := row[0]
+			row[0] = i + 1
+			for j := range len(other) {
+				cost := diagonal
+				if word[i] != other[j] {
+					cost++
+				}
+				diagonal = row[j+1]
+				row[j+1] = min(cost, row[j]+1, row[j+1]+1)
+			}
+		}
+		return row[len(other)]
+	}
+	return slices.MinFunc(words, func(a, b string) int { return cmp.Compare(distance(a), distance(b)) })
+}
+
+// lock takes the target path for one call. A second call is told to come again, as the CSI specification has it
+// (ABORTED: an operation is pending for the volume): kubelet does, half a second later.
+func (d *driver) lock(target string) (unlock func(), err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.busy[target] {
+		return nil, status.Errorf(codes.Aborted, "another call for %s is under way; kubelet will try again", target)
+	}
+	d.busy[target] = true
+	return func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		delete(d.busy, target)
+	}, nil
+}
+
+// knownVolume returns what this process remembers of a volume, or nil if it is not published, or not by it.
+func (d *driver) knownVolume(target string) *volume {
+	d.mu.Lock()
+	known := d.volumes[target]
+	d.mu.Unlock()
+	if known == nil || !isPublished(target) {
+		return nil
+	}
+	return known
+}
+
+func (d *driver) remember(target string, v *volume) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if v == nil {
+		delete(d.volumes, target)
+	} else {
+		d.volumes[target] = v
+	}
+}
+
+// madeFrom tells whether a published volume was made from just what the next one would be.
+func (v *volume) madeFrom(next *volume) bool {
+	return v != nil && v.token == next.token && v.who == next.who && slices.Equal(v.versions, next.versions) &&
+		reflect.DeepEqual(v.attributes, next.attributes)
+}
+
+// versionsOf identifies the contents of the objects: an object's resourceVersion changes with every change.
+func versionsOf(mounted []mountedConnector) []string {
+	var versions []string
+	for _, m := range mounted {
+		for _, o := range []object{m.connector, m.class} {
+			versions = append(versions, stringAt(o, "metadata", "uid")+"@"+stringAt(o, "metadata", "resourceVersion"))
+		}
+	}
+	return versions
+}
+
+// readObjects reads the Connectors, with the Pod's token, and their classes, with the driver's own.
+func (d *driver) readObjects(ctx context.Context, p publication, fresh bool) ([]mountedConnector, error) {
+	var mounted []mountedConnector
+	for _, ref := range p.attributes.connectors {
+		connector, err := d.kube.connector(ctx, p.pod, p.token, ref, fresh)
+		if err != nil {
+			return nil, connectorStatus(err, ref, p.pod)
+		}
+		name := stringAt(connector, "spec", "connectorClassName")
+		if !isDNSName(name) {
+			return nil, status.Errorf(codes.FailedPrecondition, "Connector %q: spec.connectorClassName %q is not the name of a ConnectorClass", ref, name)
+		}
+		class, err := d.kube.class(ctx, name, fresh)
+		if err != nil {
+			return nil, classStatus(err, name, ref)
+		}
+		mounted = append(mounted, mountedConnector{connector, class})
+	}
+	return mounted, nil
+}
+
+// chooseToken sets the token for the files of the next volume: kubelet's, which kubelet renews, or for another
+// lifetime or audience one that the driver asks for, and asks for again when 80 % of its lifetime are over.
+func (d *driver) chooseToken(ctx context.Context, p publication, mounted []mountedConnector, known, next *volume) (err error) {
+	extra := proxyAudiences(mounted)
+	if p.attributes.lifetime == kubeletTokenLifetime && len(extra) == 0 {
+		next.token = p.token
+		return nil
+	}
+	if len(extra) > 0 {
+		next.audiences = append(slices.Clone(p.pod.audiences), extra...) // the proxy shows it to the API server
+	}
+	if known != nil && known.issued.value != "" && time.Now().Before(known.issued.renew) &&
+		known.attributes.lifetime == p.attributes.lifetime && slices.Equal(known.audiences, next.audiences) {
+		next.issued = known.issued
+	} else if next.issued, err = d.kube.requestToken(ctx, p.pod, next.audiences, p.attributes.lifetime); err != nil {
+		return tokenStatus(err, p)
+	}
+	next.token = next.issued.value
+	return nil
+}
+
+func connectorStatus(err error, ref reference, pod podIdentity) error {
+	switch code, err := apiStatus(err); code {
+	case codes.NotFound:
+		return status.Errorf(code, "Connector %q not found: create it, or correct %s or %s in volumeAttributes (%v)", ref, attrName, attrNamespace, err)
+	case codes.PermissionDenied:
+		return status.Errorf(code, "ServiceAccount %s/%s may not read Connector %q: %v. Allow it with: kubectl create rolebinding %s-connectors "+
+			"--namespace=%s --clusterrole=connectors-connector-viewer-role --serviceaccount=%s:%s",
+			pod.namespace, pod.serviceAccount, ref, err, pod.serviceAccount, ref.namespace, pod.namespace, pod.serviceAccount)
+	default:
+		return status.Errorf(code, "Connector %q cannot be read: %v", ref, err)
+	}
+}
+
+func classStatus(err error, name string, ref reference) error {
+	switch code, err := apiStatus(err); code {
+	case codes.NotFound:
+		return status.Errorf(code, "ConnectorClass %q of Connector %q not found: create it, or correct the Connector's spec.connectorClassName (%v)", name, ref, err)
+	case codes.PermissionDenied:
+		return status.Errorf(code, "the driver may not read ConnectorClass %q: %v. Its ClusterRole connectors-csi is missing; apply deploy.yaml again", name, err)
+	default:
+		return status.Errorf(code, "ConnectorClass %q of Connector %q cannot be read: %v", name, ref, err)
+	}
+}
+
+func tokenStatus(err error, p publication) error {
+	switch code, err := apiStatus(err); code {
+	case codes.PermissionDenied:
+		return status.Errorf(code, "the driver may not request a token for ServiceAccount %s/%s: %v. A token.expiration other than %v, or a proxy "+
+			"with an audience, needs the ClusterRole connectors-csi-token and its binding; apply them from deploy.yaml, or leave token.expiration out",
+			p.pod.namespace, p.pod.serviceAccount, err, kubeletTokenLifetime)
+	default:
+		return status.Errorf(code, "no token of %v for ServiceAccount %s/%s: %v", p.attributes.lifetime, p.pod.namespace, p.pod.serviceAccount, err)
+	}
+}
+
+// apiStatus gives the gRPC code for an error of a request to the API server. For kubelet Unavailable,
+// ResourceExhausted, DeadlineExceeded, Canceled and Aborted mean "perhaps mounted": it sends an Unpublish when
+// the Pod goes. All others mean "not mounted".
+func apiStatus(err error) (codes.Code, error) {
+	var answer *apiError
+	if !errors.As(err, &answer) {
+		if status := contextCode(err); status != codes.OK {
+			return status, err
+		}
+		return codes.Unavailable, fmt.Errorf("no answer from the API server: %w", err)
+	}
+	switch answer.code {
+	case http.StatusBadRequest, http.StatusUnprocessableEntity:
+		return codes.InvalidArgument, err
+	case http.StatusUnauthorized:
+		return codes.Unauthenticated, err
+	case http.StatusForbidden:
+		return codes.PermissionDenied, err
+	case http.StatusNotFound:
+		return codes.NotFound, err
+	case http.StatusConflict:
+		return codes.Aborted, err
+	case http.StatusTooManyRequests:
+		return codes.ResourceExhausted, err
+	}
+	return codes.Unavailable, err
+}
+
+func contextCode(err error) codes.Code {
+	switch {
+	case errors.Is(err, context.Canceled):
+		return codes.Canceled
+	case errors.Is(err, context.DeadlineExceeded):
+		return codes.DeadlineExceeded
+	}
+	return codes.OK
+}
+
+func renderStatus(err error) error {
+	if code := contextCode(err); code != codes.OK {
+		return status.Error(code, "rendering took too long: "+err.Error())
+	}
+	if errors.As(err, new(podError)) {
+		return status.Error(codes.InvalidArgument, err.Error())
+	}
+	return status.Error(codes.FailedPrecondition, err.Error())
+}
+
+func mountStatus(err error) error {
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.ENOMEM):
+		return status.Errorf(codes.ResourceExhausted, "no room for the volume's files: %v; look at the node's memory and the driver's limit", err)
+	case errors.Is(err, errNotOurs):
+		return status.Errorf(codes.FailedPrecondition, "%v; look at it on the node, and remove it if nothing uses it", err)
+	}
+	return status.Errorf(codes.Internal, "the node's kernel refused the volume: %v; look at the driver's log and at dmesg on the node", err)
+}
+
+// errorStatus keeps a message within what an event can hold, and valid UTF-8, since parts of it come from
+// classes and their templates.
+func errorStatus(err error) error {
+	s, _ := status.FromError(err)
+	if err == nil || len(s.Message()) <= maxMessageBytes {
+		return err
+	}
+	return status.Error(s.Code(), strings.ToValidUTF8(s.Message()[:maxMessageBytes], "")+" …")
+}
+
+// logCall writes one line for a call that failed or changed something.
+func logCall(call string, changed bool, err error, attributes ...any) {
+	switch {
+	case err != nil:
+		slog.Error(call, append(attributes, "code", status.Code(err).String(), "error", status.Convert(err).Message())...)
+	case changed:
+		slog.Info(call, attributes...)
+	}
+}

@@ -1,0 +1,402 @@
+// Command connectors-csi is a CSI driver that mounts the configuration of Connectors into Pods: rendered from
+// their ConnectorClasses, with a short-lived token of the Pod's ServiceAccount, and kept current.
+//
+// It runs as one privileged container on every node. The files, in the order of a publish:
+//
+//	main.go    flags, wiring, kubelet's plugin registration, health and metrics
+//	csi.go     the gRPC services: validates, reads, renders, mounts; errors for people and for kubelet
+//	kube.go    the Kubernetes API: objects, tokens, a cache
+//	render.go  objects in, files out
+//	mount.go   files in, a read-only tmpfs out
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/encoding"
+	_ "google.golang.org/grpc/encoding/proto" // the codec that kubelet's messages come in
+	"google.golang.org/grpc/mem"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "connectors-csi: "+err.Error())
+		os.Exit(1)
+	}
+}
+
+func run() error {
+	nodeName := flag.String("node-name", os.Getenv("NODE_NAME"), "name of this node; default: $NODE_NAME")
+	kubeletDir := flag.String("kubelet-dir", "/var/lib/kubelet", "kubelet's --root-dir")
+	httpAddress := flag.String("http-address", ":9808", "address for /healthz, /readyz and /metrics")
+	refresh := flag.Duration("refresh-interval", time.Minute, "how old a Connector or ConnectorClass may be when a mounted volume is refreshed")
+	builtIn := flag.Bool("builtin-files", false, "mount the built-in files (.env, context.token, ca.crt, …) in every volume, and make configuration.names optional")
+	flag.Parse()
+
+	// Start-up checks: each ends with one line that names the remedy.
+	podsDir := filepath.Join(*kubeletDir, "pods")
+	switch {
+	case flag.NArg() > 0:
+		return fmt.Errorf("unexpected argument %q", flag.Arg(0))
+	case *nodeName == "":
+		return errors.New("no node name: set NODE_NAME from spec.nodeName, or --node-name")
+	case *refresh <= 0:
+		return fmt.Errorf("--refresh-interval %v must be above zero", *refresh)
+	}
+	if err := checkKernel(); err != nil {
+		return err
+	}
+	if err := checkShared(podsDir); err != nil {
+		return err
+	}
+	m := newMetrics(podsDir)
+	k, err := newKube(*refresh, m)
+	if err != nil {
+		return err
+	}
+	d := &driver{
+		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, kube: k, metrics: m,
+		busy: map[string]bool{}, volumes: map[string]*volume{},
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	return serve(ctx, d, filepath.Join(*kubeletDir, "plugins_registry", driverName+"-reg.sock"), *httpAddress)
+}
+
+// serve runs the driver until ctx ends. Then it finishes the calls under way, each of which ends by itself
+// within publishTimeout, and removes the socket.
+func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
+	server := grpc.NewServer(grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}))
+	csi.RegisterIdentityServer(server, d)
+	csi.RegisterNodeServer(server, d)
+	r := &registration{socket: socket, server: server}
+	server.RegisterService(&registrationService, r)
+
+	probe, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return err
+	}
+	defer probe.Close()
+	web := &http.Server{Handler: webHandler(r, csi.NewIdentityClient(probe), d.metrics), ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second}
+	listener, err := net.Listen("tcp", httpAddress)
+	if err != nil {
+		return err
+	}
+	go web.Serve(listener)
+	defer web.Close()
+
+	if err := r.listen(); err != nil {
+		return err
+	}
+	slog.Info("started", "version", version, "node", d.nodeName, "socket", socket, "http", listener.Addr().String())
+	err = r.watch(ctx)
+	server.GracefulStop()
+	slog.Info("stopped")
+	return err
+}
+
+// webHandler serves what probes and Prometheus ask for.
+func webHandler(r *registration, identity csi.IdentityClient, m *metrics) http.Handler {
+	mux := http.NewServeMux()
+	answer := func(w http.ResponseWriter, err error) {
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	}
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, request *http.Request) {
+		ctx, cancel := context.WithTimeout(request.Context(), 5*time.Second)
+		defer cancel()
+		_, err := identity.Probe(ctx, &csi.ProbeRequest{})
+		answer(w, err)
+	})
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) { answer(w, r.ready()) })
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		fmt.Fprint(w, m.text())
+	})
+	return mux
+}
+
+// registration makes kubelet know the driver, by kubelet's plugin registration API, version 1
+// (k8s.io/kubelet/pkg/apis/pluginregistration/v1): kubelet finds the socket in its plugins_registry directory,
+// asks for the plugin's name and says how the registration went. The same socket serves the CSI services.
+type registration struct {
+	socket string
+	server *grpc.Server
+
+	mu         sync.Mutex
+	listener   net.Listener
+	inode      fs.FileInfo // of the socket that this process made
+	registered bool
+}
+
+// listen makes the socket and serves on it. A socket that a killed process left is replaced; anything else that
+// has its name is not.
+func (r *registration) listen() error {
+	if info, err := os.Lstat(r.socket); err == nil {
+		if info.Mode().Type() != fs.ModeSocket {
+			return fmt.Errorf("%s exists and is not a socket", r.socket)
+		}
+		if err := os.Remove(r.socket); err != nil {
+			return err
+		}
+	}
+	listener, err := net.Listen("unix", r.socket)
+	if err != nil {
+		return fmt.Errorf("%w; mount kubelet's plugins_registry directory there", err)
+	}
+	if err := os.Chmod(r.socket, 0o600); err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	inode, err := os.Lstat(r.socket)
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.listener, r.inode, r.registered = listener, inode, false
+	go r.server.Serve(listener)
+	return nil
+}
+
+// watch makes the socket again whenever somebody has removed or replaced it, until ctx ends.
+func (r *registration) watch(ctx context.Context) error {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		if r.present() {
+			continue
+		}
+		slog.Warn("the registration socket is gone; making it again", "socket", r.socket)
+		r.listener.Close()
+		if err := r.listen(); err != nil {
+			return err
+		}
+	}
+}
+
+// present tells whether the socket is still the one that this process made.
+func (r *registration) present() bool {
+	info, err := os.Lstat(r.socket)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return err == nil && os.SameFile(info, r.inode)
+}
+
+func (r *registration) ready() error {
+	if !r.present() {
+		return errors.New("the registration socket is gone")
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.registered {
+		return errors.New("kubelet has not registered the driver yet")
+	}
+	return nil
+}
+
+// notified takes kubelet's word on the registration. Kubelet tries a failed one again by itself.
+func (r *registration) notified(registered bool, message string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.registered = registered
+	if registered {
+		slog.Info("registered by kubelet")
+	} else {
+		slog.Error("kubelet did not register the driver", "error", message)
+	}
+}
+
+// The registration API has two calls whose messages have six fields in all. They are encoded here by hand,
+// which saves a module and its code: https://protobuf.dev/programming-guides/encoding/.
+
+// wireMessage is a protobuf message as it is on the wire.
+type wireMessage []byte
+
+// codec passes wireMessages through and leaves all other messages to the real codec.
+type codec struct{ encoding.CodecV2 }
+
+func (c codec) Marshal(v any) (mem.BufferSlice, error) {
+	if m, ok := v.(*wireMessage); ok {
+		return mem.BufferSlice{mem.SliceBuffer(*m)}, nil
+	}
+	return c.CodecV2.Marshal(v)
+}
+
+func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
+	if m, ok := v.(*wireMessage); ok {
+		*m = data.Materialize()
+		return nil
+	}
+	return c.CodecV2.Unmarshal(data, v)
+}
+
+var registrationService = grpc.ServiceDesc{
+	ServiceName: "pluginregistration.Registration",
+	HandlerType: (*any)(nil),
+	Methods: []grpc.MethodDesc{
+		{MethodName: "GetInfo", Handler: func(_ any, _ context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
+			if err := decode(new(wireMessage)); err != nil {
+				return nil, err
+			}
+			info := pluginInfo()
+			return &info, nil
+		}},
+		{MethodName: "NotifyRegistrationStatus", Handler: func(r any, _ context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
+			var message wireMessage
+			if err := decode(&message); err != nil {
+				return nil, err
+			}
+			registered, text, err := parseRegistrationStatus(message)
+			if err != nil {
+				return nil, err
+			}
+			r.(*registration).notified(registered, text)
+			return new(wireMessage), nil // RegistrationStatusResponse has no fields
+		}},
+	},
+}
+
+// pluginInfo is the message PluginInfo: type = 1, name = 2, endpoint = 3, supported_versions = 4, all strings.
+// Without an endpoint kubelet takes the socket that it found.
+func pluginInfo() wireMessage {
+	var m wireMessage
+	for _, field := range []struct {
+		number byte
+		text   string
+	}{{1, "CSIPlugin"}, {2, driverName}, {4, "1.0.0"}} {
+		m = append(m, field.number<<3|2, byte(len(field.text))) // wire type 2: a length and as many bytes
+		m = append(m, field.text...)
+	}
+	return m
+}
+
+// parseRegistrationStatus reads the message RegistrationStatus: plugin_registered = 1 (bool), error = 2 (string).
+func parseRegistrationStatus(m wireMessage) (registered bool, message string, err error) {
+	malformed := errors.New("malformed RegistrationStatus")
+	for len(m) > 0 {
+		tag, n := binary.Uvarint(m)
+		if n <= 0 {
+			return false, "", malformed
+		}
+		value, v := binary.Uvarint(m[n:]) // the value of wire type 0, the length of wire type 2
+		if v <= 0 {
+			return false, "", malformed
+		}
+		m = m[n+v:]
+		switch wireType := tag & 7; {
+		case wireType == 0 && tag>>3 == 1:
+			registered = value != 0
+		case wireType == 2 && value > uint64(len(m)), wireType != 0 && wireType != 2:
+			return false, "", malformed
+		case wireType == 2:
+			if tag>>3 == 2 {
+				message = string(m[:value])
+			}
+			m = m[value:]
+		}
+	}
+	return registered, message, nil
+}
+
+// metrics are the driver's own, in the text format of Prometheus. Labels never hold names of users' objects.
+type metrics struct {
+	podsDir string
+
+	mu       sync.Mutex
+	counters map[string]map[string]uint64 // by metric, then by labels as they are written
+	buckets  []uint64                     // of the durations of publishes, not cumulative
+	seconds  float64
+}
+
+var durationBuckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
+
+func newMetrics(podsDir string) *metrics {
+	return &metrics{podsDir: podsDir, buckets: make([]uint64, len(durationBuckets)+1), counters: map[string]map[string]uint64{
+		"connectors_csi_api_requests_total":      {},
+		"connectors_csi_publish_total":           {},
+		"connectors_csi_template_failures_total": {"": 0},
+		"connectors_csi_unpublish_total":         {},
+	}}
+}
+
+// inc counts one event of the metric; the labels are names and values in turn.
+func (m *metrics) inc(metric string, labels ...string) {
+	var pairs []string
+	for pair := range slices.Chunk(labels, 2) {
+		pairs = append(pairs, fmt.Sprintf("%s=%q", pair[0], pair[1]))
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.counters[metric][strings.Join(pairs, ",")]++
+}
+
+func (m *metrics) published(code codes.Code, took time.Duration) {
+	m.inc("connectors_csi_publish_total", "code", code.String())
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	bucket, _ := slices.BinarySearch(durationBuckets, took.Seconds())
+	m.buckets[bucket]++
+	m.seconds += took.Seconds()
+}
+
+func (m *metrics) text() string {
+	var b strings.Builder
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, metric := range slices.Sorted(maps.Keys(m.counters)) {
+		fmt.Fprintf(&b, "# TYPE %s counter\n", metric)
+		for _, labels := range slices.Sorted(maps.Keys(m.counters[metric])) {
+			fmt.Fprintf(&b, "%s{%s} %d\n", metric, labels, m.counters[metric][labels])
+		}
+	}
+	const duration = "connectors_csi_publish_duration_seconds"
+	fmt.Fprintf(&b, "# TYPE %s histogram\n", duration)
+	var count uint64
+	for i, n := range m.buckets {
+		limit := "+Inf"
+		if i < len(durationBuckets) {
+			limit = strconv.FormatFloat(durationBuckets[i], 'g', -1, 64)
+		}
+		count += n
+		fmt.Fprintf(&b, "%s_bucket{le=%q} %d\n", duration, limit, count)
+	}
+	fmt.Fprintf(&b, "%s_sum %g\n%s_count %d\n", duration, m.seconds, duration, count)
+	if volumes, err := countVolumes(m.podsDir); err == nil {
+		fmt.Fprintf(&b, "# TYPE connectors_csi_volumes gauge\nconnectors_csi_volumes %d\n", volumes)
+	}
+	fmt.Fprintf(&b, "# TYPE connectors_csi_build_info gauge\nconnectors_csi_build_info{version=%q} 1\n", version)
+	return b.String()
+}
