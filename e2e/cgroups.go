@@ -1,0 +1,121 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The node's cgroups are not part of a namespace: nothing removes them but us. Their common parent has
+// the name of the node's directory, which begins with prefix and the command's process id.
+const (
+	prefix     = "connectors-csi-e2e-"
+	cgroupRoot = "/sys/fs/cgroup"
+)
+
+// cgroupHierarchies returns where cgroups are made: one place with cgroup v2, one for each controller
+// with v1.
+func cgroupHierarchies() ([]string, error) {
+	v2, err := isCgroup2()
+	if err != nil {
+		return nil, err
+	}
+	if v2 {
+		return []string{cgroupRoot}, nil
+	}
+	return filepath.Glob(cgroupRoot + "/*")
+}
+
+func isCgroup2() (bool, error) {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(cgroupRoot, &fs); err != nil {
+		return false, fmt.Errorf("%s: %w", cgroupRoot, err)
+	}
+	return fs.Type == unix.CGROUP2_SUPER_MAGIC, nil
+}
+
+// createCgroups makes the parent of all the node's cgroups, which kubelet expects to find.
+func createCgroups(name string) error {
+	v2, err := isCgroup2()
+	if err != nil {
+		return err
+	}
+	if v2 {
+		if err := enableControllers(); err != nil {
+			return err
+		}
+	}
+	hierarchies, err := cgroupHierarchies()
+	if err != nil {
+		return err
+	}
+	for _, hierarchy := range hierarchies {
+		// With v1 some hierarchies are links to others ("cpu" to "cpu,cpuacct").
+		if err := os.Mkdir(filepath.Join(hierarchy, name), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// enableControllers lets the children of cgroup v2's root use every controller there is: kubelet insists.
+func enableControllers() error {
+	controllers, err := os.ReadFile(cgroupRoot + "/cgroup.controllers")
+	if err != nil {
+		return err
+	}
+	for _, controller := range strings.Fields(string(controllers)) {
+		if err := os.WriteFile(cgroupRoot+"/cgroup.subtree_control", []byte("+"+controller), 0); err != nil {
+			return fmt.Errorf("enable the cgroup controller %s: %w", controller, err)
+		}
+	}
+	return nil
+}
+
+// removeCgroups removes a node's cgroups, children first. The kernel needs a moment after the last process
+// of a cgroup has ended.
+func removeCgroups(name string) {
+	hierarchies, _ := cgroupHierarchies()
+	for _, hierarchy := range hierarchies {
+		var dirs []string
+		filepath.WalkDir(filepath.Join(hierarchy, name), func(path string, entry fs.DirEntry, err error) error {
+			if err == nil && entry.IsDir() {
+				dirs = append(dirs, path)
+			}
+			return nil
+		})
+		for _, dir := range slices.Backward(dirs) {
+			err := await(5*time.Second, func() error {
+				if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+					return err
+				}
+				return nil
+			})
+			if err != nil {
+				fmt.Fprintln(os.Stderr, "e2e: a cgroup is left:", err)
+			}
+		}
+	}
+}
+
+// removeStaleCgroups removes what nodes have left whose command and init were both killed.
+func removeStaleCgroups() {
+	hierarchies, _ := cgroupHierarchies()
+	for _, hierarchy := range hierarchies {
+		stale, _ := filepath.Glob(filepath.Join(hierarchy, prefix+"*"))
+		for _, dir := range stale {
+			var pid int
+			fmt.Sscanf(filepath.Base(dir), prefix+"%d-", &pid)
+			if unix.Kill(pid, 0) == unix.ESRCH {
+				removeCgroups(filepath.Base(dir))
+			}
+		}
+	}
+}

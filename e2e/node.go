@@ -1,0 +1,545 @@
+package main
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// A node is three processes of this one program:
+//
+//	command  what the user started. It builds what is needed, on the host, because the node has no
+//	         network. Then it starts init and waits for it.
+//	init     the first process of the node's own mount, network and PID namespaces. It sets them up
+//	         and starts work. When work ends, or the command does (however that happens: init reads
+//	         from a pipe that the command holds), it ends all processes and removes the node's cgroups.
+//	work     starts Kubernetes in the namespaces, then does what the command is about.
+//
+// So everything between onNode's call and its return happens inside the namespaces: plain exec, plain
+// connections, plain paths.
+const (
+	envProcess = "E2E_PROCESS" // "init" or "work"; not set: command
+	envDir     = "E2E_DIR"     // the node's directory on the host: logs, kubeconfig files, bin (a link to the programs)
+)
+
+// interrupted is the exit code after Ctrl-C, as shells have it.
+const interrupted = 130
+
+// Addresses from the range for benchmarks (RFC 2544). They exist in the node's network namespace only.
+const (
+	nodeName     = "node"
+	bridge       = "node0"
+	nodeIP       = "198.18.0.1"
+	podNetwork   = "198.18.0.0/24"
+	firstPodIP   = "198.18.0.10"
+	serviceRange = "198.19.0.0/24"
+	apiServiceIP = "198.19.0.1" // the first of serviceRange is always the Service "kubernetes"
+)
+
+// onNode starts a node, calls work inside it and returns the exit code for the process.
+func onNode(work func(*Node) int) int {
+	code, err := 0, error(nil)
+	switch os.Getenv(envProcess) {
+	case "":
+		code, err = runCommand()
+	case "init":
+		code, err = runInit()
+	case "work":
+		code, err = runWork(work)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		return 1
+	}
+	return code
+}
+
+// runCommand is the part on the host: build, run init in new namespaces, wait.
+func runCommand() (code int, err error) {
+	if os.Geteuid() != 0 {
+		return 0, errors.New("a Kubernetes node needs root: run this command as root")
+	}
+	// `go run` and `go test` are this process's parent. When one is killed, this process is to end as well.
+	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGTERM), 0, 0, 0); err != nil {
+		return 0, err
+	}
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+
+	if err := installPackages(); err != nil {
+		return 0, err
+	}
+	tools, err := buildTools()
+	if err != nil {
+		return 0, err
+	}
+	removeStaleCgroups()
+	dir, err := os.MkdirTemp("", fmt.Sprintf("%s%d-", prefix, os.Getpid()))
+	if err != nil {
+		return 0, err
+	}
+	defer func() {
+		if err == nil && (code == 0 || code == interrupted) {
+			os.RemoveAll(dir)
+		} else {
+			fmt.Fprintln(os.Stderr, "e2e: the logs of all components are in", dir)
+		}
+	}()
+	if err := os.Symlink(tools, filepath.Join(dir, "bin")); err != nil {
+		return 0, err
+	}
+	if err := buildDriver(dir); err != nil {
+		return 0, err
+	}
+	init, release, err := startInit(dir)
+	if err != nil {
+		return 0, err
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- init.Wait() }()
+	select {
+	case err = <-ended:
+	case <-signals:
+		release.Close()
+		<-ended
+		return interrupted, nil
+	}
+	removeCgroups(filepath.Base(dir)) // has work to do only if init itself was killed
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return max(exit.ExitCode(), 1), nil
+	}
+	return 0, err
+}
+
+// startInit starts this program again as the first process of new namespaces. It ends when release is
+// closed.
+func startInit(dir string) (init *exec.Cmd, release io.Closer, err error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, nil, err
+	}
+	// go test must not keep this run's result: it doesn't see what the node reads (the driver, README.md).
+	// Without the file that this flag names, it doesn't.
+	args := slices.DeleteFunc(slices.Clone(os.Args[1:]), func(arg string) bool {
+		return strings.HasPrefix(arg, "-test.testlogfile=")
+	})
+	init = exec.Command(self, args...)
+	init.Env = append(os.Environ(), envProcess+"=init", envDir+"="+dir)
+	init.Stdout, init.Stderr = os.Stdout, os.Stderr
+	if release, err = init.StdinPipe(); err != nil {
+		return nil, nil, err
+	}
+	init.SysProcAttr = &syscall.SysProcAttr{
+		Setsid:     true, // Ctrl-C is for the command alone
+		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID,
+	}
+	if err := init.Start(); err != nil {
+		return nil, nil, fmt.Errorf("start a process in new namespaces: %w", err)
+	}
+	return init, release, pointTo(dir, init.Process.Pid)
+}
+
+// runInit is the first process of the node's namespaces, and so the parent of all orphans in it.
+func runInit() (int, error) {
+	cgroup := filepath.Base(os.Getenv(envDir))
+	for _, setUp := range []func() error{setUpMounts, setUpNetwork, func() error { return createCgroups(cgroup) }} {
+		if err := setUp(); err != nil {
+			return 0, err
+		}
+	}
+	defer removeCgroups(cgroup)
+
+	self, err := os.Executable()
+	if err != nil {
+		return 0, err
+	}
+	work := exec.Command(self, os.Args[1:]...)
+	work.Env = append(os.Environ(), envProcess+"=work")
+	work.Stdout, work.Stderr = os.Stdout, os.Stderr
+	if err := work.Start(); err != nil {
+		return 0, err
+	}
+	var released atomic.Bool
+	go func() {
+		io.Copy(io.Discard, os.Stdin) // returns when the command has gone
+		released.Store(true)
+		unix.Kill(-1, unix.SIGKILL)
+	}()
+	status := reap(work.Process.Pid)
+	unix.Kill(-1, unix.SIGKILL)
+	reap(0)
+	if status.Signaled() && !released.Load() {
+		return 0, fmt.Errorf("the process that runs the node was ended by signal %v", status.Signal())
+	}
+	return status.ExitStatus(), nil
+}
+
+// reap waits for children, orphans included, until the one with this pid has ended or none is left.
+func reap(pid int) unix.WaitStatus {
+	for {
+		var status unix.WaitStatus
+		ended, err := unix.Wait4(-1, &status, 0, nil)
+		if err == unix.ECHILD || err == nil && ended == pid {
+			return status
+		}
+	}
+}
+
+// setUpMounts hides what the node writes from the host: /run, /var/lib and /var/log stay in memory.
+// Nothing is left of them when the namespace's last process has ended.
+func setUpMounts() error {
+	overlay := func(dir, name string) string {
+		return fmt.Sprintf("lowerdir=%s,upperdir=/run/%s/upper,workdir=/run/%s/work", dir, name, name)
+	}
+	for _, m := range []struct {
+		source, target, fstype string
+		flags                  uintptr
+		data                   string
+		mkdir                  []string // created before
+	}{
+		{target: "/", flags: unix.MS_REC | unix.MS_PRIVATE},
+		{source: "proc", target: "/proc", fstype: "proc"},
+		{source: "tmpfs", target: "/run", fstype: "tmpfs", data: "mode=0755"},
+		{source: "overlay", target: "/var/lib", fstype: "overlay", data: overlay("/var/lib", "lib"),
+			mkdir: []string{"/run/lib/upper", "/run/lib/work"}},
+		{source: "overlay", target: "/var/log", fstype: "overlay", data: overlay("/var/log", "log"),
+			mkdir: []string{"/run/log/upper", "/run/log/work"}},
+		{source: "tmpfs", target: "/var/lib/kubelet", fstype: "tmpfs", data: "mode=0755",
+			mkdir: []string{"/var/lib/kubelet"}},
+		{target: "/var/lib/kubelet", flags: unix.MS_SHARED}, // for mountPropagation: Bidirectional
+	} {
+		for _, dir := range m.mkdir {
+			if err := os.MkdirAll(dir, 0o755); err != nil {
+				return err
+			}
+		}
+		if err := unix.Mount(m.source, m.target, m.fstype, m.flags, m.data); err != nil {
+			return fmt.Errorf("mount %s on %s: %w", m.fstype, m.target, err)
+		}
+	}
+	return nil
+}
+
+// setUpNetwork makes the bridge that Pods are attached to. The address of the Service "kubernetes" is put
+// on it too, and the API server listens there on port 443: this one Service then works without kube-proxy.
+func setUpNetwork() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = bridge
+	br := &netlink.Bridge{LinkAttrs: attrs}
+	address := func(cidr string) *netlink.Addr {
+		ip, network, err := net.ParseCIDR(cidr)
+		if err != nil {
+			panic(err) // they are constants
+		}
+		return &netlink.Addr{IPNet: &net.IPNet{IP: ip, Mask: network.Mask}}
+	}
+	return errors.Join(
+		netlink.LinkSetUp(lo),
+		netlink.LinkAdd(br),
+		netlink.AddrAdd(br, address(nodeIP+"/24")),
+		netlink.AddrAdd(br, address(apiServiceIP+"/32")),
+		netlink.LinkSetUp(br),
+		// Kubernetes' components take the address of the interface with the default route for the node's.
+		netlink.RouteAdd(&netlink.Route{LinkIndex: br.Attrs().Index, Dst: address("0.0.0.0/0").IPNet}),
+	)
+}
+
+// Node is the running Kubernetes, as seen from inside its namespaces.
+type Node struct {
+	dir string // on the host; kept if something fails
+
+	etcd, apiServer, containerd, controllerManager, scheduler, kubelet *component
+}
+
+// runWork starts Kubernetes and calls work.
+func runWork(work func(*Node) int) (int, error) {
+	n := &Node{dir: os.Getenv(envDir)}
+	os.Setenv("PATH", n.path("bin")+":"+os.Getenv("PATH"))
+	os.Setenv("KUBECONFIG", n.path("admin.kubeconfig"))
+	began := time.Now()
+	if err := n.start(); err != nil {
+		return 0, err
+	}
+	fmt.Printf("A Kubernetes node is ready after %.0f s.\n", time.Since(began).Seconds())
+	return work(n), nil
+}
+
+// path names a file in the node's directory.
+func (n *Node) path(name string) string { return filepath.Join(n.dir, name) }
+
+// start starts all components and returns when the node can run Pods.
+func (n *Node) start() error {
+	if err := n.writeConfiguration(); err != nil {
+		return err
+	}
+	n.containerd = n.run("containerd", "--config", n.path("containerd.toml"))
+	n.etcd = n.run("server", // etcd's main package is called that
+		"--data-dir", "/run/etcd", "--unsafe-no-fsync", "--log-level", "warn")
+	n.apiServer = n.run("kube-apiserver",
+		"--etcd-servers", "http://127.0.0.1:2379",
+		"--advertise-address", nodeIP, "--secure-port", "443", "--cert-dir", n.dir,
+		"--service-cluster-ip-range", serviceRange,
+		"--token-auth-file", n.path("tokens.csv"),
+		"--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction",
+		"--service-account-issuer", "https://kubernetes.default.svc",
+		"--service-account-key-file", n.path("service-account.key"),
+		"--service-account-signing-key-file", n.path("service-account.key"),
+		"--allow-privileged",
+		"--kubelet-preferred-address-types", "InternalIP") // the default asks DNS for the node's name first
+	if err := await(startLimit, func() error { return run("ctr", "version") }); err != nil {
+		return fmt.Errorf("containerd is not ready: %w", err)
+	}
+	if err := n.importImages(); err != nil {
+		return err
+	}
+	if err := await(startLimit, func() error { _, err := kubectl("get", "--raw", "/readyz"); return err }); err != nil {
+		return fmt.Errorf("kube-apiserver is not ready: %w", err)
+	}
+	n.controllerManager = n.run("kube-controller-manager",
+		"--kubeconfig", n.path("controller-manager.kubeconfig"), "--leader-elect=false",
+		"--use-service-account-credentials",
+		"--service-account-private-key-file", n.path("service-account.key"),
+		"--root-ca-file", n.path("apiserver.crt"))
+	n.scheduler = n.run("kube-scheduler",
+		"--kubeconfig", n.path("scheduler.kubeconfig"), "--leader-elect=false")
+	n.kubelet = n.run("kubelet",
+		"--kubeconfig", n.path("kubelet.kubeconfig"), "--config", n.path("kubelet.yaml"),
+		"--hostname-override", nodeName, "--node-ip", nodeIP)
+
+	for _, wait := range [][]string{
+		{"--for=create", "serviceaccount/default"},
+		{"--for=create", "node/" + nodeName},
+		{"--for=condition=Ready", "node/" + nodeName},
+	} {
+		if _, err := kubectl(append([]string{"wait", "--timeout=60s"}, wait...)...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeConfiguration writes the components' configuration into the node's directory.
+func (n *Node) writeConfiguration() error {
+	key, err := newKey()
+	if err != nil {
+		return err
+	}
+	var tokens strings.Builder
+	for _, user := range []struct{ file, name, groups string }{
+		{"admin", "admin", "system:masters"},
+		{"controller-manager", "system:kube-controller-manager", ""},
+		{"scheduler", "system:kube-scheduler", ""},
+		{"kubelet", "system:node:" + nodeName, "system:nodes"},
+	} {
+		token := rand.Text()
+		fmt.Fprintf(&tokens, "%s,%s,%s,%q\n", token, user.name, user.name, user.groups)
+		kubeconfig := fmt.Sprintf(kubeconfigFormat, nodeIP, n.path("apiserver.crt"), token)
+		if err := os.WriteFile(n.path(user.file+".kubeconfig"), []byte(kubeconfig), 0o600); err != nil {
+			return err
+		}
+	}
+	for _, file := range []struct{ name, content string }{
+		{"tokens.csv", tokens.String()},
+		{"service-account.key", key},
+		{"kubelet.yaml", fmt.Sprintf(kubeletFormat, filepath.Base(n.dir), n.path("pods"))},
+		{"containerd.toml", fmt.Sprintf(containerdFormat, pauseImage, n.path("bin"), n.path("cni"), n.path("bin"))},
+		{"cni/node.conflist", fmt.Sprintf(cniFormat, bridge, podNetwork, firstPodIP)},
+	} {
+		if err := os.MkdirAll(filepath.Dir(n.path(file.name)), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(n.path(file.name), []byte(file.content), 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// newKey returns a new private key, PEM-encoded, to sign ServiceAccounts' tokens with.
+func newKey() (string, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return "", err
+	}
+	der, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		return "", err
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der})), nil
+}
+
+const kubeconfigFormat = `apiVersion: v1
+kind: Config
+current-context: node
+contexts: [{name: node, context: {cluster: node, user: user}}]
+clusters: [{name: node, cluster: {server: "https://%s:443", certificate-authority: %q}}]
+users: [{name: user, user: {token: %q}}]
+`
+
+// The API server reaches the kubelet for logs and exec without credentials; nobody else can reach it.
+// syncFrequency is a tenth of the default 1m's order: kubelet republishes volumes when it syncs a Pod,
+// and the tests wait for that. Disk limits are off because the node's disk is memory.
+const kubeletFormat = `apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
+authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
+authorization: {mode: AlwaysAllow}
+cgroupDriver: cgroupfs
+cgroupRoot: /%s
+failCgroupV1: false
+failSwapOn: false
+evictionHard: {memory.available: 50Mi, nodefs.available: 1%%, nodefs.inodesFree: 1%%, imagefs.available: 1%%}
+maxPods: 150
+podLogsDir: %s
+resolvConf: ""
+syncFrequency: 10s
+`
+
+// restrict_oom_score_adj: without CAP_SYS_RESOURCE, which containers and some machines lack, a lower
+// score than containerd's own can't be set and no Pod would start.
+const containerdFormat = `version = 3
+root = "/run/containerd/root"
+
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+sandbox = %q
+
+[plugins.'io.containerd.cri.v1.runtime']
+restrict_oom_score_adj = true
+
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+bin_dirs = [%q]
+conf_dir = %q
+use_internal_loopback = true
+
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
+BinaryName = "%s/runc"
+SystemdCgroup = false
+`
+
+const cniFormat = `{
+  "cniVersion": "0.4.0",
+  "name": "node",
+  "plugins": [{
+    "type": "bridge", "bridge": %q, "isGateway": true, "ipMasq": false,
+    "ipam": {
+      "type": "host-local", "dataDir": "/run/cni",
+      "ranges": [[{"subnet": %q, "rangeStart": %q}]],
+      "routes": [{"dst": "0.0.0.0/0"}]
+    }
+  }]
+}
+`
+
+// startLimit is how long a component may take until it serves.
+const startLimit = time.Minute
+
+// component is one of the node's programs.
+type component struct {
+	cmd     *exec.Cmd
+	log     string
+	stopped atomic.Bool   // on purpose
+	ended   chan struct{} // closed when the process has ended
+}
+
+// run starts a component. Should it end without stop having been called, the whole run fails: nothing
+// that comes after would mean anything.
+func (n *Node) run(name string, args ...string) *component {
+	c := &component{
+		cmd:   exec.Command(filepath.Join(n.path("bin"), name), args...),
+		log:   n.path(name + ".log"),
+		ended: make(chan struct{}),
+	}
+	log, err := os.OpenFile(c.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		c.fail(err)
+	}
+	defer log.Close()
+	c.cmd.Stdout, c.cmd.Stderr = log, log
+	if err := c.cmd.Start(); err != nil {
+		c.fail(err)
+	}
+	go func() {
+		err := c.cmd.Wait()
+		if !c.stopped.Load() {
+			c.fail(err)
+		}
+		close(c.ended)
+	}()
+	return c
+}
+
+// fail ends this process, and so the node, with the end of the component's log.
+func (c *component) fail(err error) {
+	log, _ := os.ReadFile(c.log)
+	lines := strings.Split(strings.TrimSpace(string(log)), "\n")
+	fmt.Fprintf(os.Stderr, "e2e: %s ended by itself: %v; its last lines:\n%s\n",
+		filepath.Base(c.cmd.Path), err, strings.Join(lines[max(0, len(lines)-15):], "\n"))
+	os.Exit(1)
+}
+
+// stop kills the component, as a crash would.
+func (c *component) stop() {
+	c.stopped.Store(true)
+	c.cmd.Process.Kill()
+	<-c.ended
+}
+
+// restart starts a stopped component again.
+func (n *Node) restart(c *component) *component {
+	return n.run(filepath.Base(c.cmd.Path), c.cmd.Args[1:]...)
+}
+
+// kubectl runs kubectl as the cluster's administrator and returns what it printed. The error ends with
+// kubectl's own message.
+func kubectl(args ...string) (string, error) { return kubectlStdin("", args...) }
+
+func kubectlStdin(stdin string, args ...string) (string, error) {
+	var stdout, stderr strings.Builder
+	cmd := exec.Command("kubectl", args...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
+	}
+	return stdout.String(), nil
+}
+
+// await calls condition until it returns nil, and after limit returns its last error.
+func await(limit time.Duration, condition func() error) error {
+	deadline := time.Now().Add(limit)
+	for {
+		err := condition()
+		if err == nil {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("not within %v: %w", limit, err)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}

@@ -1,0 +1,214 @@
+package main
+
+import (
+	"bufio"
+	"crypto/sha256"
+	"debug/elf"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// installPackages makes sure that the machine has what Go modules don't provide. On Debian and its
+// derivatives it installs what is missing; elsewhere it says what that is.
+func installPackages() error {
+	command := func(name string) bool { _, err := exec.LookPath(name); return err == nil }
+	var names, packages []string
+	for _, need := range []struct {
+		name, pkg string
+		present   bool
+	}{
+		{"a C compiler", "gcc", command("gcc")},
+		{"the C library's headers", "libc6-dev", exists("/usr/include/stdlib.h")},
+		{"pkg-config", "pkg-config", command("pkg-config")},
+		{"libseccomp's headers", "libseccomp-dev", exec.Command("pkg-config", "--exists", "libseccomp").Run() == nil},
+		{"a static busybox", "busybox-static", isStatic("busybox")},
+		{"mount", "mount", command("mount")},
+		{"nsenter", "util-linux", command("nsenter")},
+		{"git", "git", command("git")},
+	} {
+		if !need.present {
+			names, packages = append(names, need.name), append(packages, need.pkg)
+		}
+	}
+	if len(packages) == 0 {
+		return nil
+	}
+	if !command("apt-get") {
+		return fmt.Errorf("this machine lacks %s: install it and try again", strings.Join(names, ", "))
+	}
+	fmt.Println("Installing", strings.Join(packages, " "))
+	install := append([]string{"apt-get", "install", "-y", "--no-install-recommends"}, packages...)
+	if run(install...) == nil {
+		return nil
+	}
+	// A fresh machine has no package lists, an old one perhaps outdated ones.
+	if err := run("apt-get", "update"); err != nil {
+		return err
+	}
+	return run(install...)
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+// isStatic tells whether a command runs without an interpreter, and so in an image that has nothing else.
+func isStatic(command string) bool {
+	path, err := exec.LookPath(command)
+	if err != nil {
+		return false
+	}
+	file, err := elf.Open(path)
+	if err != nil {
+		return false
+	}
+	defer file.Close()
+	return file.Section(".interp") == nil
+}
+
+// run runs a command and returns an error with all its output if it fails.
+func run(args ...string) error {
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
+	if output, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w\n%s", strings.Join(args, " "), err, output)
+	}
+	return nil
+}
+
+// cacheDir is where the node's programs and the pointer to the running node are kept.
+func cacheDir() (string, error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(cache, "connectors-csi-e2e")
+	return dir, os.MkdirAll(dir, 0o755)
+}
+
+// buildTools builds the programs that go.mod lists as tools, unless an earlier run did, and returns their
+// directory. Its name depends on all that they are built from, so it never holds outdated programs.
+func buildTools() (string, error) {
+	version, err := output("go", "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
+	if err != nil {
+		return "", fmt.Errorf("%w\n(start it with: go -C e2e run .)", err)
+	}
+	// seccomp: runc refuses every Pod without it. gitVersion: what the node says its version is.
+	flags := []string{"-tags", "seccomp", "-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=" + version}
+	hash := sha256.New()
+	for _, file := range []string{"go.mod", "go.sum"} {
+		content, err := os.ReadFile(file)
+		if err != nil {
+			return "", err
+		}
+		hash.Write(content)
+	}
+	fmt.Fprintln(hash, flags, runtime.Version(), runtime.GOARCH)
+	cache, err := cacheDir()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(cache, fmt.Sprintf("%x", hash.Sum(nil)[:8]))
+
+	unlock, err := lock(filepath.Join(cache, "lock"))
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	if exists(dir) {
+		return dir, nil
+	}
+	// All or nothing: the directory gets its name when it is complete.
+	unfinished := dir + ".unfinished"
+	if err := os.RemoveAll(unfinished); err != nil {
+		return "", err
+	}
+	if err := install(unfinished, flags); err != nil {
+		return "", err
+	}
+	return dir, os.Rename(unfinished, dir)
+}
+
+// install runs go install for all tools and prints how far it is.
+func install(dir string, flags []string) error {
+	fmt.Println("Building Kubernetes, etcd, containerd and runc: about 10 to 15 minutes on two cores, once.")
+	began := time.Now()
+	list := append(append([]string{"go", "list"}, flags...), "-deps", "tool")
+	packages, err := output(list...)
+	if err != nil {
+		return err
+	}
+	total := strings.Count(packages, "\n") + 1
+	cmd := exec.Command("go", append(append([]string{"install", "-v"}, flags...), "tool")...)
+	cmd.Env = append(os.Environ(), "GOBIN="+dir)
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	var messages strings.Builder // -v prints the path of each package as it is compiled; more if it fails
+	last := began
+	built := 0
+	for lines := bufio.NewScanner(stderr); lines.Scan(); {
+		messages.WriteString(lines.Text() + "\n")
+		built++
+		if time.Since(last) > 10*time.Second {
+			last = time.Now()
+			fmt.Printf("  %s: %d of at most %d packages, now %s\n",
+				time.Since(began).Round(time.Second), built, total, lines.Text())
+		}
+	}
+	if err := cmd.Wait(); err != nil {
+		return fmt.Errorf("go install: %w\n%s", err, messages.String())
+	}
+	fmt.Println("  built after", time.Since(began).Round(time.Second))
+	return nil
+}
+
+// output returns what a command prints.
+func output(args ...string) (string, error) {
+	out, err := exec.Command(args[0], args[1:]...).Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return "", fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, exit.Stderr)
+	}
+	return strings.TrimSpace(string(out)), err
+}
+
+// lock waits until no other process holds the lock on a file. The kernel releases it if this process dies.
+func lock(path string) (unlock func() error, err error) {
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+		return file.Close, nil
+	}
+	fmt.Println("Waiting for another process that is building.")
+	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX); err != nil {
+		return nil, err
+	}
+	return file.Close, nil
+}
+
+// buildDriver builds the driver's static binary as its Dockerfile does.
+func buildDriver(dir string) error {
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(dir, "connectors-csi"), ".")
+	cmd.Dir = ".."
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("go build of the driver: %w\n%s", err, out)
+	}
+	return nil
+}
