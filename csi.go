@@ -400,14 +400,14 @@ func splitList(text string) []string {
 	return items
 }
 
-var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
 
-// isDNSLabel tells whether s can be the name of a namespace: RFC 1123.
-func isDNSLabel(s string) bool { return dnsLabel.MatchString(s) }
+// isDNSLabel tells whether s can be the name of a namespace.
+func isDNSLabel(s string) bool { return len(s) <= 63 && dnsLabel.MatchString(s) }
 
-// isDNSName tells whether s can be the name of an object: labels with dots between them.
+// isDNSName tells whether s can be the name of an object: labels, here of any length, with dots between them.
 func isDNSName(s string) bool {
-	return len(s) <= 253 && !slices.ContainsFunc(strings.Split(s, "."), func(l string) bool { return !isDNSLabel(l) })
+	return len(s) <= 253 && !slices.ContainsFunc(strings.Split(s, "."), func(l string) bool { return !dnsLabel.MatchString(l) })
 }
 
 // nearest returns the word with the fewest insertions, deletions and substitutions (Levenshtein distance).
@@ -571,10 +571,7 @@ func tokenStatus(err error, p publication) error {
 func apiStatus(err error) (codes.Code, error) {
 	var answer *apiError
 	if !errors.As(err, &answer) {
-		if status := contextCode(err); status != codes.OK {
-			return status, err
-		}
-		return codes.Unavailable, fmt.Errorf("no answer from the API server: %w", err)
+		return cmp.Or(contextCode(err), codes.Unavailable), fmt.Errorf("no answer from the API server: %w", err)
 	}
 	switch answer.code {
 	case http.StatusBadRequest, http.StatusUnprocessableEntity:

@@ -342,11 +342,11 @@ func (v *volumeFiles) add(name string, content []byte) error {
 	return nil
 }
 
-var fileName = regexp.MustCompile(`^[-._a-zA-Z0-9]{1,253}$`)
+var fileName = regexp.MustCompile(`^[-._a-zA-Z0-9]+$`)
 
 // checkFileName allows what a ConfigMap's key may be: no path, and no name that the volume's layout uses.
 func checkFileName(name string) error {
-	if !fileName.MatchString(name) || name == "." || strings.HasPrefix(name, "..") {
+	if !fileName.MatchString(name) || len(name) > 253 || name == "." || strings.HasPrefix(name, "..") {
 		return fmt.Errorf("file name %q is not allowed: it must consist of 1 to 253 letters, digits, '-', '_' or '.', "+
 			"must not be '.' and must not begin with '..'", name)
 	}
