@@ -21,8 +21,8 @@ import (
 
 const (
 	pauseImage   = "localhost/pause:1"
-	gitImage     = "localhost/git:1"
-	upgradeImage = "localhost/connectors-csi:2"
+	clientImage  = "localhost/client:1"         // busybox, git and curl
+	upgradeImage = "localhost/connectors-csi:2" // the driver under another name
 )
 
 type image struct {
@@ -45,7 +45,7 @@ func (n *Node) importImages() error {
 	if err != nil {
 		return err
 	}
-	workloadName, err := imageIn("../README.md")
+	readmeName, err := imageIn("../README.md")
 	if err != nil {
 		return err
 	}
@@ -58,15 +58,15 @@ func (n *Node) importImages() error {
 	if err != nil {
 		return err
 	}
-	git, err := gitFiles()
+	clients, err := clientFiles()
 	if err != nil {
 		return err
 	}
 	for _, image := range []image{
 		// A Pod's sandbox needs a process that does nothing, to hold the Pod's namespaces.
 		{pauseImage, []string{"/bin/tail", "-f", "/dev/null"}, busybox},
-		{workloadName, nil, busybox},
-		{gitImage, nil, slices.Concat(busybox, git)},
+		{readmeName, nil, busybox},
+		{clientImage, nil, slices.Concat(busybox, clients)},
 		{driverName, []string{"/connectors-csi"}, driver},
 		{upgradeImage, []string{"/connectors-csi"}, driver},
 	} {
@@ -118,19 +118,26 @@ func busyboxFiles() ([]file, error) {
 	return files, nil
 }
 
-// gitFiles returns this machine's git with all it needs to clone over HTTP.
-func gitFiles() ([]file, error) {
+// clientFiles returns this machine's curl, and its git with all it needs to clone over HTTP.
+func clientFiles() ([]file, error) {
+	helpers, err := output("git", "--exec-path")
+	if err != nil {
+		return nil, err
+	}
 	git, err := exec.LookPath("git")
 	if err != nil {
 		return nil, err
 	}
-	helpers, err := output(git, "--exec-path")
+	curl, err := exec.LookPath("curl")
 	if err != nil {
 		return nil, err
 	}
-	files := []file{{name: "etc/passwd", mode: 0o644, content: []byte("root:x:0:0::/root:/bin/sh\n")}}
+	files := []file{
+		{name: "etc/passwd", mode: 0o644, content: []byte("root:x:0:0::/root:/bin/sh\n")},
+		{name: path.Join(helpers, "git")[1:], link: git}, // under this name git finds its own commands
+	}
 	seen := map[string]bool{}
-	for _, program := range []string{git, filepath.Join(helpers, "git-remote-http")} {
+	for _, program := range []string{curl, git, path.Join(helpers, "git-remote-http")} {
 		// "\tlibz.so.1 => /lib/x86_64-linux-gnu/libz.so.1 (0x…)", "\t/lib64/ld-linux-x86-64.so.2 (0x…)"
 		libraries, err := output("ldd", program)
 		if err != nil {
@@ -148,8 +155,7 @@ func gitFiles() ([]file, error) {
 			files = append(files, file{name: name[1:], mode: 0o755, content: content})
 		}
 	}
-	// git finds its own commands under this name.
-	return append(files, file{name: path.Join(helpers, "git")[1:], link: git}), nil
+	return files, nil
 }
 
 func absolutePaths(text string) []string {

@@ -271,7 +271,7 @@ func setUpNetwork() error {
 type Node struct {
 	dir string // on the host; kept if something fails
 
-	etcd, apiServer, containerd, controllerManager, scheduler, kubelet *component
+	apiServer, kubelet *component // tests stop and restart them
 }
 
 // runWork starts Kubernetes and calls work.
@@ -295,8 +295,8 @@ func (n *Node) start() error {
 	if err := n.writeConfiguration(); err != nil {
 		return err
 	}
-	n.containerd = n.run("containerd", "--config", n.path("containerd.toml"))
-	n.etcd = n.run("server", // etcd's main package is called that
+	n.run("containerd", "--config", n.path("containerd.toml"))
+	n.run("server", // etcd's main package is called that
 		"--data-dir", "/run/etcd", "--unsafe-no-fsync", "--log-level", "warn")
 	n.apiServer = n.run("kube-apiserver",
 		"--etcd-servers", "http://127.0.0.1:2379",
@@ -318,12 +318,12 @@ func (n *Node) start() error {
 	if err := await(startLimit, func() error { _, err := kubectl("get", "--raw", "/readyz"); return err }); err != nil {
 		return fmt.Errorf("kube-apiserver is not ready: %w", err)
 	}
-	n.controllerManager = n.run("kube-controller-manager",
+	n.run("kube-controller-manager",
 		"--kubeconfig", n.path("controller-manager.kubeconfig"), "--leader-elect=false",
 		"--use-service-account-credentials",
 		"--service-account-private-key-file", n.path("service-account.key"),
 		"--root-ca-file", n.path("apiserver.crt"))
-	n.scheduler = n.run("kube-scheduler",
+	n.run("kube-scheduler",
 		"--kubeconfig", n.path("scheduler.kubeconfig"), "--leader-elect=false")
 	n.kubelet = n.run("kubelet",
 		"--kubeconfig", n.path("kubelet.kubeconfig"), "--config", n.path("kubelet.yaml"),
@@ -400,8 +400,8 @@ users: [{name: user, user: {token: %q}}]
 `
 
 // The API server reaches the kubelet for logs and exec without credentials; nobody else can reach it.
-// syncFrequency is a tenth of the default 1m's order: kubelet republishes volumes when it syncs a Pod,
-// and the tests wait for that. Disk limits are off because the node's disk is memory.
+// Kubelet republishes volumes when it syncs a Pod: with the default of 1m the tests would wait for most of
+// their time. Disk limits are off because the node's disk is memory.
 const kubeletFormat = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
@@ -415,7 +415,7 @@ evictionHard: {memory.available: 50Mi, nodefs.available: 1%%, nodefs.inodesFree:
 maxPods: 150
 podLogsDir: %s
 resolvConf: ""
-syncFrequency: 10s
+syncFrequency: 5s
 `
 
 // restrict_oom_score_adj: without CAP_SYS_RESOURCE, which containers and some machines lack, a lower

@@ -33,6 +33,7 @@ func installPackages() error {
 		{"mount", "mount", command("mount")},
 		{"nsenter", "util-linux", command("nsenter")},
 		{"git", "git", command("git")},
+		{"curl", "curl", command("curl")},
 	} {
 		if !need.present {
 			names, packages = append(names, need.name), append(packages, need.pkg)
