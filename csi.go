@@ -66,6 +66,7 @@ type volume struct {
 	issued     issuedToken // the token, where the driver asked for it
 	audiences  []string    // of issued
 	versions   []string    // of the Connectors and their classes
+	settled    bool        // the last call found nothing to do, not even an old generation to remove
 }
 
 func (d *driver) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
@@ -152,6 +153,7 @@ func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublish
 	if changed, err = publishVolume(p.target, f, p.who); err != nil {
 		return nil, mountStatus(err)
 	}
+	next.settled = !changed
 	d.remember(p.target, next)
 	return &csi.NodePublishVolumeResponse{}, nil
 }
@@ -471,9 +473,9 @@ func (d *driver) remember(target string, v *volume) {
 	}
 }
 
-// madeFrom tells whether a published volume was made from just what the next one would be.
+// madeFrom tells whether a published volume was made from just what the next one would be, and is settled.
 func (v *volume) madeFrom(next *volume) bool {
-	return v != nil && v.token == next.token && v.who == next.who && slices.Equal(v.versions, next.versions) &&
+	return v != nil && v.settled && v.token == next.token && v.who == next.who && slices.Equal(v.versions, next.versions) &&
 		reflect.DeepEqual(v.attributes, next.attributes)
 }
 

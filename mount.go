@@ -57,7 +57,7 @@ func (a access) modes() (dir, file os.FileMode) {
 }
 
 // publishVolume makes the files visible, complete and read-only, at the target path: by a new mount, or in
-// place where the target is mounted already. It reports whether anything had to be written. When it fails, a
+// place where the target is mounted already. It reports whether that changed what users see. When it fails, a
 // target that was not mounted before is not mounted afterwards, and one that was still shows its old files.
 func publishVolume(target string, f files, who access) (changed bool, err error) {
 	mounted, err := isMountRoot(target)
@@ -205,12 +205,15 @@ func setReadOnly(mount int, readOnly bool) error {
 
 // writeGeneration brings the volume behind the mount to the given files:
 //
-//  1. if ..data is not yet the wanted generation, write that generation's directory anew
+//  1. if ..data is not yet the wanted generation, remove all others but the current one, and write the wanted
+//     one's directory anew
 //  2. create the visible links that are missing; they dangle until ..data has their file
 //  3. switch ..data to the generation, by rename
-//  4. remove all that does not belong to it: old generations and links, leftovers of an interrupted update
+//  4. remove what belongs neither to it nor to the generation that was current until now. That one stays until
+//     the next call, since somebody may be following ..data into it at this very moment
 //
-// Every step finds by itself what is left to do, so an interrupted update is completed by the next one.
+// Every step finds by itself what is left to do, so an interrupted update is completed by the next one. It
+// reports whether it changed what users see; if not, nothing is left to do.
 func writeGeneration(mount int, f files, who access) (changed bool, err error) {
 	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", mount))
 	if err != nil {
@@ -234,6 +237,14 @@ func writeGeneration(mount int, f files, who access) (changed bool, err error) {
 	// 1. write
 	if current != generation {
 		changed = true
+		for name := range present {
+			if !strings.HasPrefix(name, generationPrefix) || name == current {
+				continue
+			}
+			if err := root.RemoveAll(name); err != nil {
+				return true, err
+			}
+		}
 		if err := writeFiles(root, generation, f, who); err != nil {
 			return true, errors.Join(err, root.RemoveAll(generation))
 		}
@@ -265,10 +276,9 @@ func writeGeneration(mount int, f files, who access) (changed bool, err error) {
 
 	// 4. sweep
 	for name := range present {
-		if _, wanted := f[name]; wanted || name == generation || name == dataLink {
+		if _, wanted := f[name]; wanted || name == generation || name == current || name == dataLink {
 			continue
 		}
-		changed = true
 		if err := root.RemoveAll(name); err != nil {
 			return true, err
 		}
@@ -276,12 +286,9 @@ func writeGeneration(mount int, f files, who access) (changed bool, err error) {
 	return changed, nil
 }
 
-// writeFiles writes the directory of a generation, replacing what an interrupted update left of it. Modes
-// are set after creation, since the umask would take from them.
+// writeFiles writes the directory of a generation. Modes are set after creation, since the umask would take
+// from them.
 func writeFiles(root *os.Root, generation string, f files, who access) error {
-	if err := root.RemoveAll(generation); err != nil {
-		return err
-	}
 	if err := root.Mkdir(generation, 0o700); err != nil {
 		return err
 	}
