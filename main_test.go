@@ -1,0 +1,3620 @@
+package main
+
+// The tests of the driver. None of its parts is replaced: every test speaks gRPC to the driver's socket, as kubelet
+// does, the driver speaks HTTPS to an API server of the test, which checks tokens and permissions, and what it
+// mounts is looked at from outside. The test binary starts itself again in a mount namespace of its own, and in a
+// user namespace as well where it is not root, so that it needs no privilege and leaves nothing behind.
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/hmac"
+	crand "crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"math/big"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
+)
+
+const (
+	// roleKey is the environment variable that tells the test binary what it runs as.
+	roleKey    = "CONNECTORS_CSI_TEST_ROLE"
+	roleTests  = "tests"  // inside the namespaces
+	roleWorker = "worker" // inside them too, and they are set up: a process of a fuzz test
+	roleDriver = "driver" // the driver itself, by main()
+
+	kubeletRoot  = "/run/k" // a shared mount, as kubelet's directory is; short, since it holds sockets
+	containerDir = "/run/c" // where the tests mount volumes as a container runtime does
+
+	apiAudience = "https://kubernetes.default.svc.cluster.local"
+	driverUser  = "connectors-system/connectors-csi"
+)
+
+func TestMain(m *testing.M) {
+	switch os.Getenv(roleKey) {
+	case roleDriver:
+		main()
+	case roleTests:
+		if err := setUpNamespace(); err != nil {
+			fmt.Fprintln(os.Stderr, "setting up the mount namespace:", err)
+			os.Exit(1)
+		}
+		os.Setenv(roleKey, roleWorker)
+		slog.SetDefault(slog.New(slog.NewTextHandler(&logs, nil)))
+		code := m.Run()
+		if secret := secretIn(logs.String()); secret != "" {
+			fmt.Printf("--- FAIL: the log of all tests contains %s\n", secret)
+			code = 1
+		}
+		os.Exit(code)
+	case roleWorker:
+		slog.SetDefault(slog.New(slog.NewTextHandler(&logs, nil)))
+		m.Run()
+	default:
+		os.Exit(runInNamespace())
+	}
+}
+
+// runInNamespace starts this test binary again in namespaces of its own, and returns its exit code.
+func runInNamespace() int {
+	runtime.LockOSThread() // the signal for the parent's death is one for the death of its thread
+	again := func(flags uintptr) *exec.Cmd {
+		cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+		cmd.Args[0] = os.Args[0]
+		cmd.Env = append(os.Environ(), roleKey+"="+roleTests)
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Pdeathsig: syscall.SIGKILL}
+		return cmd
+	}
+	cmd := again(syscall.CLONE_NEWNS)
+	if os.Geteuid() != 0 || cmd.Start() != nil { // root of a container may not be allowed to either
+		cmd = again(syscall.CLONE_NEWNS | syscall.CLONE_NEWUSER)
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
+		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
+		if err := cmd.Start(); err != nil {
+			fmt.Fprintln(os.Stderr, "the tests mount volumes: run them as root, or allow user namespaces (sysctl user.max_user_namespaces):", err)
+			return 1
+		}
+	}
+	cmd.Wait()
+	return cmd.ProcessState.ExitCode()
+}
+
+// setUpNamespace gives the tests a /run of their own, with the driver's ServiceAccount and, below it, a shared
+// mount for kubelet's directory. All other mounts become private, so that nothing gets out.
+func setUpNamespace() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return err
+	}
+	run, err := filepath.EvalSymlinks("/var/run")
+	if err != nil {
+		return err
+	}
+	for _, dir := range []string{"/run", run} { // mostly the same
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=755"); err != nil {
+			return fmt.Errorf("%s: %w", dir, err)
+		}
+	}
+	for _, dir := range []string{kubeletRoot, containerDir, serviceAccountDir} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	if err := unix.Mount("tmpfs", kubeletRoot, "tmpfs", 0, "mode=755"); err != nil {
+		return err
+	}
+	if err := unix.Mount("", kubeletRoot, "", unix.MS_SHARED, ""); err != nil {
+		return err
+	}
+	// Every API server of httptest has the same certificate.
+	server := httptest.NewTLSServer(nil)
+	defer server.Close()
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
+	if err := os.WriteFile(filepath.Join(serviceAccountDir, "ca.crt"), ca, 0o644); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(serviceAccountDir, "token"), []byte(driverToken()+"\n"), 0o600)
+}
+
+// lockedBuffer is a buffer that many may write to.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+// logs is all that any driver has logged, in this process or in one of its own, in any test.
+var logs lockedBuffer
+
+// eventually waits until the condition holds.
+func eventually(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
+		if condition() {
+			return
+		}
+	}
+	t.Fatalf("never came true: %s", what)
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Tokens are JSON Web Tokens as the API server issues them: header.payload.signature. All of them begin alike and
+// have the same mark in their signature, so that a search for a few strings finds any part of any token.
+
+var tokenHeader = base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"HS256","kid":"the-key-of-the-test-cluster"}`))
+
+const signatureMark = "this-is-a-signature:" // followed by the real one
+
+// fileMark is in files of the test's classes and nowhere else.
+const fileMark = "written-into-files-only"
+
+type claims struct {
+	Audience   []string `json:"aud"`
+	Expires    int64    `json:"exp"`
+	Kubernetes struct {
+		Namespace      string            `json:"namespace"`
+		Pod            map[string]string `json:"pod,omitempty"`
+		ServiceAccount map[string]string `json:"serviceaccount"`
+	} `json:"kubernetes.io"`
+	Subject string `json:"sub"`
+	Serial  int64  `json:"jti"`
+}
+
+var serial atomic.Int64
+
+func sign(payload string) string {
+	h := hmac.New(sha256.New, []byte("key"))
+	io.WriteString(h, payload)
+	return base64.RawURLEncoding.EncodeToString(append([]byte(signatureMark), h.Sum(nil)...))
+}
+
+// issue makes a token of a ServiceAccount, bound to the Pod if there is one.
+func issue(namespace, serviceAccount string, pod map[string]string, lifetime time.Duration, audiences ...string) string {
+	c := claims{Audience: audiences, Expires: time.Now().Add(lifetime).Unix(), Serial: serial.Add(1)}
+	c.Kubernetes.Namespace, c.Kubernetes.Pod = namespace, pod
+	c.Kubernetes.ServiceAccount = map[string]string{"name": serviceAccount, "uid": "5a"}
+	c.Subject = "system:serviceaccount:" + namespace + ":" + serviceAccount
+	text, _ := json.Marshal(c)
+	payload := base64.RawURLEncoding.EncodeToString(text)
+	return tokenHeader + "." + payload + "." + sign(payload)
+}
+
+func driverToken() string {
+	namespace, name, _ := strings.Cut(driverUser, "/")
+	return issue(namespace, name, map[string]string{"name": "connectors-csi-x", "uid": "d"}, time.Hour, apiAudience)
+}
+
+func decodeClaims(token string) (c claims, ok bool) {
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return c, false
+	}
+	text, err := base64.RawURLEncoding.DecodeString(parts[1])
+	return c, err == nil && json.Unmarshal(text, &c) == nil
+}
+
+// secretIn names the secret that the text contains, or "".
+func secretIn(text string) string {
+	base64Of := func(s string) string { return base64.StdEncoding.EncodeToString([]byte(s)) }
+	for what, secret := range map[string]string{
+		"a token's header":                tokenHeader,
+		"a token's header in base64":      base64Of(tokenHeader)[:40],
+		"a token's header in Basic":       base64Of(":" + tokenHeader)[:40],
+		"a token's payload":               base64.RawURLEncoding.EncodeToString([]byte(`{"aud":["http`))[:16],
+		"a token's signature":             base64.RawURLEncoding.EncodeToString([]byte(signatureMark))[:26],
+		"the content of a file":           fileMark,
+		"the content of a file in base64": base64Of(fileMark)[:30],
+	} {
+		if i := strings.Index(text, secret); i >= 0 {
+			return fmt.Sprintf("%s: … %q …", what, text[max(0, i-200):min(len(text), i+200)])
+		}
+	}
+	return ""
+}
+
+// apiServer is an API server: it holds objects, checks tokens, and answers as Kubernetes does.
+type apiServer struct {
+	*httptest.Server
+	t testing.TB
+
+	mu          sync.Mutex
+	objects     map[string][]byte // by path
+	version     int
+	forbidden   map[string]bool // "namespace/serviceaccount path"
+	noTokens    bool            // the driver may not request tokens
+	podUIDs     map[string]bool
+	lifetime    time.Duration // of the tokens it issues, if not what the request asks for
+	requests    map[string]int
+	readers     map[string]string // who was the last to ask for a path
+	lastRequest map[string]object // the last body by path
+	driverToken string            // that the driver used last
+	intercept   func(http.ResponseWriter, *http.Request) bool
+	connections atomic.Int32
+	protocols   map[string]bool
+}
+
+func newAPIServer(t testing.TB) *apiServer {
+	a := &apiServer{t: t, objects: map[string][]byte{}, forbidden: map[string]bool{}, podUIDs: map[string]bool{},
+		requests: map[string]int{}, readers: map[string]string{}, lastRequest: map[string]object{}, protocols: map[string]bool{}}
+	a.Server = httptest.NewUnstartedServer(a)
+	a.EnableHTTP2 = true
+	a.Config.ErrorLog = slog.NewLogLogger(slog.NewTextHandler(io.Discard, nil), slog.LevelError)
+	a.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			a.connections.Add(1)
+		}
+	}
+	a.StartTLS()
+	t.Cleanup(a.Close)
+	return a
+}
+
+func connectorPath(namespace, name string) string {
+	return "/apis/connectors.alauda.io/v1alpha1/namespaces/" + namespace + "/connectors/" + name
+}
+
+func classPath(name string) string {
+	return "/apis/connectors.alauda.io/v1alpha1/connectorclasses/" + name
+}
+
+func tokenPath(namespace, serviceAccount string) string {
+	return "/api/v1/namespaces/" + namespace + "/serviceaccounts/" + serviceAccount + "/token"
+}
+
+// put creates or changes objects.
+func (a *apiServer) put(objects ...object) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, o := range objects {
+		metadata := o["metadata"].(object)
+		path := classPath(metadata["name"].(string))
+		if namespace, ok := metadata["namespace"].(string); ok {
+			path = connectorPath(namespace, metadata["name"].(string))
+		}
+		a.version++
+		metadata["resourceVersion"], metadata["uid"] = strconv.Itoa(a.version), fmt.Sprintf("uid-of-%x", sha256.Sum256([]byte(path)))
+		text, err := json.Marshal(o)
+		must(a.t, err)
+		a.objects[path] = text
+	}
+}
+
+func (a *apiServer) remove(path string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.objects, path)
+}
+
+// forbid takes the right to read the path from a ServiceAccount ("namespace/name").
+func (a *apiServer) forbid(serviceAccount, path string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.forbidden[serviceAccount+" "+path] = true
+}
+
+// set changes the server's behaviour.
+func (a *apiServer) set(change func()) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	change()
+}
+
+// count tells how often the path was asked for, or anything at all where it is "".
+func (a *apiServer) count(path string) int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if path != "" {
+		return a.requests[path]
+	}
+	sum := 0
+	for _, n := range a.requests {
+		sum += n
+	}
+	return sum
+}
+
+// gate keeps requests waiting.
+type gate struct {
+	waiting atomic.Int32
+	opened  chan struct{}
+	open    func()
+}
+
+// hold makes the requests whose path contains the text wait until the gate is opened.
+func (a *apiServer) hold(text string) *gate {
+	g := &gate{opened: make(chan struct{})}
+	g.open = sync.OnceFunc(func() { close(g.opened) })
+	a.t.Cleanup(g.open)
+	a.set(func() {
+		a.intercept = func(_ http.ResponseWriter, r *http.Request) bool {
+			if strings.Contains(r.URL.Path, text) {
+				g.waiting.Add(1)
+				defer g.waiting.Add(-1)
+				select {
+				case <-g.opened:
+				case <-r.Context().Done():
+				}
+			}
+			return false
+		}
+	})
+	return g
+}
+
+// answer makes the requests whose path contains the text end with this answer, until it is called with "".
+func (a *apiServer) answer(text string, code int, body string, header ...string) {
+	a.set(func() {
+		a.intercept = func(w http.ResponseWriter, r *http.Request) bool {
+			if text == "" || !strings.Contains(r.URL.Path, text) {
+				return false
+			}
+			for pair := range slices.Chunk(header, 2) {
+				w.Header().Set(pair[0], pair[1])
+			}
+			w.WriteHeader(code)
+			io.WriteString(w, body)
+			return true
+		}
+	})
+}
+
+// statusBody is the object that the API server answers with where it answers with an error.
+func statusBody(code int, reason, format string, a ...any) string {
+	text, _ := json.Marshal(object{"kind": "Status", "apiVersion": "v1", "metadata": object{}, "status": "Failure",
+		"message": fmt.Sprintf(format, a...), "reason": reason, "details": object{}, "code": code})
+	return string(text)
+}
+
+func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, _ := io.ReadAll(r.Body)
+	var sent object
+	json.Unmarshal(body, &sent)
+	token := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
+	c, _ := decodeClaims(token)
+	user := c.Kubernetes.Namespace + "/" + c.Kubernetes.ServiceAccount["name"]
+	a.mu.Lock()
+	a.requests[r.URL.Path]++
+	a.readers[r.URL.Path], a.lastRequest[r.URL.Path], a.protocols[r.Proto] = user, sent, true
+	if user == driverUser {
+		a.driverToken = token
+	}
+	intercept := a.intercept
+	a.mu.Unlock()
+	if intercept != nil && intercept(w, r) {
+		return
+	}
+
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	w.Header().Set("Content-Type", "application/json")
+	fail := func(code int, reason, format string, args ...any) {
+		w.WriteHeader(code)
+		io.WriteString(w, statusBody(code, reason, format, args...))
+	}
+	parts := strings.Split(token, ".")
+	authentic := len(parts) == 3 && parts[2] == sign(parts[1]) && c.Expires > time.Now().Unix() && slices.Contains(c.Audience, apiAudience)
+	isDriver, isClass := user == driverUser, strings.Contains(r.URL.Path, "/connectorclasses/")
+	subject := "system:serviceaccount:" + strings.Replace(user, "/", ":", 1)
+	switch {
+	case !authentic:
+		fail(http.StatusUnauthorized, "Unauthorized", "Unauthorized")
+	case strings.HasSuffix(r.URL.Path, "/token"):
+		a.issueToken(w, r.URL.Path, sent, fail, isDriver && !a.noTokens, subject)
+	case a.forbidden[user+" "+r.URL.Path] || isDriver != isClass:
+		resource := strings.Split(r.URL.Path, "/")
+		fail(http.StatusForbidden, "Forbidden", `%s.connectors.alauda.io %q is forbidden: User %q cannot get resource %q in API group "connectors.alauda.io"`,
+			resource[len(resource)-2], resource[len(resource)-1], subject, resource[len(resource)-2])
+	case a.objects[r.URL.Path] == nil:
+		resource := strings.Split(r.URL.Path, "/")
+		fail(http.StatusNotFound, "NotFound", "%s.connectors.alauda.io %q not found", resource[len(resource)-2], resource[len(resource)-1])
+	default:
+		w.Write(a.objects[r.URL.Path])
+	}
+}
+
+// issueToken answers a TokenRequest, under the API server's rules for it.
+func (a *apiServer) issueToken(w http.ResponseWriter, path string, sent object, fail func(int, string, string, ...any), allowed bool, user string) {
+	parts := strings.Split(path, "/")
+	namespace, serviceAccount := parts[4], parts[6]
+	seconds, _ := valueAt(sent, "spec", "expirationSeconds").(float64)
+	podName, uid := stringAt(sent, "spec", "boundObjectRef", "name"), stringAt(sent, "spec", "boundObjectRef", "uid")
+	switch {
+	case !allowed:
+		fail(http.StatusForbidden, "Forbidden", `serviceaccounts %q is forbidden: User %q cannot create resource "serviceaccounts/token" in API group "" in the namespace %q`,
+			serviceAccount, user, namespace)
+		return
+	case seconds < 600:
+		fail(http.StatusUnprocessableEntity, "Invalid", "spec.expirationSeconds: Invalid value: %v: may not specify a duration less than 10 minutes", seconds)
+		return
+	case stringAt(sent, "spec", "boundObjectRef", "kind") != "Pod" || !a.podUIDs[uid]:
+		fail(http.StatusConflict, "Conflict", "the UID in the bound object reference (%s) does not match the UID in record", uid)
+		return
+	}
+	lifetime := time.Duration(seconds) * time.Second
+	if a.lifetime != 0 {
+		lifetime = a.lifetime
+	}
+	audiences := []string{apiAudience}
+	if list, ok := valueAt(sent, "spec", "audiences").([]any); ok {
+		audiences = nil
+		for _, audience := range list {
+			audiences = append(audiences, audience.(string))
+		}
+	}
+	w.WriteHeader(http.StatusCreated)
+	json.NewEncoder(w).Encode(object{"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "spec": sent["spec"], "status": object{
+		"token":               issue(namespace, serviceAccount, map[string]string{"name": podName, "uid": uid}, lifetime, audiences...),
+		"expirationTimestamp": time.Now().Add(lifetime).UTC().Format(time.RFC3339),
+	}})
+}
+
+// node is one node of a cluster: kubelet's directory, the API server, and a driver once it is started.
+type node struct {
+	t      testing.TB
+	dir    string // kubelet's --root-dir
+	api    *apiServer
+	driver *driver // where it runs in this process
+	stop   func()  // ends that driver as SIGTERM does, and waits for it
+	conn   *grpc.ClientConn
+	http   string // the address of /healthz and so on
+}
+
+var nodes atomic.Int32
+
+// newNode makes a node without a driver. Its API server has the ConnectorClass "git" and the Connector "git".
+func newNode(t testing.TB) *node {
+	n := &node{t: t, dir: fmt.Sprintf("%s/%d", kubeletRoot, nodes.Add(1)), api: newAPIServer(t)}
+	for _, dir := range []string{n.podsDir(), n.dir + "/plugins_registry"} {
+		must(t, os.MkdirAll(dir, 0o750))
+	}
+	n.api.put(gitClass(), connector("default", "git", "git"))
+	logged := len(logs.String())
+	t.Cleanup(func() {
+		for _, m := range mountsBelow(n.dir) {
+			unix.Unmount(m.point, unix.MNT_DETACH)
+		}
+		if secret := secretIn(logs.String()[logged:]); secret != "" {
+			t.Errorf("the log contains %s", secret)
+		}
+		if t.Failed() && testing.Verbose() {
+			t.Log(logs.String()[logged:])
+		}
+	})
+	return n
+}
+
+// startNode makes a node with a driver inside the test process.
+func startNode(t testing.TB, change ...func(*driver)) *node {
+	n := newNode(t)
+	n.start(change...)
+	return n
+}
+
+// start runs the driver inside the test process, put together as run does it. Objects stay in its cache for an hour.
+func (n *node) start(change ...func(*driver)) {
+	n.t.Helper()
+	host, port, err := net.SplitHostPort(n.api.Listener.Addr().String())
+	must(n.t, err)
+	n.t.Setenv("KUBERNETES_SERVICE_HOST", host)
+	n.t.Setenv("KUBERNETES_SERVICE_PORT", port)
+	m := newMetrics(n.podsDir())
+	k, err := newKube(time.Hour, m)
+	must(n.t, err)
+	n.driver = &driver{nodeName: "node-1", podsDir: n.podsDir(), kube: k, metrics: m, busy: map[string]bool{}, volumes: map[string]*volume{}}
+	for _, c := range change {
+		c(n.driver)
+	}
+	logged := len(logs.String())
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- serve(ctx, n.driver, n.socket(), "127.0.0.1:0") }()
+	n.stop = sync.OnceFunc(func() {
+		n.conn.Close()
+		cancel()
+		if err := <-done; err != nil {
+			n.t.Errorf("serve: %v", err)
+		}
+		k.client.CloseIdleConnections()
+	})
+	n.dial()
+	n.http = n.awaitStart(func() string { return logs.String()[logged:] })
+	n.t.Cleanup(n.stop)
+}
+
+var startedLine = regexp.MustCompile(`started .*http=([0-9.:]+)`)
+
+// awaitStart waits for the line that the driver logs when it serves, and returns its HTTP address.
+func (n *node) awaitStart(log func() string) (address string) {
+	n.t.Helper()
+	eventually(n.t, "the driver starts", func() bool {
+		match := startedLine.FindStringSubmatch(log())
+		if match != nil {
+			address = match[1]
+		}
+		return match != nil
+	})
+	return address
+}
+
+// dial makes a connection to the driver's socket. Every error that comes over it is searched for secrets.
+func (n *node) dial() {
+	check := func(ctx context.Context, method string, request, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, options ...grpc.CallOption) error {
+		err := invoke(ctx, method, request, reply, conn, options...)
+		if err == nil {
+			return nil
+		}
+		if secret := secretIn(err.Error()); secret != "" {
+			n.t.Errorf("the error of %s contains %s", method, secret)
+		}
+		return err
+	}
+	conn, err := grpc.NewClient("unix:"+n.socket(), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithUnaryInterceptor(check), grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
+	must(n.t, err)
+	n.conn = conn
+	n.t.Cleanup(func() { conn.Close() })
+}
+
+func (n *node) podsDir() string { return n.dir + "/pods" }
+func (n *node) socket() string  { return n.dir + "/plugins_registry/connectors-csi-reg.sock" }
+
+// age makes every object in the driver's cache an hour older, which is its refresh interval.
+func (n *node) age() {
+	n.driver.kube.mu.Lock()
+	defer n.driver.kube.mu.Unlock()
+	for _, entry := range n.driver.kube.cache {
+		<-entry.turn
+		entry.started = entry.started.Add(-n.driver.kube.refresh)
+		entry.turn <- struct{}{}
+	}
+}
+
+// get asks the driver's HTTP port.
+func (n *node) get(path string) (code int, body string) {
+	n.t.Helper()
+	response, err := http.Get("http://" + n.http + path)
+	must(n.t, err)
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	must(n.t, err)
+	return response.StatusCode, string(text)
+}
+
+// process is a driver in a process of its own.
+type process struct {
+	*exec.Cmd
+	log    *lockedBuffer
+	exited chan struct{}
+}
+
+// run starts a driver in a process of its own: this binary, which calls main(), or another one.
+func (n *node) run(binary string, environment []string, arguments ...string) *process {
+	n.t.Helper()
+	host, port, err := net.SplitHostPort(n.api.Listener.Addr().String())
+	must(n.t, err)
+	p := &process{Cmd: exec.Command(binary, arguments...), log: &lockedBuffer{}, exited: make(chan struct{})}
+	p.Env = append(os.Environ(), roleKey+"="+roleDriver, "NODE_NAME=node-1", "KUBERNETES_SERVICE_HOST="+host, "KUBERNETES_SERVICE_PORT="+port)
+	p.Env = append(p.Env, environment...)
+	p.Stderr = io.MultiWriter(p.log, &logs)
+	p.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	must(n.t, p.Start())
+	go func() { p.Wait(); close(p.exited) }()
+	n.t.Cleanup(p.kill)
+	return p
+}
+
+const thisBinary = "/proc/self/exe"
+
+// startProcess starts a driver in a process of its own and waits until it serves. Every call reads every object.
+func (n *node) startProcess() *process { return n.startBinary(thisBinary, "--refresh-interval=1ns") }
+
+func (n *node) startBinary(binary string, arguments ...string) *process {
+	n.t.Helper()
+	p := n.run(binary, nil, append(arguments, "--kubelet-dir="+n.dir, "--http-address=127.0.0.1:0")...)
+	n.http = n.awaitStart(p.log.String)
+	if n.conn != nil {
+		n.conn.Close()
+	}
+	n.dial()
+	return p
+}
+
+func (p *process) kill() {
+	p.Process.Kill()
+	<-p.exited
+}
+
+// testPod is a Pod on a node.
+type testPod struct {
+	node                                 *node
+	namespace, name, uid, serviceAccount string
+	token                                string
+}
+
+// pod makes a Pod, which runs as the ServiceAccount "default" of the namespace "default" or as another one.
+func (n *node) pod(serviceAccount ...string) *testPod {
+	i := serial.Add(1)
+	p := &testPod{node: n, namespace: "default", serviceAccount: "default", name: fmt.Sprintf("pod-%d", i), uid: fmt.Sprintf("0f5e7ed5-0000-4000-8000-%012d", i)}
+	for _, s := range serviceAccount {
+		p.namespace, p.serviceAccount, _ = strings.Cut(s, "/")
+	}
+	n.api.set(func() { n.api.podUIDs[p.uid] = true })
+	p.renewToken()
+	return p
+}
+
+// renewToken gives the Pod a new token, as kubelet does when the old one is about to expire.
+func (p *testPod) renewToken() {
+	p.token = issue(p.namespace, p.serviceAccount, map[string]string{"name": p.name, "uid": p.uid}, 30*time.Minute, apiAudience)
+}
+
+// podVolume is a volume of a Pod.
+type podVolume struct {
+	t      testing.TB
+	node   *node
+	pod    *testPod
+	target string
+	// attributes are the volumeAttributes
+	attributes map[string]string
+	// change changes the request before it is sent
+	change func(*csi.NodePublishVolumeRequest)
+}
+
+type attrs = map[string]string
+
+// volume makes a volume of a new Pod: the configuration "config" of the Connector "git", with other or more
+// attributes where there are some. An attribute of "-" is left out.
+func (n *node) volume(attributes ...attrs) *podVolume { return n.pod().volume("config", attributes...) }
+
+func (p *testPod) volume(name string, attributes ...attrs) *podVolume {
+	v := &podVolume{t: p.node.t, node: p.node, pod: p, attributes: attrs{"connector.name": "git", "configuration.names": "config"}}
+	v.target = filepath.Join(p.node.podsDir(), p.uid, "volumes/kubernetes.io~csi", name, "mount")
+	for _, a := range attributes {
+		maps.Copy(v.attributes, a)
+	}
+	maps.DeleteFunc(v.attributes, func(_, value string) bool { return value == "-" })
+	must(v.t, os.MkdirAll(filepath.Dir(v.target), 0o750)) // kubelet makes the parent
+	return v
+}
+
+// request is what kubelet sends.
+func (v *podVolume) request() *csi.NodePublishVolumeRequest {
+	tokens, err := json.Marshal(object{"": object{"token": v.pod.token, "expirationTimestamp": "2026-01-01T00:00:00Z"}})
+	must(v.t, err)
+	volumeContext := attrs{
+		"csi.storage.k8s.io/pod.name":            v.pod.name,
+		"csi.storage.k8s.io/pod.namespace":       v.pod.namespace,
+		"csi.storage.k8s.io/pod.uid":             v.pod.uid,
+		"csi.storage.k8s.io/serviceAccount.name": v.pod.serviceAccount,
+		"csi.storage.k8s.io/ephemeral":           "true",
+	}
+	maps.Copy(volumeContext, v.attributes)
+	request := &csi.NodePublishVolumeRequest{
+		VolumeId:   fmt.Sprintf("csi-%x", sha256.Sum256([]byte(v.target))),
+		TargetPath: v.target,
+		VolumeCapability: &csi.VolumeCapability{
+			AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{}},
+			AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER},
+		},
+		Readonly:      true,
+		VolumeContext: volumeContext,
+		Secrets:       attrs{"csi.storage.k8s.io/serviceAccount.tokens": string(tokens)},
+	}
+	if v.change != nil {
+		v.change(request)
+	}
+	return request
+}
+
+func (v *podVolume) publish() error { return v.publishWithin(time.Minute) }
+
+func (v *podVolume) publishWithin(timeout time.Duration) error {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	_, err := csi.NewNodeClient(v.node.conn).NodePublishVolume(ctx, v.request())
+	return err
+}
+
+func (v *podVolume) unpublish() error {
+	_, err := csi.NewNodeClient(v.node.conn).NodeUnpublishVolume(context.Background(), &csi.NodeUnpublishVolumeRequest{VolumeId: v.request().VolumeId, TargetPath: v.target})
+	return err
+}
+
+// mustPublish publishes, and the volume is one mount.
+func (v *podVolume) mustPublish() {
+	v.t.Helper()
+	must(v.t, v.publish())
+	if n := len(mountsBelow(v.target)); n != 1 {
+		v.t.Fatalf("%s has %d mounts", v.target, n)
+	}
+}
+
+// settle publishes twice, after which the driver has nothing left to do for the volume.
+func (v *podVolume) settle() {
+	v.t.Helper()
+	v.mustPublish()
+	v.mustPublish()
+}
+
+func (v *podVolume) mustUnpublish() {
+	v.t.Helper()
+	must(v.t, v.unpublish())
+	v.wantNothing()
+}
+
+// wantNothing makes sure that there is no mount at the target path, and no directory.
+func (v *podVolume) wantNothing() {
+	v.t.Helper()
+	if _, err := os.Lstat(v.target); !errors.Is(err, fs.ErrNotExist) || len(mountsBelow(v.target)) > 0 {
+		v.t.Errorf("something is left at %s: %v, %v", v.target, err, mountsBelow(v.target))
+	}
+}
+
+// mustRefuse publishes a volume that is not published, which has to fail with the code and the words and to leave nothing.
+func (v *podVolume) mustRefuse(code codes.Code, words ...string) {
+	v.t.Helper()
+	wantError(v.t, v.publish(), code, words...)
+	v.wantNothing()
+}
+
+func wantError(t testing.TB, err error, code codes.Code, words ...string) {
+	t.Helper()
+	if status.Code(err) != code {
+		t.Errorf("code %v, not %v, in: %v", status.Code(err), code, err)
+	}
+	for _, word := range words {
+		if !strings.Contains(status.Convert(err).Message(), word) {
+			t.Errorf("no %q in: %v", word, err)
+		}
+	}
+}
+
+// read returns the files that a container sees.
+func (v *podVolume) read() map[string]string {
+	v.t.Helper()
+	entries, err := os.ReadDir(v.target)
+	must(v.t, err)
+	contents := map[string]string{}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), "..") {
+			text, err := os.ReadFile(filepath.Join(v.target, e.Name()))
+			must(v.t, err)
+			contents[e.Name()] = string(text)
+		}
+	}
+	return contents
+}
+
+// file returns what is in one file.
+func (v *podVolume) file(name string) string {
+	v.t.Helper()
+	text, err := os.ReadFile(filepath.Join(v.target, name))
+	must(v.t, err)
+	return string(text)
+}
+
+// want compares a file's content.
+func (v *podVolume) want(name, content string) {
+	v.t.Helper()
+	if got := v.file(name); got != content {
+		v.t.Errorf("%s is %q, not %q", name, got, content)
+	}
+}
+
+// wantFiles compares the names of the files.
+func (v *podVolume) wantFiles(names ...string) {
+	v.t.Helper()
+	if got := slices.Sorted(maps.Keys(v.read())); !slices.Equal(got, names) {
+		v.t.Errorf("files %v, not %v", got, names)
+	}
+}
+
+// wantClean makes sure that the volume holds one generation, its links and at most the generation before, which stays
+// until the next call for those who are just reading it.
+func (v *podVolume) wantClean() {
+	v.t.Helper()
+	generation, err := os.Readlink(v.target + "/..data")
+	must(v.t, err)
+	entries, err := os.ReadDir(v.target)
+	must(v.t, err)
+	before := 0
+	for _, e := range entries {
+		switch link, _ := os.Readlink(v.target + "/" + e.Name()); {
+		case e.Name() == "..data", e.Name() == generation && e.IsDir():
+		case strings.HasPrefix(e.Name(), "..gen-") && e.IsDir() && before == 0:
+			before++
+		case link == "..data/"+e.Name():
+			v.file(e.Name())
+		default:
+			v.t.Errorf("%s holds %s", v.target, e.Name())
+		}
+	}
+}
+
+// generation identifies the directory that the volume's files are in.
+func (v *podVolume) generation() uint64 {
+	v.t.Helper()
+	info, err := os.Stat(v.target + "/..data")
+	must(v.t, err)
+	return info.Sys().(*syscall.Stat_t).Ino
+}
+
+// writable opens the volume for writing, by a clone of its mount, and returns a path to it.
+func (v *podVolume) writable() string {
+	v.t.Helper()
+	clone, err := unix.OpenTree(unix.AT_FDCWD, v.target, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	must(v.t, err)
+	v.t.Cleanup(func() { unix.Close(clone) })
+	must(v.t, unix.MountSetattr(clone, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}))
+	return fmt.Sprintf("/proc/self/fd/%d", clone)
+}
+
+// mountLine is a line of /proc/self/mountinfo.
+type mountLine struct{ point, options, fstype, source, super string }
+
+// mountsBelow returns the mounts at the path and below it.
+func mountsBelow(path string) []mountLine {
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		panic(err)
+	}
+	var mounts []mountLine
+	for line := range strings.Lines(string(text)) {
+		f := strings.Fields(line)
+		if f[4] == path || strings.HasPrefix(f[4], path+"/") {
+			rest := f[slices.Index(f, "-")+1:]
+			mounts = append(mounts, mountLine{f[4], f[5], rest[0], rest[1], rest[2]})
+		}
+	}
+	return mounts
+}
+
+// connector makes a Connector with an address and a proxy.
+func connector(namespace, name, class string, change ...func(object)) object {
+	o := object{
+		"apiVersion": "connectors.alauda.io/v1alpha1", "kind": "Connector",
+		"metadata": object{"name": name, "namespace": namespace, "annotations": object{"mark": fileMark}},
+		"spec":     object{"connectorClassName": class, "address": "https://" + name + ".example.com"},
+		"status": object{
+			"conditions": []any{object{"type": "Ready", "status": "True"}},
+			"proxy":      object{"httpAddress": object{"url": "http://c-" + name + "." + namespace + ".svc.cluster.local"}},
+		},
+	}
+	for _, c := range change {
+		c(o)
+	}
+	return o
+}
+
+// with sets the field at the path to the value, or removes it if the value is nil.
+func with(value any, path ...string) func(object) {
+	return func(o object) {
+		for _, field := range path[:len(path)-1] {
+			if o[field] == nil {
+				o[field] = object{}
+			}
+			o = o[field].(object)
+		}
+		if last := path[len(path)-1]; value == nil {
+			delete(o, last)
+		} else {
+			o[last] = value
+		}
+	}
+}
+
+// class makes a ConnectorClass.
+func class(name string, configurations ...object) object {
+	list := []any{}
+	for _, c := range configurations {
+		list = append(list, c)
+	}
+	return object{"apiVersion": "connectors.alauda.io/v1alpha1", "kind": "ConnectorClass", "metadata": object{"name": name}, "spec": object{"configurations": list}}
+}
+
+// configuration makes a configuration of a class: file names and templates in turn.
+func configuration(name string, data ...string) object {
+	templates := object{}
+	for pair := range slices.Chunk(data, 2) {
+		templates[pair[0]] = pair[1]
+	}
+	return object{"name": name, "data": templates}
+}
+
+// param makes a parameter of a configuration, from field names and values in turn.
+func param(name string, fields ...any) any {
+	p := object{"name": name}
+	for pair := range slices.Chunk(fields, 2) {
+		p[pair[0].(string)] = pair[1]
+	}
+	return p
+}
+
+func gitClass() object {
+	return class("git",
+		configuration("config",
+			".gitconfig", "[http]\n\textraHeader = Authorization: Basic {{ printf \":%s\" .context.token | b64enc }}\n[url \"{{ .connector.status.proxyAddress }}\"]\n\tinsteadOf = {{ .connector.spec.address }}\n",
+			"token", "{{ .context.token }}",
+			"mark", "{{ .connector.metadata.annotations.mark }}"),
+		configuration("first", "shared", "from first", "one", "1"),
+		configuration("second", "shared", "from second", "two", "2"))
+}
+
+// ---- The contract of a volume ----
+
+func TestPublishMountsTheDocumentedExample(t *testing.T) {
+	n := startNode(t)
+	v := n.volume(attrs{"connector.name": "git", "connector.namespace": "default", "configuration.names": "config"})
+	v.mustPublish()
+	v.wantFiles(".gitconfig", "mark", "token")
+	v.want("token", v.pod.token)
+	v.want(".gitconfig", "[http]\n\textraHeader = Authorization: Basic "+base64.StdEncoding.EncodeToString([]byte(":"+v.pod.token))+
+		"\n[url \"http://c-git.default.svc.cluster.local\"]\n\tinsteadOf = https://git.example.com\n")
+	v.mustUnpublish()
+}
+
+func TestAttributesAccepted(t *testing.T) {
+	n := startNode(t)
+	n.api.put(connector("team-a", "git", "git"), connector("team-a", "with.dots-1", "git"))
+	for what, attributes := range map[string]attrs{
+		"namespace":                     {"connector.namespace": "team-a"},
+		"name with dots":                {"connector.namespace": "team-a", "connector.name": "with.dots-1"},
+		"empty namespace is the Pod's":  {"connector.namespace": ""},
+		"empty values are as no values": {"connectors": "", "configuration.params": "", "token.expiration": ""},
+		"spaces around names":           {"configuration.names": " config ,  first "},
+		"empty items":                   {"configuration.names": ",config,,"},
+		"connectors":                    {"connector.name": "-", "connectors": "git"},
+		"connectors with namespace":     {"connector.name": "", "connectors": " team-a/git , git"},
+		"the default expiration":        {"token.expiration": "30m"},
+		"an equal one":                  {"token.expiration": "0.5h"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			v := n.volume(attributes)
+			v.t = t
+			v.mustPublish()
+			v.want("token", v.pod.token)
+			v.mustUnpublish()
+		})
+	}
+}
+
+func TestAttributesRefused(t *testing.T) {
+	n := startNode(t)
+	for what, c := range map[string]struct {
+		attributes attrs
+		words      []string
+	}{
+		"no Connector":          {attrs{"connector.name": "-"}, []string{"connectors or connector.name is required"}},
+		"empty Connector":       {attrs{"connector.name": ""}, []string{"connectors or connector.name is required"}},
+		"list of nothing":       {attrs{"connector.name": "-", "connectors": " , "}, []string{"connectors or connector.name is required"}},
+		"both ways":             {attrs{"connectors": "git"}, []string{"connectors cannot be combined with connector.name"}},
+		"list and namespace":    {attrs{"connector.name": "-", "connectors": "git", "connector.namespace": "default"}, []string{"cannot be combined"}},
+		"the same twice":        {attrs{"connector.name": "-", "connectors": "git,default/git"}, []string{`"default/git" twice`}},
+		"no configuration":      {attrs{"configuration.names": "-"}, []string{"configuration.names is missing"}},
+		"empty configuration":   {attrs{"configuration.names": ""}, []string{"configuration.names is missing"}},
+		"only spaces":           {attrs{"configuration.names": " , "}, []string{"configuration.names is missing"}},
+		"only exclusions":       {attrs{"configuration.names": "!token"}, []string{"configuration.names is missing"}},
+		"singular":              {attrs{"configuration.name": "config"}, []string{`"configuration.name"`, `did you mean "configuration.names"?`, "connector.namespace", "token.expiration"}},
+		"singular Connector":    {attrs{"connector": "git"}, []string{`did you mean "connectors"?`}},
+		"other spelling":        {attrs{"tokenExpiration": "1h"}, []string{`did you mean "token.expiration"?`}},
+		"capital":               {attrs{"connector.Name": "git"}, []string{`did you mean "connector.name"?`}},
+		"duration without unit": {attrs{"token.expiration": "30"}, []string{`token.expiration "30"`, "10m"}},
+		"not a duration":        {attrs{"token.expiration": "long"}, []string{`token.expiration "long"`}},
+		"short duration":        {attrs{"token.expiration": "9m59s"}, []string{`token.expiration "9m59s"`, "at least 10m"}},
+		"negative duration":     {attrs{"token.expiration": "-1h"}, []string{"token.expiration"}},
+		"path as name":          {attrs{"connector.name": "../../secrets"}, []string{"DNS names"}},
+		"path as namespace":     {attrs{"connector.namespace": ".."}, []string{"DNS names"}},
+		"encoded slash":         {attrs{"connector.name": "a%2fb"}, []string{"DNS names"}},
+		"query":                 {attrs{"connector.name": "git?watch=1"}, []string{"DNS names"}},
+		"capitals":              {attrs{"connector.name": "Git"}, []string{"DNS names"}},
+		"space":                 {attrs{"connector.name": "git "}, []string{"DNS names"}},
+		"line break":            {attrs{"connector.name": "git\n"}, []string{"DNS names"}},
+		"empty label":           {attrs{"connector.name": "a..b"}, []string{"DNS names"}},
+		"dash at the end":       {attrs{"connector.name": "git-"}, []string{"DNS names"}},
+		"dot in namespace":      {attrs{"connector.namespace": "a.b"}, []string{"DNS names"}},
+		"long namespace":        {attrs{"connector.namespace": strings.Repeat("a", 64)}, []string{"DNS names"}},
+		"long name":             {attrs{"connector.name": strings.Repeat("a.", 126) + "aa"}, []string{"DNS names"}},
+		"paths in the list":     {attrs{"connector.name": "-", "connectors": "default/git/.."}, []string{"DNS names"}},
+		"no name in the list":   {attrs{"connector.name": "-", "connectors": "default/"}, []string{"DNS names"}},
+		"no namespace":          {attrs{"connector.name": "-", "connectors": "/git"}, []string{"DNS names"}},
+		"params no JSON":        {attrs{"configuration.params": "{"}, []string{"configuration.params is not a JSON object"}},
+		"params two values":     {attrs{"configuration.params": "{} {}"}, []string{"configuration.params is not a JSON object"}},
+		"params list":           {attrs{"configuration.params": `[]`}, []string{"configuration.params is not a JSON object"}},
+		"params null":           {attrs{"configuration.params": `null`}, []string{"configuration.params is not a JSON object"}},
+		"params string":         {attrs{"configuration.params": `{"config":"x"}`}, []string{`"config" is not a JSON object`}},
+		"params of another":     {attrs{"configuration.params": `{"first":{}}`}, []string{`"first"`, "not in configuration.names"}},
+	} {
+		t.Run(what, func(t *testing.T) {
+			v := n.volume(c.attributes)
+			v.t = t
+			v.mustRefuse(codes.InvalidArgument, c.words...)
+		})
+	}
+	if n.api.count("") > 0 {
+		t.Error("the API server was asked for one of them")
+	}
+}
+
+func TestLaterConfigurationWins(t *testing.T) {
+	n := startNode(t)
+	for names, want := range map[string]string{"first,second": "from second", "second,first": "from first"} {
+		v := n.volume(attrs{"configuration.names": names})
+		v.mustPublish()
+		v.wantFiles("one", "shared", "two")
+		v.want("shared", want)
+	}
+}
+
+func TestRequestsRefused(t *testing.T) {
+	n := startNode(t)
+	other := n.pod()
+	for what, c := range map[string]struct {
+		change func(*csi.NodePublishVolumeRequest)
+		code   codes.Code
+		words  string
+	}{
+		"not read-only":   {func(r *csi.NodePublishVolumeRequest) { r.Readonly = false }, codes.InvalidArgument, "csi.readOnly: true"},
+		"no volume id":    {func(r *csi.NodePublishVolumeRequest) { r.VolumeId = "" }, codes.InvalidArgument, "volume_id"},
+		"no capability":   {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = nil }, codes.InvalidArgument, "volume_capability"},
+		"block":           {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessType = &csi.VolumeCapability_Block{} }, codes.InvalidArgument, "volume_capability"},
+		"group":           {group("staff"), codes.InvalidArgument, `volume_mount_group "staff"`},
+		"negative group":  {group("-1"), codes.InvalidArgument, `volume_mount_group "-1"`},
+		"other Pod":       {podInfo("pod.name", other.name), codes.PermissionDenied, "pod.name"},
+		"other namespace": {podInfo("pod.namespace", "kube-system"), codes.PermissionDenied, "pod.namespace"},
+		"other uid":       {podInfo("pod.uid", other.uid), codes.PermissionDenied, "pod.uid"},
+		"other account":   {podInfo("serviceAccount.name", "admin"), codes.PermissionDenied, "serviceAccount.name"},
+		"no token":        {tokens(""), codes.FailedPrecondition, "tokenRequests"},
+		"no JSON":         {tokens("eyJ"), codes.FailedPrecondition, "tokenRequests"},
+		"other audience":  {tokens(`{"vault":{"token":"` + other.token + `"}}`), codes.FailedPrecondition, "tokenRequests"},
+		"empty token":     {tokens(`{"":{"token":""}}`), codes.FailedPrecondition, "tokenRequests"},
+		"no JWT":          {tokens(`{"":{"token":"secret"}}`), codes.InvalidArgument, "not one of a Pod's ServiceAccount"},
+		"no base64":       {tokens(`{"":{"token":"a.!.c"}}`), codes.InvalidArgument, "not one of a Pod's ServiceAccount"},
+		"no claims":       {tokens(`{"":{"token":"e30.e30.e30"}}`), codes.InvalidArgument, "not one of a Pod's ServiceAccount"},
+		"token of no Pod": {tokens(`{"":{"token":"` + issue("default", "default", nil, time.Hour, apiAudience) + `"}}`), codes.InvalidArgument, "not one of a Pod's ServiceAccount"},
+		"another's token": {tokens(`{"":{"token":"` + other.token + `"}}`), codes.PermissionDenied, "the token is that of"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			v := n.volume()
+			v.t, v.change = t, c.change
+			v.mustRefuse(c.code, c.words)
+		})
+	}
+	if n.api.count("") > 0 {
+		t.Error("the API server was asked for one of them")
+	}
+}
+
+func group(gid string) func(*csi.NodePublishVolumeRequest) {
+	return func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.GetMount().VolumeMountGroup = gid }
+}
+
+func podInfo(key, value string) func(*csi.NodePublishVolumeRequest) {
+	return func(r *csi.NodePublishVolumeRequest) { r.VolumeContext["csi.storage.k8s.io/"+key] = value }
+}
+
+func tokens(text string) func(*csi.NodePublishVolumeRequest) {
+	return func(r *csi.NodePublishVolumeRequest) {
+		r.Secrets = attrs{"csi.storage.k8s.io/serviceAccount.tokens": text}
+	}
+}
+
+func TestTargetPathsRefused(t *testing.T) {
+	n := startNode(t)
+	outside := n.dir + "/elsewhere"
+	must(t, os.MkdirAll(outside+"/mount", 0o755))
+	must(t, os.WriteFile(outside+"/mount/precious", nil, 0o644))
+	for what, target := range map[string]func(string) string{
+		"none":            func(string) string { return "" },
+		"relative":        func(target string) string { return target[1:] },
+		"outside":         func(string) string { return outside + "/mount" },
+		"dots to outside": func(target string) string { return filepath.Dir(target) + "/../../../../../elsewhere/mount" },
+		"dots that stay":  func(target string) string { return filepath.Dir(target) + "/../config/mount" },
+		"trailing slash":  func(target string) string { return target + "/" },
+		"double slash":    func(target string) string { return strings.Replace(target, "/volumes", "//volumes", 1) },
+		"deeper":          func(target string) string { return target + "/mount" },
+		"higher":          filepath.Dir,
+		"other plugin": func(target string) string {
+			return strings.Replace(target, "kubernetes.io~csi", "kubernetes.io~secret", 1)
+		},
+		"other last name":   func(target string) string { return filepath.Dir(target) + "/globalmount" },
+		"the pods dir":      func(string) string { return n.podsDir() },
+		"uid that is a dot": func(target string) string { return n.podsDir() + "/./volumes/kubernetes.io~csi/config/mount" },
+	} {
+		t.Run(what, func(t *testing.T) {
+			v := n.volume()
+			target := target(v.target)
+			v.t, v.change = t, func(r *csi.NodePublishVolumeRequest) { r.TargetPath = target }
+			v.mustRefuse(codes.InvalidArgument, "target_path")
+			_, err := csi.NewNodeClient(n.conn).NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: "csi-1", TargetPath: target})
+			wantError(t, err, codes.InvalidArgument, "target_path")
+		})
+	}
+	if _, err := os.Stat(outside + "/mount/precious"); err != nil || len(mountsBelow(n.dir)) > 0 {
+		t.Error("a call did something elsewhere:", err, mountsBelow(n.dir))
+	}
+	v, another := n.volume(), n.volume()
+	v.change = func(r *csi.NodePublishVolumeRequest) { r.TargetPath = another.target }
+	v.mustRefuse(codes.PermissionDenied, "target path", another.pod.uid)
+	another.wantNothing()
+}
+
+func TestTokenComesFromSecretsBeforeVolumeContext(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	older := v.pod.token
+	v.pod.renewToken()
+	text := `{"":{"token":"` + older + `"}}`
+	v.change = podInfo("serviceAccount.tokens", text)
+	v.mustPublish()
+	v.want("token", v.pod.token)
+	v.change = func(r *csi.NodePublishVolumeRequest) { // an older kubelet
+		r.Secrets = nil
+		r.VolumeContext["csi.storage.k8s.io/serviceAccount.tokens"] = text
+	}
+	v.mustPublish()
+	v.want("token", older)
+}
+
+func TestPodInfoMayBeMissing(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.change = func(r *csi.NodePublishVolumeRequest) { r.VolumeContext = v.attributes }
+	v.mustPublish()
+	v.want("token", v.pod.token)
+}
+
+func TestIdentityAndCapabilities(t *testing.T) {
+	n := startNode(t)
+	ctx := t.Context()
+	identity, nodeClient := csi.NewIdentityClient(n.conn), csi.NewNodeClient(n.conn)
+	plugin, err := identity.GetPluginInfo(ctx, &csi.GetPluginInfoRequest{})
+	if err != nil || plugin.Name != "connectors-csi" || plugin.VendorVersion == "" {
+		t.Errorf("plugin info %v, %v", plugin, err)
+	}
+	capabilities, err := identity.GetPluginCapabilities(ctx, &csi.GetPluginCapabilitiesRequest{})
+	if err != nil || len(capabilities.Capabilities) != 0 {
+		t.Errorf("plugin capabilities %v, %v", capabilities, err)
+	}
+	info, err := nodeClient.NodeGetInfo(ctx, &csi.NodeGetInfoRequest{})
+	if err != nil || info.NodeId != "node-1" {
+		t.Errorf("node info %v, %v", info, err)
+	}
+	node, err := nodeClient.NodeGetCapabilities(ctx, &csi.NodeGetCapabilitiesRequest{})
+	if err != nil || len(node.Capabilities) != 1 || node.Capabilities[0].GetRpc().GetType() != csi.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP {
+		t.Errorf("node capabilities %v, %v", node, err)
+	}
+	_, err = nodeClient.NodeGetVolumeStats(ctx, &csi.NodeGetVolumeStatsRequest{})
+	wantError(t, err, codes.Unimplemented)
+	_, err = nodeClient.NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{})
+	wantError(t, err, codes.Unimplemented)
+	_, err = nodeClient.NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{TargetPath: n.volume().target})
+	wantError(t, err, codes.InvalidArgument, "volume_id")
+}
+
+// ---- Errors that a user can meet ----
+
+func TestObjectErrors(t *testing.T) {
+	for what, c := range map[string]struct {
+		prepare func(*node)
+		code    codes.Code
+		words   []string
+	}{
+		"no Connector": {func(n *node) { n.api.remove(connectorPath("default", "git")) }, codes.NotFound,
+			[]string{`Connector "default/git" not found`, "create it", "connector.name"}},
+		"forbidden": {func(n *node) { n.api.forbid("default/default", connectorPath("default", "git")) }, codes.PermissionDenied,
+			[]string{"ServiceAccount default/default may not read", `Connector "default/git"`, `User "system:serviceaccount:default:default" cannot get`,
+				"kubectl create rolebinding default-connectors --namespace=default --clusterrole=connectors-connector-viewer-role --serviceaccount=default:default"}},
+		"no class": {func(n *node) { n.api.remove(classPath("git")) }, codes.NotFound,
+			[]string{`ConnectorClass "git" of Connector "default/git" not found`, "spec.connectorClassName"}},
+		"class forbidden": {func(n *node) { n.api.forbid(driverUser, classPath("git")) }, codes.PermissionDenied,
+			[]string{`the driver may not read ConnectorClass "git"`, "deploy.yaml"}},
+		"no class named": {func(n *node) { n.api.put(connector("default", "git", "git", with(nil, "spec", "connectorClassName"))) }, codes.FailedPrecondition,
+			[]string{`Connector "default/git"`, "spec.connectorClassName"}},
+		"class named by a path": {func(n *node) { n.api.put(connector("default", "git", "../namespaces/x")) }, codes.FailedPrecondition,
+			[]string{"spec.connectorClassName", "../namespaces/x"}},
+		"no such configuration": {func(n *node) { n.api.put(class("git", configuration("one"), configuration("two"))) }, codes.InvalidArgument,
+			[]string{`configuration "config"`, `ConnectorClass "git" has: one, two`}},
+		"no configuration at all": {func(n *node) { n.api.put(class("git")) }, codes.InvalidArgument, []string{`ConnectorClass "git" has: none`}},
+		"template does not parse": {func(n *node) { n.api.put(class("git", configuration("config", "a", "ok\n{{ if }}"))) }, codes.FailedPrecondition,
+			[]string{`ConnectorClass "git"`, `configuration "config"`, `file "a"`, "a:2", "missing value for if"}},
+		"unknown function": {func(n *node) { n.api.put(class("git", configuration("config", "a", "{{ getHostByName \"x\" }}"))) }, codes.FailedPrecondition,
+			[]string{`"getHostByName" not defined`}},
+		"template fails": {func(n *node) { n.api.put(class("git", configuration("config", "a", "1\n2\n{{ fail \"sorry\" }}"))) }, codes.FailedPrecondition,
+			[]string{`file "a"`, "a:3", "sorry"}},
+		"missing value": {func(n *node) {
+			n.api.put(class("git", configuration("config", "a", "x\n{{ .connector.spec.project }}")))
+		}, codes.FailedPrecondition,
+			[]string{`file "a"`, "a:2", "{{.connector.spec.project}}", "has no value"}},
+		"no proxy address": {func(n *node) { n.api.put(connector("default", "git", "git", with(nil, "status"))) }, codes.FailedPrecondition,
+			[]string{`file ".gitconfig"`, "Connector default/git has no proxy address yet", "status.proxy.httpAddress.url", "wait"}},
+		"bad file name": {func(n *node) { n.api.put(class("git", configuration("config", "../a", ""))) }, codes.FailedPrecondition,
+			[]string{`file name "../a" is not allowed`, "must not begin with '..'"}},
+		"too large": {func(n *node) { n.api.put(class("git", configuration("config", "a", "{{ repeat 1048577 \"x\" }}"))) }, codes.FailedPrecondition,
+			[]string{`file "a"`, "1024 KiB"}},
+		"too large together": {func(n *node) {
+			n.api.put(class("git", configuration("config", "a", `{{ repeat 1048000 "x" }}`, "b", `{{ repeat 577 "x" }}`)))
+		},
+			codes.FailedPrecondition, []string{`file "b"`, "1024 KiB"}},
+		"template is no string": {func(n *node) { n.api.put(class("git", object{"name": "config", "data": object{"a": 1}})) }, codes.FailedPrecondition,
+			[]string{`file "a"`, "not a string"}},
+		"token request forbidden": {func(n *node) {
+			n.api.set(func() { n.api.noTokens = true })
+			n.api.put(connector("default", "git", "git", with("http://proxy", "status", "proxy", "httpAddress", "audience")))
+		}, codes.PermissionDenied, []string{"may not request a token for ServiceAccount default/default", "ClusterRole connectors-csi-token", "token.expiration"}},
+		"Pod gone": {func(n *node) {
+			n.api.set(func() { clear(n.api.podUIDs) })
+			n.api.put(connector("default", "git", "git", with("http://proxy", "status", "proxy", "httpAddress", "audience")))
+		}, codes.Aborted, []string{"does not match the UID in record"}},
+	} {
+		t.Run(what, func(t *testing.T) {
+			n := startNode(t)
+			v := n.volume()
+			c.prepare(n)
+			v.mustRefuse(c.code, c.words...)
+		})
+	}
+}
+
+func TestManyFiles(t *testing.T) {
+	n := startNode(t)
+	var data []string
+	for i := range 256 {
+		data = append(data, fmt.Sprintf("%s-%d", strings.Repeat("long-name", 27), i), "x")
+	}
+	n.api.put(class("git", configuration("config", data...)))
+	v := n.volume()
+	v.mustPublish()
+	if got := len(v.read()); got != 256 {
+		t.Errorf("%d files", got)
+	}
+	v.mustUnpublish()
+	n.api.put(class("git", configuration("config", append(data, "one-more", "x")...)))
+	n.volume().mustRefuse(codes.FailedPrecondition, "in 256 files")
+}
+
+// The largest volume fits into its tmpfs, and so does its update by another one as large.
+func TestLargestVolume(t *testing.T) {
+	n := startNode(t)
+	large := func(letter string) object {
+		var data []string
+		for i := range 256 {
+			data = append(data, fmt.Sprintf("%s-%d", strings.Repeat(letter, 245), i), strings.Repeat(letter, 4096))
+		}
+		return class("git", configuration("config", data...))
+	}
+	n.api.put(large("a"))
+	v := n.volume()
+	v.mustPublish()
+	n.api.put(large("b"))
+	n.age()
+	v.mustPublish()
+	v.wantClean()
+	v.want(strings.Repeat("b", 245)+"-7", strings.Repeat("b", 4096))
+}
+
+func TestAPIServerErrors(t *testing.T) {
+	for what, c := range map[string]struct {
+		code   int
+		body   string
+		header []string
+		want   codes.Code
+		words  string
+	}{
+		"401":              {401, statusBody(401, "Unauthorized", "Unauthorized"), nil, codes.Unauthenticated, "Unauthorized (HTTP 401"},
+		"403":              {403, statusBody(403, "Forbidden", "not for you"), nil, codes.PermissionDenied, "not for you"},
+		"404":              {404, statusBody(404, "NotFound", "nobody knows it"), nil, codes.NotFound, "nobody knows it"},
+		"409":              {409, statusBody(409, "Conflict", "another change"), nil, codes.Aborted, "another change"},
+		"429":              {429, statusBody(429, "TooManyRequests", "slow down"), nil, codes.ResourceExhausted, "slow down"},
+		"429 for an hour":  {429, statusBody(429, "TooManyRequests", "slow down"), []string{"Retry-After", "3600"}, codes.ResourceExhausted, "slow down"},
+		"500":              {500, statusBody(500, "InternalError", "etcd is gone"), nil, codes.Unavailable, "etcd is gone"},
+		"503":              {503, "", nil, codes.Unavailable, "Service Unavailable (HTTP 503"},
+		"502 of a proxy":   {502, "<html>" + fileMark + "</html>", nil, codes.Unavailable, "Bad Gateway (HTTP 502"},
+		"error, no Status": {400, `{"message":"` + fileMark + `"}`, nil, codes.InvalidArgument, "Bad Request"},
+		"garbage":          {200, "<html>" + fileMark + "</html>", nil, codes.Unavailable, "not a Kubernetes object"},
+		"list":             {200, `["` + fileMark + `"]`, nil, codes.Unavailable, "not a Kubernetes object"},
+		"half an object":   {200, `{"metadata":{`, nil, codes.Unavailable, "not a Kubernetes object"},
+		"nothing":          {200, "", nil, codes.Unavailable, "not a Kubernetes object"},
+		"null":             {200, "null", nil, codes.Unavailable, "not a Kubernetes object"},
+		"too much":         {200, `{"a":"` + strings.Repeat("x", 9<<20) + `"}`, nil, codes.Unavailable, "not a Kubernetes object"},
+		"no class in it":   {200, "{}", nil, codes.FailedPrecondition, "spec.connectorClassName"},
+		"long message":     {500, statusBody(500, "InternalError", "%s", strings.Repeat("ü", 2000)), nil, codes.Unavailable, "…"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			n := startNode(t)
+			n.api.answer("/connectors/", c.code, c.body, c.header...)
+			v := n.volume()
+			v.mustRefuse(c.want, `onnector "default/git"`, c.words)
+			if err := v.publish(); len(status.Convert(err).Message()) > 1020 || !utf8.ValidString(err.Error()) {
+				t.Errorf("an event cannot hold %d bytes: %v", len(err.Error()), err)
+			}
+			n.api.answer("", 0, "")
+			v.mustPublish()
+		})
+	}
+}
+
+func TestAPIServerErrorsForClassAndToken(t *testing.T) {
+	n := startNode(t)
+	v := n.volume(attrs{"token.expiration": "1h"})
+	n.api.answer("/connectorclasses/", 500, statusBody(500, "InternalError", "etcd is gone"))
+	v.mustRefuse(codes.Unavailable, `ConnectorClass "git" of Connector "default/git" cannot be read`, "etcd is gone")
+	n.api.answer("/token", 500, statusBody(500, "InternalError", "no key"))
+	v.mustRefuse(codes.Unavailable, "no token of 1h0m0s for ServiceAccount default/default", "no key")
+	n.api.answer("/token", 201, `{"status":{}}`)
+	v.mustRefuse(codes.Unavailable, "the answer to the TokenRequest has no token")
+	n.api.answer("", 0, "")
+	v.mustPublish()
+}
+
+func TestRetryAfterIsHonoured(t *testing.T) {
+	n := startNode(t)
+	var first time.Time
+	n.api.set(func() {
+		n.api.intercept = func(w http.ResponseWriter, r *http.Request) bool {
+			if !first.IsZero() {
+				return false
+			}
+			first = time.Now()
+			w.Header().Set("Retry-After", "1")
+			w.WriteHeader(http.StatusTooManyRequests)
+			return true
+		}
+	})
+	n.volume().mustPublish()
+	if waited := time.Since(first); waited < time.Second {
+		t.Errorf("it came again after %v", waited)
+	}
+}
+
+func TestRedirectIsNotFollowed(t *testing.T) {
+	n, thief := startNode(t), newAPIServer(t)
+	n.api.answer("/connectors/", http.StatusFound, "", "Location", thief.URL+"/x")
+	n.volume().mustRefuse(codes.Unavailable, "HTTP 302")
+	if thief.count("") > 0 {
+		t.Error("the token went to another server")
+	}
+}
+
+func TestAPIServerDown(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	n.api.Close()
+	v.mustRefuse(codes.Unavailable, `Connector "default/git" cannot be read`, "no answer from the API server", "connection refused")
+}
+
+func TestAPIServerSlow(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	gate := n.api.hold("/connectors/")
+	wantError(t, v.publishWithin(100*time.Millisecond), codes.DeadlineExceeded)
+	v.wantNothing()
+	gate.open()
+	eventually(t, "the call that was given up leaves the target", func() bool { return v.publish() == nil })
+	v.mustPublish()
+}
+
+func TestAnotherServersCertificate(t *testing.T) {
+	n := newNode(t)
+	ca := filepath.Join(serviceAccountDir, "ca.crt")
+	right, err := os.ReadFile(ca)
+	must(t, err)
+	defer os.WriteFile(ca, right, 0o644)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	must(t, err)
+	authority := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(crand.Reader, authority, authority, key.Public(), key)
+	must(t, err)
+	must(t, os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644))
+	n.start()
+	n.volume().mustRefuse(codes.Unavailable, "no answer from the API server", "certificate signed by unknown authority")
+	if n.api.count("") > 0 {
+		t.Error("a token went to it")
+	}
+}
+
+// ---- The mount ----
+
+func TestMountIsReadOnly(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.mustPublish()
+	m := mountsBelow(v.target)[0]
+	if m.fstype != "tmpfs" || m.source != "connectors-csi" {
+		t.Errorf("mounted is %+v", m)
+	}
+	for _, option := range []string{"ro", "nosuid", "nodev", "noexec"} {
+		if !slices.Contains(strings.Split(m.options, ","), option) {
+			t.Errorf("no %s in %s", option, m.options)
+		}
+	}
+	for what, try := range map[string]func() error{
+		"create":   func() error { return os.WriteFile(v.target+"/new", nil, 0o644) },
+		"truncate": func() error { return os.Truncate(v.target+"/token", 0) },
+		"remove":   func() error { return os.Remove(v.target + "/token") },
+		"rename":   func() error { return os.Rename(v.target+"/token", v.target+"/other") },
+		"chmod":    func() error { return os.Chmod(v.target+"/token", 0o777) },
+	} {
+		if err := try(); !errors.Is(err, unix.EROFS) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	v.wantClean()
+}
+
+func TestModes(t *testing.T) {
+	n := startNode(t)
+	gid := 0 // the only group there is in a user namespace of an ordinary user
+	if text, err := os.ReadFile("/proc/self/gid_map"); err != nil || strings.Fields(string(text))[2] != "1" {
+		gid = 2000
+	}
+	owner := func(path string) (fs.FileMode, int) {
+		info, err := os.Stat(path)
+		must(t, err)
+		return info.Mode(), int(info.Sys().(*syscall.Stat_t).Gid)
+	}
+	v := n.volume()
+	for _, step := range []struct {
+		group     string
+		dir, file fs.FileMode
+		gid       int
+	}{{"", 0o555, 0o444, 0}, {strconv.Itoa(gid), 0o550, 0o440, gid}} {
+		v.change = group(step.group)
+		v.settle()
+		for _, path := range []string{"/..data", "/token", "/.gitconfig"} {
+			want := step.file
+			if path == "/..data" {
+				want = fs.ModeDir | step.dir
+			}
+			if mode, gid := owner(v.target + path); mode != want || gid != step.gid {
+				t.Errorf("group %q: %s has mode %v and group %d, not %v and %d", step.group, path, mode, gid, want, step.gid)
+			}
+		}
+		other := n.volume()
+		other.change = v.change
+		other.mustPublish()
+		if mode, gid := owner(other.target); mode != fs.ModeDir|step.dir || gid != step.gid {
+			t.Errorf("group %q: the volume has mode %v and group %d", step.group, mode, gid)
+		}
+	}
+}
+
+func TestPublishTwiceIsOneMount(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.mustPublish()
+	before := v.generation()
+	for range 4 {
+		v.mustPublish()
+	}
+	if v.generation() != before {
+		t.Error("publishing again has written files")
+	}
+}
+
+func TestOverlappingPublishes(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	gate := n.api.hold("/connectors/")
+	results := make(chan error)
+	for range 8 {
+		go func() { results <- v.publish() }()
+	}
+	for range 7 { // all but the one that holds the target
+		wantError(t, <-results, codes.Aborted, "another call", "kubelet will try again")
+	}
+	eventually(t, "it asks the API server", func() bool { return gate.waiting.Load() == 1 })
+	wantError(t, v.unpublish(), codes.Aborted, "another call")
+	gate.open()
+	must(t, <-results)
+	v.mustPublish()
+	v.wantClean()
+	v.mustUnpublish()
+}
+
+func TestPublishesOfDifferentTargetsRunInParallel(t *testing.T) {
+	n := startNode(t)
+	gate := n.api.hold("/connectors/")
+	pod := n.pod()
+	volumes := []*podVolume{pod.volume("a"), pod.volume("b"), n.volume()}
+	results := make(chan error)
+	for _, v := range volumes {
+		go func() { results <- v.publish() }()
+	}
+	eventually(t, "all have come to the API server", func() bool { return int(gate.waiting.Load()) == len(volumes) })
+	gate.open()
+	for range volumes {
+		must(t, <-results)
+	}
+}
+
+func TestRequestsAtOnceAreBounded(t *testing.T) {
+	n := startNode(t)
+	gate := n.api.hold("/connectors/")
+	results := make(chan error)
+	for range 40 {
+		go func(v *podVolume) { results <- v.publish() }(n.volume())
+	}
+	eventually(t, "all publishes are under way", func() bool {
+		n.driver.mu.Lock()
+		defer n.driver.mu.Unlock()
+		return len(n.driver.busy) == 40
+	})
+	eventually(t, "16 requests are under way", func() bool { return gate.waiting.Load() == 16 })
+	if got := n.api.count(""); got != 16 {
+		t.Errorf("%d requests have come", got)
+	}
+	gate.open()
+	for range 40 {
+		must(t, <-results)
+	}
+}
+
+func TestConnectionIsReused(t *testing.T) {
+	n := startNode(t)
+	for range 10 {
+		n.volume().mustPublish()
+	}
+	if n.api.connections.Load() != 1 || !n.api.protocols["HTTP/2.0"] || len(n.api.protocols) != 1 {
+		t.Errorf("%d connections, protocols %v", n.api.connections.Load(), n.api.protocols)
+	}
+}
+
+func TestUnpublish(t *testing.T) {
+	n := startNode(t)
+	mount := func(v *podVolume, fstype string) {
+		t.Helper()
+		must(t, unix.Mount(fstype, v.target, fstype, 0, ""))
+	}
+
+	v := n.volume()
+	v.mustUnpublish() // of nothing
+	v.mustPublish()
+	v.mustUnpublish()
+	v.mustUnpublish() // twice
+
+	must(t, os.Mkdir(v.target, 0o750)) // left by a killed process, or after a reboot
+	v.mustUnpublish()
+
+	v.mustPublish()
+	mount(v, "tmpfs") // somebody stacked two mounts on it
+	mount(v, "tmpfs")
+	v.mustUnpublish()
+
+	v.mustPublish()
+	inside, err := os.Open(v.target) // somebody stands in it
+	must(t, err)
+	defer inside.Close()
+	v.mustUnpublish()
+
+	must(t, os.Mkdir(v.target, 0o750)) // not the driver's
+	must(t, os.WriteFile(v.target+"/precious", nil, 0o644))
+	wantError(t, v.unpublish(), codes.Internal, "directory not empty")
+	if _, err := os.Stat(v.target + "/precious"); err != nil {
+		t.Error(err)
+	}
+
+	gone := n.volume()
+	must(t, os.RemoveAll(n.podsDir()+"/"+gone.pod.uid)) // kubelet has cleaned up already
+	gone.mustUnpublish()
+	if n.api.count(classPath("git")) != 3 {
+		t.Error("unpublishing has asked the API server")
+	}
+}
+
+func TestLeftoverDirectoryIsUsed(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	must(t, os.Mkdir(v.target, 0o750)) // of a process that was killed between mkdir and mount
+	v.mustPublish()
+	v.wantClean()
+	v.mustUnpublish()
+}
+
+func TestForeignMountIsLeftAlone(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	must(t, os.Mkdir(v.target, 0o755))
+	must(t, unix.Mount("foreign", v.target, "ramfs", 0, ""))
+	must(t, os.WriteFile(v.target+"/precious", nil, 0o644))
+	wantError(t, v.publish(), codes.FailedPrecondition, "did not mount", v.target, "look at it on the node")
+	if _, err := os.Stat(v.target + "/precious"); err != nil || len(mountsBelow(v.target)) != 1 {
+		t.Error("it was touched:", err, mountsBelow(v.target))
+	}
+}
+
+func TestFileAtTargetIsLeftAlone(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	must(t, os.WriteFile(v.target, []byte("precious"), 0o644))
+	wantError(t, v.publish(), codes.FailedPrecondition, "did not mount")
+	if text, err := os.ReadFile(v.target); string(text) != "precious" {
+		t.Error("it was touched:", err)
+	}
+}
+
+func TestMissingParentIsNotCreated(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	must(t, os.RemoveAll(n.podsDir()+"/"+v.pod.uid))
+	v.mustRefuse(codes.Internal, "no such file or directory")
+}
+
+// A container sees the volume by a mount of its own, which it keeps for its lifetime.
+func TestChangesReachRunningContainers(t *testing.T) {
+	n := startNode(t)
+	n.api.put(class("git", configuration("config", "address", "{{ .connector.spec.address }}", "old", "x")))
+	v := n.volume()
+	v.mustPublish()
+	container := startContainer(t, v)
+	directory, err := os.Open(container)
+	must(t, err)
+	defer directory.Close()
+
+	n.api.put(connector("default", "git", "git", with("https://changed", "spec", "address")))
+	n.api.put(class("git", configuration("config", "address", "{{ .connector.spec.address }}", "new", "y")))
+	v.mustPublish()
+	v.want("address", "https://git.example.com") // within the refresh interval
+	n.age()
+	v.mustPublish()
+	v.wantClean()
+	v.wantFiles("address", "new")
+	for _, path := range []string{container, fmt.Sprintf("/proc/self/fd/%d", directory.Fd())} {
+		if text, err := os.ReadFile(path + "/address"); string(text) != "https://changed" {
+			t.Errorf("%s: %q, %v", path, text, err)
+		}
+		if _, err := os.Lstat(path + "/old"); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s/old: %v", path, err)
+		}
+		if text, err := os.ReadFile(path + "/new"); string(text) != "y" {
+			t.Errorf("%s/new: %q, %v", path, text, err)
+		}
+		if err := os.WriteFile(path+"/x", nil, 0o644); !errors.Is(err, unix.EROFS) {
+			t.Errorf("the container may write: %v", err)
+		}
+	}
+	v.mustPublish() // and nobody reads the old files any more
+	if generations, _ := filepath.Glob(container + "/..gen-*"); len(generations) != 1 {
+		t.Errorf("generations %v", generations)
+	}
+}
+
+// startContainer mounts the volume as a container runtime does: recursively, private, read-only.
+func startContainer(t testing.TB, v *podVolume) string {
+	dir := fmt.Sprintf("%s/%d", containerDir, serial.Add(1))
+	must(t, os.Mkdir(dir, 0o755))
+	must(t, unix.Mount(v.target, dir, "", unix.MS_BIND|unix.MS_REC, ""))
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	must(t, unix.Mount("", dir, "", unix.MS_PRIVATE|unix.MS_REC, ""))
+	must(t, unix.Mount("", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""))
+	return dir
+}
+
+func TestFailedRepublishKeepsTheFiles(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.mustPublish()
+	before, files := v.generation(), v.read()
+	for what, fail := range map[string]func(){
+		"API server":    func() { n.api.answer("/connectors/", 500, "") },
+		"Connector":     func() { n.api.remove(connectorPath("default", "git")) },
+		"template":      func() { n.api.put(class("git", configuration("config", "token", "{{ .connector.spec.none }}"))) },
+		"configuration": func() { n.api.put(class("git", configuration("other"))) },
+		"too large":     func() { n.api.put(class("git", configuration("config", "token", `{{ repeat 1048577 "x" }}`))) },
+	} {
+		n.api.answer("", 0, "")
+		n.api.put(gitClass(), connector("default", "git", "git"))
+		fail()
+		n.age()
+		if err := v.publish(); err == nil {
+			t.Errorf("%s: it was published", what)
+		}
+		if !maps.Equal(v.read(), files) || v.generation() != before {
+			t.Errorf("%s: the files changed", what)
+		}
+		v.wantClean()
+	}
+	n.api.answer("", 0, "")
+	n.api.put(gitClass(), connector("default", "git", "git", with("https://repaired", "spec", "address")))
+	n.age()
+	v.mustPublish()
+	if !strings.Contains(v.file(".gitconfig"), "https://repaired") {
+		t.Error("it was not repaired")
+	}
+}
+
+func TestInterruptedUpdatesAreCompleted(t *testing.T) {
+	n := startNode(t)
+	next := files{"token": []byte("next"), "mark": []byte("next"), "more": []byte("next")}
+	half := generationPrefix + digest(next, access{})
+	for what, interrupt := range map[string]func(dir string) error{
+		"link not renamed":       func(dir string) error { return os.Symlink("..gen-x", dir+"/..data_tmp") },
+		"directory of that name": func(dir string) error { return os.MkdirAll(dir+"/..data_tmp/x", 0o755) },
+		"old generation":         func(dir string) error { return os.CopyFS(dir+"/..gen-0123", os.DirFS(dir+"/..data/")) },
+		"half-written generation": func(dir string) error {
+			return errors.Join(os.Mkdir(dir+"/"+half, 0o700), os.WriteFile(dir+"/"+half+"/token", []byte("ne"), 0o400))
+		},
+		"generation with more in it": func(dir string) error {
+			return errors.Join(os.Mkdir(dir+"/"+half, 0o700), os.WriteFile(dir+"/"+half+"/stray", []byte("x"), 0o400))
+		},
+		"link without its file":   func(dir string) error { return os.Symlink("..data/more", dir+"/more") },
+		"old link":                func(dir string) error { return os.Symlink("..data/gone", dir+"/gone") },
+		"file without its link":   func(dir string) error { return os.Remove(dir + "/token") },
+		"no current generation":   func(dir string) error { return os.Remove(dir + "/..data") },
+		"generation that is gone": func(dir string) error { return os.RemoveAll(dir + "/..data/") },
+		"current link leads astray": func(dir string) error {
+			return errors.Join(os.Remove(dir+"/..data"), os.Symlink("..gen-none", dir+"/..data"))
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			n.api.put(gitClass())
+			n.age()
+			v := n.volume()
+			v.t = t
+			v.settle()
+			must(t, interrupt(v.writable()))
+			n.api.put(class("git", configuration("config", "token", "next", "mark", "next", "more", "next")))
+			n.age()
+			v.mustPublish()
+			v.wantClean()
+			v.wantFiles("mark", "more", "token")
+			v.want("token", "next")
+		})
+	}
+}
+
+func TestMountWithoutFilesIsCompleted(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.settle()
+	dir := v.writable()
+	must(t, os.Remove(dir+"/..data"))
+	v.mustPublish() // nothing else has changed
+	v.wantClean()
+	v.want("token", v.pod.token)
+}
+
+func TestFullVolume(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.mustPublish()
+	files := v.read()
+	filler := v.writable() + "/filler"
+	file, err := os.Create(filler)
+	must(t, err)
+	if _, err := io.Copy(file, zeros{}); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("the volume is not limited: %v", err)
+	}
+	must(t, file.Close())
+
+	v.pod.renewToken()
+	wantError(t, v.publish(), codes.ResourceExhausted, "no room", "no space left on device")
+	after := v.read()
+	delete(after, "filler")
+	if !maps.Equal(after, files) {
+		t.Error("the files changed")
+	}
+	if generations, _ := filepath.Glob(v.target + "/..gen-*"); len(generations) != 1 {
+		t.Errorf("generations %v", generations)
+	}
+
+	must(t, os.Truncate(filler, 0))
+	v.mustPublish()
+	v.wantClean()
+	v.want("token", v.pod.token)
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+// During 1,000 updates readers never see a file missing, a part of the files, or files of two generations, and
+// nobody can write. The files of a generation stay until the next but one comes, so a reader that is kept from
+// running for two updates, which take milliseconds here and a minute or more in a cluster, has to begin again.
+func TestReadersDuringUpdates(t *testing.T) {
+	n := startNode(t)
+	names := []string{"a", "b", "c", "d"}
+	v := n.volume()
+	publish := func(i int) {
+		data := []string{}
+		for _, name := range names {
+			data = append(data, name, fmt.Sprintf("%d\n%s", i, strings.Repeat("x", 5000)))
+		}
+		n.api.put(class("git", configuration("config", data...)))
+		n.age()
+		v.mustPublish()
+	}
+	publish(0)
+	container := startContainer(t, v)
+	stop, result, reads := make(chan struct{}), make(chan error, 1), 0
+	var updates atomic.Int64
+	go func() {
+		for {
+			select {
+			case <-stop:
+				result <- nil
+				return
+			default:
+			}
+			began := updates.Load()
+			err := cmp.Or(readNames(container, names), readGeneration(container, names))
+			if errors.Is(err, fs.ErrNotExist) && updates.Load() >= began+2 {
+				continue
+			}
+			if writeErr := os.WriteFile(container+"/x", nil, 0o644); !errors.Is(writeErr, unix.EROFS) {
+				err = fmt.Errorf("the container may write: %v", writeErr)
+			}
+			if err != nil {
+				result <- err
+				return
+			}
+			reads++
+		}
+	}()
+	for i := 1; i <= 1000 && len(result) == 0; i++ {
+		publish(i)
+		updates.Add(1)
+	}
+	close(stop)
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+	v.wantClean()
+	if reads < 100 {
+		t.Errorf("only %d reads", reads)
+	}
+}
+
+// readNames reads every file by its visible name: each is there and complete.
+func readNames(dir string, names []string) error {
+	for _, name := range names {
+		text, err := os.ReadFile(dir + "/" + name)
+		if err != nil {
+			return fmt.Errorf("missing: %w", err)
+		}
+		if _, err := generationOf(string(text)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readGeneration reads all files of one generation, which is removed when the next but one comes.
+func readGeneration(dir string, names []string) error {
+	root, err := os.OpenRoot(dir + "/..data")
+	if err != nil {
+		return fmt.Errorf("missing: %w", err)
+	}
+	defer root.Close()
+	seen := -1
+	for _, name := range names {
+		text, err := root.ReadFile(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			if entries, err := fs.ReadDir(root.FS(), "."); err == nil && len(entries) == len(names) {
+				return fmt.Errorf("%s is missing among %v", name, entries)
+			}
+			return nil // this generation is being removed
+		}
+		if err != nil {
+			return err
+		}
+		number, err := generationOf(string(text))
+		if err != nil {
+			return err
+		}
+		if seen >= 0 && number != seen {
+			return fmt.Errorf("generation %d has a file of %d", seen, number)
+		}
+		seen = number
+	}
+	return nil
+}
+
+func generationOf(text string) (int, error) {
+	first, rest, _ := strings.Cut(text, "\n")
+	number, err := strconv.Atoi(first)
+	if err != nil || rest != strings.Repeat("x", 5000) {
+		return 0, fmt.Errorf("a part of a file: %d bytes, %w", len(text), err)
+	}
+	return number, nil
+}
+
+// ---- Killed and started again ----
+
+func TestKilledBeforeTheMount(t *testing.T) {
+	n := newNode(t)
+	p := n.startProcess()
+	v := n.volume()
+	gate := n.api.hold("/connectors/")
+	result := make(chan error)
+	go func() { result <- v.publish() }()
+	eventually(t, "the publish is under way", func() bool { return gate.waiting.Load() == 1 })
+	p.kill()
+	wantError(t, <-result, codes.Unavailable)
+	v.wantNothing()
+	gate.open()
+	n.startProcess() // replaces the socket that is left
+	v.mustPublish()
+	v.wantClean()
+}
+
+func TestKilledDuringUpdates(t *testing.T) {
+	n := newNode(t)
+	names := []string{"a", "b", "c", "d", "e", "f"}
+	change := func(i int) {
+		data := []string{}
+		for _, name := range names[:1+i%len(names)] {
+			data = append(data, name, fmt.Sprintf("%d\n%s", i, strings.Repeat("x", 5000)))
+		}
+		n.api.put(class("git", configuration("config", data...)))
+	}
+	change(0)
+	v := n.volume()
+	published := 0
+	for round := range 12 {
+		p := n.startProcess()
+		v.mustPublish()
+		v.wantClean()
+		updating := make(chan struct{})
+		go func() {
+			defer close(updating)
+			for err := error(nil); err == nil; published++ {
+				change(published)
+				err = v.publish()
+			}
+		}()
+		time.Sleep(time.Duration(rand.IntN(20)) * time.Millisecond) // a random moment
+		p.kill()
+		<-updating
+		if text := v.file("a"); len(text) < 5000 {
+			t.Fatalf("round %d: after the kill a file has %d bytes", round, len(text))
+		}
+	}
+	n.startProcess()
+	v.mustPublish()
+	v.wantClean()
+	generation, err := generationOf(v.file("a"))
+	must(t, err)
+	v.wantFiles(names[:1+generation%len(names)]...)
+	for name, text := range v.read() {
+		if got, err := generationOf(text); got != generation {
+			t.Errorf("%s is of generation %d, not %d (%v)", name, got, generation, err)
+		}
+	}
+	v.mustUnpublish()
+}
+
+func TestRestartKeepsVolumes(t *testing.T) {
+	n := newNode(t)
+	p := n.startProcess()
+	v := n.volume()
+	v.mustPublish()
+	container := startContainer(t, v)
+	before := v.generation()
+	p.kill()
+	v.want("token", v.pod.token)
+	n.startProcess()
+	v.mustPublish()
+	v.wantClean()
+	if v.generation() != before {
+		t.Error("the first republish has written what was there already")
+	}
+	n.api.put(connector("default", "git", "git", with("https://changed", "spec", "address")))
+	v.mustPublish()
+	if text, err := os.ReadFile(container + "/.gitconfig"); !strings.Contains(string(text), "https://changed") {
+		t.Errorf("the container sees %q, %v", text, err)
+	}
+	v.mustUnpublish()
+}
+
+// ---- Refresh and tokens ----
+
+func TestUnchangedRepublishAsksNobody(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.settle()
+	asked, generation := n.api.count(""), v.generation()
+	for range 5 {
+		v.mustPublish()
+	}
+	if n.api.count("") != asked {
+		t.Errorf("%d requests within the refresh interval", n.api.count("")-asked)
+	}
+	n.age()
+	v.mustPublish()
+	if got := n.api.count("") - asked; got != 2 {
+		t.Errorf("%d requests after it, for a Connector and a class", got)
+	}
+	if v.generation() != generation {
+		t.Error("it has written what was there already")
+	}
+}
+
+// The volumes of a node share what is read: once for each Connector and ServiceAccount, once for each class.
+func TestReadsAreShared(t *testing.T) {
+	n := startNode(t)
+	n.api.put(connector("default", "other", "git"))
+	var volumes []*podVolume
+	for range 10 {
+		volumes = append(volumes, n.volume(), n.volume(attrs{"connector.name": "other"}))
+	}
+	volumes = append(volumes, n.pod("default/builder").volume("config"))
+	for _, v := range volumes {
+		v.mustPublish()
+	}
+	git, other, gitClass := connectorPath("default", "git"), connectorPath("default", "other"), classPath("git")
+	before := map[string]int{git: n.api.count(git), other: n.api.count(other), gitClass: n.api.count(gitClass)}
+
+	n.age()
+	gate := n.api.hold("/")
+	results := make(chan error)
+	for _, v := range volumes {
+		go func() { results <- v.publish() }()
+	}
+	eventually(t, "all publishes are under way", func() bool {
+		n.driver.mu.Lock()
+		defer n.driver.mu.Unlock()
+		return len(n.driver.busy) == len(volumes)
+	})
+	eventually(t, "each Connector is asked for, by each ServiceAccount", func() bool { return gate.waiting.Load() == 3 })
+	gate.open()
+	for range volumes {
+		must(t, <-results)
+	}
+	for path, want := range map[string]int{git: 2, other: 1, gitClass: 1} {
+		if got := n.api.count(path) - before[path]; got != want {
+			t.Errorf("%d requests for %s, not %d", got, path, want)
+		}
+	}
+}
+
+func TestSharedReadThatFailsFailsForAll(t *testing.T) {
+	n := startNode(t)
+	volumes := []*podVolume{n.volume(), n.volume(), n.volume()}
+	for _, v := range volumes {
+		v.mustPublish()
+	}
+	n.api.answer("/connectors/", 500, statusBody(500, "InternalError", "etcd is gone"))
+	n.age()
+	for _, v := range volumes {
+		wantError(t, v.publish(), codes.Unavailable, "etcd is gone")
+		v.want("token", v.pod.token)
+	}
+	n.api.answer("", 0, "")
+	for _, v := range volumes {
+		v.mustPublish()
+	}
+}
+
+// A caller that gives up does not spoil the read for those who wait with it.
+func TestCallerThatGivesUp(t *testing.T) {
+	n := startNode(t)
+	impatient, patient := n.volume(), n.volume()
+	impatient.mustPublish()
+	patient.mustPublish()
+	n.age()
+	gate := n.api.hold("/connectors/")
+	given, result := make(chan error), make(chan error)
+	go func() { given <- impatient.publishWithin(200 * time.Millisecond) }()
+	eventually(t, "the first asks", func() bool { return gate.waiting.Load() == 1 })
+	go func() { result <- patient.publish() }()
+	wantError(t, <-given, codes.DeadlineExceeded)
+	gate.open()
+	must(t, <-result)
+}
+
+// Whether a Pod may read a Connector is the API server's decision on the Pod's own token, each time a volume is new.
+func TestFirstPublishChecksThePodsOwnToken(t *testing.T) {
+	n := startNode(t)
+	git := connectorPath("default", "git")
+	n.volume().mustPublish()
+	if user := n.api.readers[git]; user != "default/default" {
+		t.Errorf("the Connector was read by %s", user)
+	}
+	if user := n.api.readers[classPath("git")]; user != driverUser {
+		t.Errorf("the class was read by %s", user)
+	}
+
+	forged := n.volume() // claims to be of a ServiceAccount whose Connector is in the cache
+	parts := strings.Split(forged.pod.token, ".")
+	forged.pod.token = parts[0] + "." + parts[1] + "." + sign("something else")
+	forged.mustRefuse(codes.Unauthenticated, `Connector "default/git"`, "Unauthorized")
+
+	expired := n.volume()
+	expired.pod.token = issue("default", "default", map[string]string{"name": expired.pod.name, "uid": expired.pod.uid}, -time.Minute, apiAudience)
+	expired.mustRefuse(codes.Unauthenticated)
+
+	n.api.forbid("default/builder", git)
+	n.pod("default/builder").volume("config").mustRefuse(codes.PermissionDenied, "ServiceAccount default/builder may not read")
+
+	v := n.volume()
+	n.api.put(connector("default", "git", "git", with("https://changed", "spec", "address")))
+	v.mustPublish() // and it sees the present, not the cache
+	if !strings.Contains(v.file(".gitconfig"), "https://changed") {
+		t.Error("a first publish was made from the cache")
+	}
+}
+
+func TestPermissionTakenAway(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.mustPublish()
+	n.api.forbid("default/default", connectorPath("default", "git"))
+	v.mustPublish() // the same object, the same token: nothing to do
+	n.age()
+	wantError(t, v.publish(), codes.PermissionDenied, "may not read")
+	v.want("token", v.pod.token)
+}
+
+func TestDriversTokenIsReadAsItRotates(t *testing.T) {
+	n := startNode(t)
+	n.volume().mustPublish()
+	first := n.api.driverToken
+	rotated := driverToken()
+	must(t, os.WriteFile(filepath.Join(serviceAccountDir, "token"), []byte(rotated), 0o600))
+	n.volume().mustPublish()
+	if first == rotated || n.api.driverToken != rotated {
+		t.Error("the driver uses its old token")
+	}
+}
+
+func TestKubeletsNewTokenReachesTheFile(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.mustPublish()
+	asked := n.api.count("")
+	for range 3 {
+		v.pod.renewToken()
+		v.mustPublish()
+		v.want("token", v.pod.token)
+		v.wantClean()
+	}
+	if n.api.count("") != asked {
+		t.Error("a new token made the driver ask the API server")
+	}
+}
+
+func TestOwnTokenForAnotherExpiration(t *testing.T) {
+	n := startNode(t)
+	v := n.volume(attrs{"token.expiration": "1h"})
+	path := tokenPath("default", "default")
+	v.mustPublish()
+	request := n.api.lastRequest[path]
+	for field, want := range map[string]any{"apiVersion": "v1", "kind": "Pod", "name": v.pod.name, "uid": v.pod.uid} {
+		if got := valueAt(request, "spec", "boundObjectRef", field); got != want {
+			t.Errorf("boundObjectRef.%s is %v, not %v", field, got, want)
+		}
+	}
+	if got := valueAt(request, "spec", "expirationSeconds"); got != 3600. {
+		t.Errorf("expirationSeconds is %v", got)
+	}
+	if got := valueAt(request, "spec", "audiences"); got != nil {
+		t.Errorf("audiences are %v, not the API server's default", got)
+	}
+	if n.api.readers[path] != driverUser || n.api.readers[connectorPath("default", "git")] != "default/default" {
+		t.Errorf("requests came from %v", n.api.readers)
+	}
+	token := v.file("token")
+	if c, ok := decodeClaims(token); !ok || token == v.pod.token || c.Kubernetes.Pod["uid"] != v.pod.uid || time.Until(time.Unix(c.Expires, 0)) < 59*time.Minute {
+		t.Errorf("the token in the file has the claims %+v", c)
+	}
+}
+
+func TestOwnTokenIsRenewedAt80Percent(t *testing.T) {
+	n := startNode(t)
+	path := tokenPath("default", "default")
+	v := n.volume(attrs{"token.expiration": "1h"})
+	v.mustPublish()
+	token := v.file("token")
+	n.age()
+	v.pod.renewToken()
+	v.mustPublish()
+	if v.file("token") != token || n.api.count(path) != 1 {
+		t.Error("a fresh token was renewed")
+	}
+
+	v.attributes["token.expiration"] = "2h" // the API server may give less than what was asked for
+	n.api.set(func() { n.api.lifetime = time.Second })
+	v.mustPublish()
+	short := v.file("token")
+	if short == token || n.api.count(path) != 2 {
+		t.Error("another expiration did not lead to another token")
+	}
+	n.api.set(func() { n.api.lifetime = 0 })
+	eventually(t, "the token is renewed", func() bool { v.mustPublish(); return v.file("token") != short })
+	if n.api.count(path) != 3 {
+		t.Errorf("%d tokens were asked for", n.api.count(path))
+	}
+	v.wantClean()
+}
+
+func TestRenewalThatFailsKeepsTheToken(t *testing.T) {
+	n := startNode(t)
+	n.api.set(func() { n.api.lifetime = time.Nanosecond }) // over as soon as it is issued
+	v := n.volume(attrs{"token.expiration": "1h"})
+	v.mustPublish()
+	token := v.file("token")
+	n.api.set(func() { n.api.noTokens = true })
+	wantError(t, v.publish(), codes.PermissionDenied, "connectors-csi-token")
+	v.want("token", token)
+	n.api.set(func() { n.api.noTokens = false })
+	v.mustPublish()
+	if v.file("token") == token {
+		t.Error("the token was not renewed")
+	}
+}
+
+func TestAudience(t *testing.T) {
+	n := startNode(t)
+	n.api.put(connector("default", "git", "git", with("http://c-git", "status", "proxy", "httpAddress", "audience")),
+		connector("default", "same", "git", with("http://c-git", "status", "proxy", "httpAddress", "audience")),
+		connector("default", "other", "other"))
+	other := class("other", configuration("config", "other", "x"))
+	with("http://c-other", "status", "proxy", "httpAddress", "audience")(other)
+	n.api.put(other)
+	v := n.volume(attrs{"connector.name": "-", "connectors": "git,same,other"})
+	v.mustPublish()
+	c, _ := decodeClaims(v.file("token"))
+	if want := []string{apiAudience, "http://c-git", "http://c-other"}; !slices.Equal(c.Audience, want) {
+		t.Errorf("audiences %v, not %v", c.Audience, want)
+	}
+	if got := valueAt(n.api.lastRequest[tokenPath("default", "default")], "spec", "expirationSeconds"); got != 1800. {
+		t.Errorf("expirationSeconds is %v", got)
+	}
+
+	n.api.put(connector("default", "git", "git", with("http://moved", "status", "proxy", "httpAddress", "audience")))
+	n.age()
+	v.mustPublish()
+	if c, _ := decodeClaims(v.file("token")); !slices.Contains(c.Audience, "http://moved") {
+		t.Errorf("the audience has changed, but the token's are %v", c.Audience)
+	}
+}
+
+// ---- Kubelet's registration, and what the driver serves over HTTP ----
+
+// rawCodec passes messages as the bytes that they are on the wire.
+type rawCodec struct{}
+
+func (rawCodec) Name() string { return "proto" }
+
+func (rawCodec) Marshal(v any) (mem.BufferSlice, error) {
+	return mem.BufferSlice{mem.SliceBuffer(*v.(*[]byte))}, nil
+}
+
+func (rawCodec) Unmarshal(data mem.BufferSlice, v any) error {
+	*v.(*[]byte) = data.Materialize()
+	return nil
+}
+
+// callRegistration calls kubelet's registration API, as kubelet does after it has found the socket.
+func (n *node) callRegistration(method string, request []byte) []byte {
+	n.t.Helper()
+	var reply []byte
+	must(n.t, n.conn.Invoke(context.Background(), "/pluginregistration.Registration/"+method, &request, &reply, grpc.ForceCodecV2(rawCodec{})))
+	return reply
+}
+
+// decodeStrings reads a protobuf message whose fields are all strings.
+func decodeStrings(t *testing.T, message []byte) map[uint64][]string {
+	t.Helper()
+	fields := map[uint64][]string{}
+	for len(message) > 0 {
+		tag, n := binary.Uvarint(message)
+		length, m := binary.Uvarint(message[max(n, 0):])
+		if n <= 0 || m <= 0 || tag&7 != 2 || length > uint64(len(message)-n-m) {
+			t.Fatalf("not a message of strings: %x", message)
+		}
+		message = message[n+m:]
+		fields[tag>>3] = append(fields[tag>>3], string(message[:length]))
+		message = message[length:]
+	}
+	return fields
+}
+
+func (n *node) wantReady(code int, text string) {
+	n.t.Helper()
+	if got, body := n.get("/readyz"); got != code || !strings.Contains(body, text) {
+		n.t.Errorf("/readyz answers %d %q, not %d %q", got, body, code, text)
+	}
+}
+
+func TestRegistration(t *testing.T) {
+	n := startNode(t)
+	n.wantReady(503, "kubelet has not registered the driver yet")
+
+	info := decodeStrings(t, n.callRegistration("GetInfo", nil))
+	if want := (map[uint64][]string{1: {"CSIPlugin"}, 2: {"connectors-csi"}, 4: {"1.0.0"}}); fmt.Sprint(info) != fmt.Sprint(want) {
+		t.Errorf("PluginInfo is %v, not %v", info, want)
+	}
+	failed := append([]byte{8, 0, 2<<3 | 2, 4}, "nope"...)
+	if reply := n.callRegistration("NotifyRegistrationStatus", failed); len(reply) > 0 {
+		t.Errorf("the answer has fields: %x", reply)
+	}
+	n.wantReady(503, "not registered")
+	registered := []byte{8, 1}
+	n.callRegistration("NotifyRegistrationStatus", registered)
+	n.wantReady(200, "ok")
+	n.callRegistration("NotifyRegistrationStatus", failed)
+	n.wantReady(503, "not registered")
+	n.callRegistration("NotifyRegistrationStatus", registered)
+	n.wantReady(200, "ok")
+	if !strings.Contains(logs.String(), "error=nope") {
+		t.Error("what kubelet said is not in the log")
+	}
+
+	v := n.volume()
+	v.mustPublish()
+	must(t, os.Remove(n.socket())) // somebody cleans up
+	n.wantReady(503, "")
+	eventually(t, "the socket is there again", func() bool { _, err := os.Stat(n.socket()); return err == nil })
+	n.wantReady(503, "kubelet has not registered the driver yet")
+	n.conn.Close()
+	n.dial()
+	n.callRegistration("NotifyRegistrationStatus", registered)
+	n.wantReady(200, "ok")
+	v.mustUnpublish()
+
+	request := []byte{8} // no value
+	err := n.conn.Invoke(t.Context(), "/pluginregistration.Registration/NotifyRegistrationStatus", &request, &[]byte{}, grpc.ForceCodecV2(rawCodec{}))
+	wantError(t, err, codes.Unknown, "malformed RegistrationStatus")
+}
+
+func TestSocket(t *testing.T) {
+	n := newNode(t)
+	stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: n.socket()})
+	must(t, err)
+	stale.SetUnlinkOnClose(false)
+	stale.Close() // as a killed process leaves it
+	n.start()
+	info, err := os.Lstat(n.socket())
+	must(t, err)
+	if info.Mode() != fs.ModeSocket|0o600 {
+		t.Errorf("the socket has mode %v", info.Mode())
+	}
+	if code, body := n.get("/healthz"); code != 200 {
+		t.Errorf("/healthz answers %d %q", code, body)
+	}
+	n.stop()
+	if _, err := os.Lstat(n.socket()); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the socket is still there: %v", err)
+	}
+}
+
+func TestHealthNeedsTheSocket(t *testing.T) {
+	n := startNode(t)
+	conn, err := grpc.NewClient("unix:"+n.dir+"/none", grpc.WithTransportCredentials(insecure.NewCredentials()))
+	must(t, err)
+	defer conn.Close()
+	web := httptest.NewServer(webHandler(&registration{socket: n.dir + "/none"}, csi.NewIdentityClient(conn), n.driver.metrics))
+	defer web.Close()
+	for path, want := range map[string]int{"/healthz": 503, "/readyz": 503, "/metrics": 200, "/": 404} {
+		response, err := http.Get(web.URL + path)
+		must(t, err)
+		response.Body.Close()
+		if response.StatusCode != want {
+			t.Errorf("%s answers %d, not %d", path, response.StatusCode, want)
+		}
+	}
+}
+
+var metricLine = regexp.MustCompile(`^([a-z_]+)(\{(?:[a-z]+="[^"]*"(?:,[a-z]+="[^"]*")*)?\})? (\S+)$`)
+
+// readMetrics reads the text format of Prometheus: each sample belongs to the type line before it.
+func (n *node) readMetrics() map[string]float64 {
+	n.t.Helper()
+	code, body := n.get("/metrics")
+	if code != 200 {
+		n.t.Fatalf("/metrics answers %d", code)
+	}
+	samples, family := map[string]float64{}, ""
+	for line := range strings.Lines(body) {
+		line = strings.TrimSuffix(line, "\n")
+		if f := strings.Fields(line); strings.HasPrefix(line, "# TYPE ") && len(f) == 4 {
+			family = f[2]
+			continue
+		}
+		match := metricLine.FindStringSubmatch(line)
+		if match == nil || family == "" || !strings.HasPrefix(match[1], family) {
+			n.t.Fatalf("not a sample of %s: %q", family, line)
+		}
+		value, err := strconv.ParseFloat(match[3], 64)
+		must(n.t, err)
+		samples[match[1]+match[2]] = value
+	}
+	return samples
+}
+
+func TestMetrics(t *testing.T) {
+	n := startNode(t)
+	v, w := n.volume(), n.volume()
+	v.mustPublish()
+	v.mustPublish()
+	w.mustPublish()
+	missing := n.volume(attrs{"connector.name": "none"})
+	missing.mustRefuse(codes.NotFound)
+	n.volume(attrs{"connector.name": "Bad"}).mustRefuse(codes.InvalidArgument)
+	failing := n.volume()
+	n.api.put(class("git", configuration("config", "a", "{{ .missing }}")))
+	failing.mustRefuse(codes.FailedPrecondition)
+	w.mustUnpublish()
+	w.mustUnpublish()
+
+	got := n.readMetrics()
+	for sample, want := range map[string]float64{
+		`connectors_csi_publish_total{code="OK"}`:                                   3,
+		`connectors_csi_publish_total{code="NotFound"}`:                             1,
+		`connectors_csi_publish_total{code="InvalidArgument"}`:                      1,
+		`connectors_csi_publish_total{code="FailedPrecondition"}`:                   1,
+		`connectors_csi_publish_duration_seconds_count`:                             6,
+		`connectors_csi_publish_duration_seconds_bucket{le="+Inf"}`:                 6,
+		`connectors_csi_unpublish_total{code="OK"}`:                                 2,
+		`connectors_csi_api_requests_total{resource="connectors",code="200"}`:       3,
+		`connectors_csi_api_requests_total{resource="connectors",code="404"}`:       1,
+		`connectors_csi_api_requests_total{resource="connectorclasses",code="200"}`: 3,
+		`connectors_csi_template_failures_total{}`:                                  1,
+		`connectors_csi_volumes`:                                                    1,
+		`connectors_csi_build_info{version="dev"}`:                                  1,
+	} {
+		if got[sample] != want {
+			t.Errorf("%s is %v, not %v", sample, got[sample], want)
+		}
+	}
+	last := 0.
+	for _, limit := range durationBuckets {
+		bucket := got[fmt.Sprintf(`connectors_csi_publish_duration_seconds_bucket{le="%v"}`, limit)]
+		if bucket < last {
+			t.Errorf("the histogram goes down at %v", limit)
+		}
+		last = bucket
+	}
+	if got["connectors_csi_publish_duration_seconds_sum"] <= 0 {
+		t.Error("the publishes took no time")
+	}
+	n.api.Close()
+	missing.mustRefuse(codes.Unavailable)
+	if got := n.readMetrics()[`connectors_csi_api_requests_total{resource="connectors",code="none"}`]; got != 1 {
+		t.Errorf("%v requests without an answer", got)
+	}
+}
+
+// ---- The process ----
+
+func TestStartUpFailures(t *testing.T) {
+	n := newNode(t)
+	notShared := t.TempDir()
+	busy, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer busy.Close()
+	inTheWay := n.dir + "/inTheWay"
+	must(t, os.MkdirAll(inTheWay+"/pods", 0o755))
+	must(t, os.MkdirAll(inTheWay+"/plugins_registry/connectors-csi-reg.sock", 0o755))
+	must(t, os.MkdirAll(n.dir+"/noRegistry/pods", 0o755))
+	for what, c := range map[string]struct {
+		environment []string
+		arguments   []string
+		word        string
+	}{
+		"no node name":          {[]string{"NODE_NAME="}, nil, "no node name: set NODE_NAME"},
+		"no API server":         {[]string{"KUBERNETES_SERVICE_HOST="}, nil, "KUBERNETES_SERVICE_HOST"},
+		"not shared":            {nil, []string{"--kubelet-dir=" + notShared}, "not on a shared mount"},
+		"no such interval":      {nil, []string{"--refresh-interval=0s"}, "--refresh-interval 0s must be above zero"},
+		"argument":              {nil, []string{"start"}, `unexpected argument "start"`},
+		"port in use":           {nil, []string{"--http-address=" + busy.Addr().String()}, "address already in use"},
+		"no socket in its way":  {nil, []string{"--kubelet-dir=" + inTheWay}, "exists and is not a socket"},
+		"no registry directory": {nil, []string{"--kubelet-dir=" + n.dir + "/noRegistry"}, "mount kubelet's plugins_registry directory"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			p := n.run(thisBinary, c.environment, append([]string{"--kubelet-dir=" + n.dir, "--http-address=127.0.0.1:0"}, c.arguments...)...)
+			p.wantFailure(t, c.word)
+		})
+	}
+	for _, file := range []string{"ca.crt", "token"} {
+		t.Run("no "+file, func(t *testing.T) {
+			path := filepath.Join(serviceAccountDir, file)
+			must(t, os.Rename(path, path+".away"))
+			defer os.Rename(path+".away", path)
+			n.run(thisBinary, nil, "--kubelet-dir="+n.dir).wantFailure(t, "no ServiceAccount")
+		})
+	}
+	t.Run("ca.crt without a certificate", func(t *testing.T) {
+		path := filepath.Join(serviceAccountDir, "ca.crt")
+		must(t, os.Rename(path, path+".away"))
+		defer os.Rename(path+".away", path)
+		must(t, os.WriteFile(path, []byte("none"), 0o644))
+		n.run(thisBinary, nil, "--kubelet-dir="+n.dir).wantFailure(t, "no certificate in")
+	})
+}
+
+// wantFailure waits for the process's end, with exit code 1 and one line.
+func (p *process) wantFailure(t *testing.T, word string) {
+	t.Helper()
+	<-p.exited
+	if log := p.log.String(); p.ProcessState.ExitCode() != 1 || strings.Count(log, "\n") != 1 || !strings.HasPrefix(log, "connectors-csi: ") || !strings.Contains(log, word) {
+		t.Errorf("exit code %d, and no single line with %q: %q", p.ProcessState.ExitCode(), word, log)
+	}
+}
+
+func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
+	n := newNode(t)
+	p := n.startProcess()
+	mounted, v := n.volume(), n.volume()
+	mounted.mustPublish()
+	gate := n.api.hold("/connectors/")
+	result := make(chan error)
+	go func() { result <- v.publish() }()
+	eventually(t, "the publish is under way", func() bool { return gate.waiting.Load() == 1 })
+	must(t, p.Process.Signal(syscall.SIGTERM))
+	eventually(t, "the socket is removed", func() bool { _, err := os.Lstat(n.socket()); return errors.Is(err, fs.ErrNotExist) })
+	gate.open()
+	must(t, <-result)
+	<-p.exited
+	if code := p.ProcessState.ExitCode(); code != 0 || !strings.Contains(p.log.String(), "stopped") {
+		t.Errorf("exit code %d, log %s", code, p.log)
+	}
+	for _, v := range []*podVolume{mounted, v} {
+		v.want("token", v.pod.token)
+	}
+}
+
+// One line for a publish that changed something, with Pod, volume, Connector and duration; none for one that did not.
+func TestLog(t *testing.T) {
+	n := newNode(t)
+	p := n.startProcess()
+	v, missing := n.volume(), n.volume(attrs{"connector.name": "none"})
+	v.mustPublish()
+	v.mustPublish()
+	v.mustUnpublish()
+	v.mustUnpublish()
+	missing.mustRefuse(codes.NotFound)
+	var lines []string
+	eventually(t, "three lines", func() bool {
+		lines = slices.DeleteFunc(strings.Split(p.log.String(), "\n"), func(l string) bool { return !strings.Contains(l, "publish") })
+		return len(lines) >= 3 && strings.HasSuffix(p.log.String(), "\n")
+	})
+	for i, words := range [][]string{
+		{"level=INFO msg=publish", "pod=default/" + v.pod.name, "volume=config", "default/git", "duration="},
+		{"level=INFO msg=unpublish", v.target, "duration="},
+		{"level=ERROR msg=publish", "pod=default/" + missing.pod.name, "default/none", "code=NotFound", "duration="},
+	} {
+		for _, word := range words {
+			if !strings.Contains(lines[i], word) {
+				t.Errorf("no %q in line %d: %q", word, i, lines[i])
+			}
+		}
+	}
+	if len(lines) != 3 {
+		t.Errorf("lines %q", lines)
+	}
+}
+
+// ---- Rendering ----
+
+// rendered publishes a volume of one file, from a Connector with some fields, and returns the file.
+func (n *node) rendered(text string, change ...func(object)) (string, error) {
+	n.t.Helper()
+	spec := object{"connectorClassName": "class", "address": "https://example.com", "number": 3, "big": 12345678901, "float": 1.5, "yes": true,
+		"null": nil, "nulls": []any{nil}, "list": []any{"a", 1, 2.5}, "empty": "", "map": object{"key": "value"}}
+	n.api.put(class("class", configuration("config", "file", text)), connector("default", "rendered", "class", append([]func(object){with(spec, "spec")}, change...)...))
+	v := n.volume(attrs{"connector.name": "rendered"})
+	if err := v.publish(); err != nil {
+		v.wantNothing()
+		return "", err
+	}
+	return v.file("file"), v.unpublish()
+}
+
+func TestTemplates(t *testing.T) {
+	n := startNode(t)
+	for template, want := range map[string]string{
+		"":                      "",
+		"plain\ntext\n":         "plain\ntext\n",
+		`{{ "a" -}}   b`:        "ab",
+		`{{/* a comment */}}x`:  "x",
+		`{{ .connector.kind }}`: "Connector",
+		`{{ .connector.metadata.name }}|{{ .connector.name }}|{{ .connector.namespace }}`: "rendered|rendered|default",
+		`{{ (index .connectors 0).status.proxyAddress }}`:                                 "http://c-rendered.default.svc.cluster.local",
+		`{{ (index .connector.status.conditions 0).type }}`:                               "Ready",
+		`{{ .context.proxy.caCert }}`:                                                     "",
+		`{{ index .configurations "none" | default "x" }}`:                                "x",
+
+		// Numbers are what they were in the object.
+		`{{ .connector.spec.number }} {{ .connector.spec.big }} {{ .connector.spec.float }}`: "3 12345678901 1.5",
+		`{{ add .connector.spec.number 1 }} {{ eq .connector.spec.number 3 }}`:               "4 true",
+		`{{ .connector.spec.list }} {{ toJson .connector.spec.list }}`:                       `[a 1 2.5] ["a",1,2.5]`,
+		`{{ printf "%d" .connector.spec.number }}`:                                           "3",
+
+		// Missing values are nothing, as long as they are not printed.
+		`{{ if .connector.spec.none }}a{{ else }}b{{ end }}`:                                                                         "b",
+		`{{ if .connector.spec.none.of.this }}a{{ end }}`:                                                                            "",
+		`{{ if not .connector.spec.none }}a{{ end }}`:                                                                                "a",
+		`{{ if and .connector.spec.none true }}a{{ end }}`:                                                                           "",
+		`{{ if .connector.spec.null }}a{{ else }}b{{ end }}`:                                                                         "b",
+		`{{ range .connector.spec.none }}a{{ end }}`:                                                                                 "",
+		`{{ range .connector.spec.none }}a{{ else }}b{{ end }}`:                                                                      "b",
+		`{{ with .connector.spec.none }}a{{ else }}b{{ end }}`:                                                                       "b",
+		`{{ with .connector.spec.none }}a{{ else with .connector.kind }}{{ . }}{{ end }}`:                                            "Connector",
+		`{{ default "x" .connector.spec.none }}`:                                                                                     "x",
+		`{{ .connector.spec.none.of.this | default "x" }}`:                                                                           "x",
+		`{{ .connector.spec.null | default "x" }}`:                                                                                   "x",
+		`{{ coalesce .connector.spec.none .connector.spec.empty "x" }}`:                                                              "x",
+		`{{ $x := .connector.spec.none }}{{ $x | default "x" }}`:                                                                     "x",
+		`{{ $x := .connector.spec.none }}{{ $x = "y" }}{{ $x }}`:                                                                     "y",
+		`{{ hasKey .connector.spec "null" }} {{ empty .connector.spec.none }}`:                                                       "false true",
+		`{{ .connector.spec.empty }}`:                                                                                                "",
+		`{{ print "a" 1 }} {{ println "b" }}{{ urlquery "a/b" }} {{ html "<" }} {{ js "'" }} {{ toString 1 }} {{ printf "%s" "c" }}`: "a1 b\na%2Fb &lt; \\' 1 c",
+
+		// sprig
+		`{{ "a" | upper | b64enc }} {{ list 1 2 | join "," }} {{ (urlParse "https://h:1/p").hostname }} {{ dict "a" 1 | toJson }}`: `QQ== 1,2 h {"a":1}`,
+		`{{ sha256sum "a" | trunc 8 }} {{ splitList "," "a,b" | last }} {{ trimPrefix "/" "/a" }} {{ ternary "y" "n" true }}`:      "ca978112 b a y",
+
+		// Templates, loops
+		`{{ define "t" }}<{{ . }}>{{ end }}{{ template "t" .connector.kind }}{{ block "b" 1 }}{{ . }}{{ end }}`:                                  "<Connector>1",
+		`{{ range $i, $e := .connector.spec.list }}{{ if eq $i 1 }}{{ continue }}{{ end }}{{ $e }}{{ if eq $i 2 }}{{ break }}{{ end }}{{ end }}`: "a2.5",
+		`{{ range 3 }}{{ . }}{{ end }}`: "012",
+	} {
+		got, err := n.rendered(template)
+		if err != nil || got != want {
+			t.Errorf("%s\n\tis %q, not %q (%v)", template, got, want, err)
+		}
+	}
+}
+
+func TestTemplatesThatFail(t *testing.T) {
+	n := startNode(t)
+	missing := "no value"
+	for template, word := range map[string]string{
+		// Printing a missing value
+		`{{ .connector.spec.none }}`:                                        `file:1:3: executing "file" at <printedValue`,
+		"\n\n  {{ .connector.spec.none }}":                                  "{{.connector.spec.none}} has no value",
+		`{{ .connector.spec.null }}`:                                        "{{.connector.spec.null}} has no value",
+		`{{ .connector.spec.none.of.this }}`:                                "{{.connector.spec.none.of.this}} has no value",
+		`{{ index .connector.spec "none" }}`:                                missing,
+		`{{ get .connector.spec "none" | default nil }}`:                    missing,
+		`{{ $x := .connector.spec.none }}{{ $x }}`:                          missing,
+		`{{ range .connector.spec.nulls }}{{ . }}{{ end }}`:                 missing,
+		`{{ if true }}{{ .none }}{{ end }}`:                                 missing,
+		`{{ if false }}{{ else }}{{ .none }}{{ end }}`:                      missing,
+		`{{ with .connector }}{{ .none }}{{ end }}`:                         missing,
+		`{{ with .none }}{{ else }}{{ .none }}{{ end }}`:                    missing,
+		`{{ range list 1 }}{{ $.none }}{{ end }}`:                           missing,
+		`{{ range .none }}{{ else }}{{ .none }}{{ end }}`:                   missing,
+		`{{ define "t" }}{{ .none }}{{ end }}{{ template "t" .connector }}`: missing,
+		`{{ template "t" .none }}{{ define "t" }}{{ . }}{{ end }}`:          missing,
+		`{{ block "b" .connector }}{{ .none }}{{ end }}`:                    missing,
+		`{{ (.connector.spec.none) }}`:                                      missing,
+		`{{ print "a" .connector.spec.none }}`:                              "value 2 to print is missing",
+		`{{ printf "%s" .connector.spec.none }}`:                            "value 1 to print is missing",
+		`{{ println .connector.spec.none }}`:                                "value 1 to print is missing",
+		`{{ urlquery .connector.spec.none }}`:                               "value 1 to print is missing",
+		`{{ .connector.spec.none | html }}`:                                 "value 1 to print is missing",
+		`{{ .connector.spec.none | js }}`:                                   "value 1 to print is missing",
+		`{{ .connector.spec.none | toString }}`:                             "value 1 to print is missing",
+		`{{ .connector.spec.none | b64enc }}`:                               "invalid value; expected string",
+		`{{ urlParse .connector.spec.none }}`:                               "invalid value; expected string",
+
+		// What would give away the driver's environment or network, and what the guards use
+		`{{ env "NODE_NAME" }}`:           `"env" not defined`,
+		`{{ expandenv "$NODE_NAME" }}`:    `"expandenv" not defined`,
+		`{{ getHostByName "localhost" }}`: `"getHostByName" not defined`,
+		`{{ printedValue "x" nil }}`:      `"printedValue" not defined`,
+		`{{ timeLeft }}`:                  `"timeLeft" not defined`,
+
+		// Other failures
+		`{{ required "x" .none }}`:        `"required" not defined`,
+		`{{ fail "on purpose" }}`:         "on purpose",
+		`{{ template "none" }}`:           `"none" not defined`,
+		`{{ .connector.spec.address.x }}`: "can't evaluate field x",
+		`{{ index .connectors 1 }}`:       "out of range",
+		`{{ end }}`:                       "unexpected {{end}}",
+		`{{ define "r" }}{{ template "r" . }}{{ end }}{{ template "r" . }}`: "exceeded maximum template depth",
+	} {
+		got, err := n.rendered(template)
+		if got != "" {
+			t.Errorf("%s\n\tis %q", template, got)
+		}
+		wantError(t, err, codes.FailedPrecondition, `ConnectorClass "class", configuration "config": file "file": `, word)
+	}
+}
+
+// The driver's log and its errors are searched for secrets in every test; here templates try to get them there.
+func TestTemplatesThatWantToTellTheToken(t *testing.T) {
+	n := startNode(t)
+	for _, template := range []string{
+		`{{ fail .context.token }}`,
+		`{{ fail (b64enc .context.token) }}`,
+		`{{ fail (printf ":%s" .context.token | b64enc) }}`,
+		`{{ fail (trunc 300 .context.token) }}`,
+		`{{ fail (substr 10 60 .context.token) }}`,
+		`{{ fail (toJson .context) }}`,
+		`{{ fail (printf "%v" .context) }}`,
+		`{{ .context.token.x }}`,
+		`{{ index .context.token "x" }}`,
+		`{{ index .connectors .context.token }}`,
+		`{{ index .connector .context.token }}`,
+		`{{ mustToDate "2006" .context.token | date "2006" }}`,
+		`{{ mustRegexMatch (print "(" .context.token) "x" }}`,
+		`{{ mustFromJson .context.token }}`,
+		`{{ template "x" .context.token }}{{ define "x" }}{{ .y }}{{ end }}`,
+		`{{ slice .context.token 1 100000 }}`,
+		`{{ call .context.token }}`,
+		`{{ len 3 .context.token }}`,
+		`{{ semver .context.token }}`,
+		`{{ genSelfSignedCert .context.token (list .context.token) nil 1 }}`,
+		`{{ buildCustomCert .context.token .context.token }}`,
+		`{{ decryptAES .context.token .context.token }}`,
+		`{{ if hasPrefix "TOKEN" .context.token }}{{ else }}{{ fail .context.token }}{{ end }}`,
+	} {
+		if got, err := n.rendered(template); err == nil {
+			t.Errorf("%s\n\tis %q", template, got)
+		}
+	}
+	// These do not fail, and are files.
+	for _, template := range []string{`{{ atoi .context.token }}`, `{{ b64dec .context.token | len }}`, `{{ .context }}`} {
+		if _, err := n.rendered(template); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := n.rendered("{{ .connector.metadata.annotations.mark }}{{ .connector.none }}"); err == nil {
+		t.Error("half a file was published")
+	}
+}
+
+func TestTemplatesThatDoNotEnd(t *testing.T) {
+	n := startNode(t)
+	for _, template := range []string{
+		`{{ range 9000000000000 }}{{ end }}`,
+		`{{ range 9000000000000 }}{{ else }}x{{ end }}`,
+		`{{ range $i := until 1000 }}{{ range until 1000 }}{{ range until 1000 }}{{ range until 1000 }}{{ end }}{{ end }}{{ end }}{{ end }}`,
+		`{{ define "two" }}{{ if gt . 0 }}{{ template "two" (sub . 1) }}{{ template "two" (sub . 1) }}{{ end }}{{ end }}{{ template "two" 60 }}`,
+	} {
+		n.api.put(class("git", configuration("config", "file", template)))
+		v := n.volume()
+		wantError(t, v.publishWithin(50*time.Millisecond), codes.DeadlineExceeded)
+		eventually(t, "the driver gives up too", func() bool {
+			n.driver.mu.Lock()
+			defer n.driver.mu.Unlock()
+			return len(n.driver.busy) == 0
+		})
+		v.wantNothing()
+	}
+	if !strings.Contains(logs.String(), "rendering took too long") {
+		t.Error("the log does not say why")
+	}
+}
+
+func TestOutputLimit(t *testing.T) {
+	n := startNode(t)
+	if got, err := n.rendered(`{{ repeat 1048576 "x" }}`); err != nil || len(got) != 1<<20 {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	for _, template := range []string{`{{ repeat 1048576 "x" }}y`, `{{ range 9000000000000 }}x{{ end }}`} {
+		_, err := n.rendered(template)
+		wantError(t, err, codes.FailedPrecondition, "a volume may hold 1024 KiB in 256 files")
+	}
+	// A file that replaces another one counts once.
+	n.api.put(class("git", configuration("one", "a", `{{ repeat 1048576 "x" }}`), configuration("two", "a", `{{ repeat 1048576 "y" }}`)))
+	v := n.volume(attrs{"configuration.names": "one,two"})
+	v.mustPublish()
+	v.want("a", strings.Repeat("y", 1<<20))
+}
+
+// Other files and other volumes share the objects, and sprig has functions that change their arguments.
+func TestTemplatesCannotChangeWhatOthersSee(t *testing.T) {
+	n := startNode(t)
+	change := `{{ $_ := set .connector.spec "address" "changed" }}{{ $_ := set .context "token" "changed" }}{{ $_ := unset .connector.metadata "name" }}` +
+		`{{ $_ := set .configurations "p" "changed" }}{{ $_ := set (index .connector.spec.list 0) "x" "changed" }}{{ .connector.spec.address }}`
+	see := `{{ .connector.spec.address }} {{ .connector.metadata.name }} {{ .configurations.p }} {{ (index .connector.spec.list 0).x }}`
+	n.api.put(class("git", configuration("config", "a", change, "b", see)),
+		connector("default", "git", "git", with([]any{object{"x": "kept"}}, "spec", "list")))
+	v, w := n.volume(attrs{"configuration.params": `{"config":{"p":"kept"}}`}), n.volume(attrs{"configuration.params": `{"config":{"p":"kept"}}`})
+	for range 2 {
+		for _, v := range []*podVolume{v, w} {
+			v.pod.renewToken() // so that the files are made again, from the cache
+			v.mustPublish()
+			v.want("a", "changed")
+			v.want("b", "https://git.example.com git kept kept")
+		}
+	}
+}
+
+func TestFileNames(t *testing.T) {
+	for name, ok := range map[string]bool{
+		"a": true, ".a": true, "a.b": true, "a..b": true, "-": true, "_": true, "A-z_0.9": true, ".env": true, "...": false, strings.Repeat("a", 253): true,
+		"": false, ".": false, "..": false, "..a": false, "..data": false, "a/b": false, "/a": false, "a\\b": false, "a b": false, "a\n": false, "é": false,
+		"a\x00": false, "a:b": false, strings.Repeat("a", 254): false,
+	} {
+		if err := checkFileName(name); (err == nil) != ok {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+	n := startNode(t)
+	for _, name := range []string{"..data", "..gen-x", "a/b", "a b", ""} {
+		n.api.put(class("git", configuration("config", "ok", "x", name, "x")))
+		n.volume().mustRefuse(codes.FailedPrecondition, fmt.Sprintf("file name %q is not allowed", name))
+	}
+}
+
+// ---- The documented ConnectorClasses: what they make is read by the rules of its format ----
+
+// parseGitConfig reads git-config(1): sections, subsections in quotes, keys; a key's values by "section.subsection.key".
+func parseGitConfig(t *testing.T, text string) map[string][]string {
+	t.Helper()
+	header := regexp.MustCompile(`^\[([-.a-zA-Z0-9]+)(?: "((?:[^"\\]|\\.)*)")?\]$`)
+	key := regexp.MustCompile(`^([a-zA-Z][-a-zA-Z0-9]*) *= *(.*)$`)
+	values, section := map[string][]string{}, ""
+	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(line)
+		if match := header.FindStringSubmatch(line); match != nil {
+			section = match[1] + "." + match[2]
+		} else if match := key.FindStringSubmatch(line); match != nil && section != "" {
+			values[section+"."+match[1]] = append(values[section+"."+match[1]], match[2])
+		} else if line != "" && line[0] != '#' && line[0] != ';' {
+			t.Errorf("not a line of a git configuration: %q", line)
+		}
+	}
+	return values
+}
+
+func basic(text string) string {
+	return "Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte(text))
+}
+
+func TestDocumentedGitClasses(t *testing.T) {
+	n := startNode(t)
+	const one, two = "http://c-git.default.svc.cluster.local", "http://c-other.team-a.svc.cluster.local"
+	for what, c := range map[string]struct {
+		file string
+		want func(token string) map[string][]string
+		both bool // also with two Connectors
+	}{
+		"1.0": {"[http]\n  sslVerify = false\n", func(string) map[string][]string { return map[string][]string{"http..sslVerify": {"false"}} }, false},
+		"1.0 to 1.8": {"[http]\n    extraHeader = Authorization: Basic {{ printf \":%s\" .context.token | b64enc }}\n" +
+			"[url \"{{ .connector.status.proxyAddress }}\"]\n    insteadOf = {{.connector.spec.address}}\n",
+			func(token string) map[string][]string {
+				return map[string][]string{"http..extraHeader": {basic(":" + token)}, "url." + one + ".insteadOf": {"https://git.example.com"}}
+			}, false},
+		"1.9": {"[http]\n    extraHeader = Authorization: Basic {{ printf \":%s\" .context.token | b64enc }}\n{{- range .connectors }}\n" +
+			"[url \"{{ .status.proxyAddress }}\"]\n    insteadOf = {{.spec.address}}\n{{- end }}\n",
+			func(token string) map[string][]string {
+				return map[string][]string{"http..extraHeader": {basic(":" + token)}, "url." + one + ".insteadOf": {"https://git.example.com"},
+					"url." + two + ".insteadOf": {"https://other.example.com"}}
+			}, true},
+		"a parameter of the Connector": {"{{ $sslVerify := \"true\" -}}\n{{- range .connector.spec.params }}{{- if eq .name \"sslVerify\" }}{{$sslVerify = .value }}{{ end }}{{- end }}\n" +
+			"[http]\n  sslVerify = {{ $sslVerify }}\n", func(string) map[string][]string { return map[string][]string{"http..sslVerify": {"true"}} }, false},
+		"1.6, without colon": {"[http]\n    extraHeader = Authorization: Basic {{ .context.token | b64enc }}\n[url \"{{ .connector.status.proxyAddress }}\"]\n    insteadOf = {{ .connector.spec.address }}\n",
+			func(token string) map[string][]string {
+				return map[string][]string{"http..extraHeader": {basic(token)}, "url." + one + ".insteadOf": {"https://git.example.com"}}
+			}, false},
+		"1.12": {"{{- range .connectors }}\n[http \"{{ .status.proxy.httpAddress.url }}\"]\n    extraHeader = Authorization: Basic {{ printf \":%s\" $.context.token | b64enc }}\n" +
+			"[url \"{{ .status.proxy.httpAddress.url }}\"]\n    insteadOf = {{.spec.address}}\n{{- end }}\n",
+			func(token string) map[string][]string {
+				return map[string][]string{"http." + one + ".extraHeader": {basic(":" + token)}, "url." + one + ".insteadOf": {"https://git.example.com"},
+					"http." + two + ".extraHeader": {basic(":" + token)}, "url." + two + ".insteadOf": {"https://other.example.com"}}
+			}, true},
+	} {
+		t.Run(what, func(t *testing.T) {
+			n.api.put(class("git", configuration("config", ".gitconfig", c.file)), connector("team-a", "other", "git"))
+			v := n.volume()
+			v.mustPublish()
+			want := c.want(v.pod.token)
+			if c.both {
+				w := n.volume(attrs{"connector.name": "-", "connectors": "git, team-a/other"})
+				w.mustPublish()
+				if got, want := parseGitConfig(t, w.file(".gitconfig")), c.want(w.pod.token); !maps.EqualFunc(got, want, slices.Equal) {
+					t.Errorf("two Connectors: %v, not %v", got, want)
+				}
+				maps.DeleteFunc(want, func(key string, _ []string) bool { return strings.Contains(key, two) })
+			}
+			if got := parseGitConfig(t, v.file(".gitconfig")); !maps.EqualFunc(got, want, slices.Equal) {
+				t.Errorf("%v, not %v", got, want)
+			}
+		})
+	}
+	n.api.put(class("git", configuration("config", ".gitconfig", "this is git config\n")), connector("default", "git", "git", with(nil, "status")))
+	v := n.volume() // the quick start: no proxy at all
+	v.mustPublish()
+	v.want(".gitconfig", "this is git config\n")
+
+	n.api.put(class("git", configuration("config", ".gitconfig", "{{ range .connector.spec.params }}{{ .name }}={{ .value }}{{ end }}")),
+		connector("default", "git", "git", with([]any{object{"name": "sslVerify", "value": "false"}}, "spec", "params")))
+	v = n.volume()
+	v.mustPublish()
+	v.want(".gitconfig", "sslVerify=false")
+}
+
+const npmHead = `{{- $proxyURL := urlParse .connector.status.proxyAddress -}}
+{{- $password := .context.token -}}
+{{- $registryURL := urlParse .connector.spec.address -}}
+{{- $username := printf "%s/%s" .connector.metadata.namespace .connector.metadata.name | urlquery -}}
+`
+
+const npmrc = npmHead + `# NPM Registry Configuration
+registry={{ trimSuffix "/" .connector.spec.address }}/
+
+# The authentication token is fake, because the connector will not use it, it will be used for proxy requests.
+//{{ $registryURL.host }}/{{ trimSuffix "/" (trimPrefix "/" $registryURL.path) }}/:_auth={{ printf "user:password" | b64enc }}
+
+# Set the connector proxy URL for npm registry access
+https-proxy={{ $proxyURL.scheme }}://{{ $username }}:{{ $password }}@{{ $proxyURL.host }}
+proxy={{ $proxyURL.scheme }}://{{ $username }}:{{ $password }}@{{ $proxyURL.host }}
+
+# Disable strict SSL verification for internal registries
+strict-ssl=false
+
+# Disable npm audit to avoid security warnings during CI/CD
+audit=false
+
+# Disable funding messages to reduce output noise
+fund=false
+`
+
+const yarnrc = npmHead + `# Set the NPM registry server URL for package resolution
+npmRegistryServer: "{{ .connector.spec.address }}"
+
+# The authentication token is fake, because the connector will not use it, it will be used for proxy requests.
+npmAuthIdent: "{{ printf "user:password" | b64enc }}"
+
+# The unsafeHttpWhitelist is used to whitelist the host for proxy requests.
+unsafeHttpWhitelist:
+- {{ $registryURL.hostname }}
+
+# authentication for proxy requests
+httpProxy: "{{ $proxyURL.scheme }}://{{ $username }}:{{ $password }}@{{ $proxyURL.host }}"
+httpsProxy: "{{ $proxyURL.scheme }}://{{ $username }}:{{ $password }}@{{ $proxyURL.host }}"
+
+# Always authenticate to the registry
+npmAlwaysAuth: true
+
+# Disable strict SSL verification for internal registries
+enableStrictSsl: false
+
+# Set the registry URL for package publishing
+npmPublishRegistry: "{{ .connector.spec.address }}"
+`
+
+// parseLines reads key and value of every line that is not empty or a comment.
+func parseLines(t *testing.T, text string, line *regexp.Regexp) map[string]string {
+	t.Helper()
+	values := map[string]string{}
+	for l := range strings.Lines(text) {
+		l = strings.TrimSuffix(l, "\n")
+		if match := line.FindStringSubmatch(l); match != nil {
+			values[match[1]] = match[2]
+		} else if l != "" && l[0] != '#' && l[0] != ';' {
+			t.Errorf("a line that %v does not match: %q", line, l)
+		}
+	}
+	return values
+}
+
+func TestDocumentedNPMClass(t *testing.T) {
+	n := startNode(t)
+	n.api.put(class("npm", configuration("npmrc", "ca.cert", "{{ .context.proxy.caCert }}", ".npmrc", npmrc),
+		configuration("yarnrc", "ca.cert", "{{ .context.proxy.caCert }}", ".yarnrc.yml", yarnrc)),
+		connector("default", "npm", "npm", with("https://nexus.example.com:8443/repository/npm/", "spec", "address"), with("the CA", "status", "proxy", "httpAddress", "CACerts")))
+	v := n.volume(attrs{"connector.name": "npm", "configuration.names": "npmrc, yarnrc"})
+	v.mustPublish()
+	v.wantFiles(".npmrc", ".yarnrc.yml", "ca.cert")
+	v.want("ca.cert", "the CA")
+	proxy := "http://default%2Fnpm:" + v.pod.token + "@c-npm.default.svc.cluster.local"
+	if u, err := url.Parse(proxy); err != nil || u.User.Username() != "default/npm" {
+		t.Fatal(err)
+	}
+
+	ini := parseLines(t, v.file(".npmrc"), regexp.MustCompile(`^([^#;=\[\]]+)=(.*)$`))
+	if want := (map[string]string{
+		"registry": "https://nexus.example.com:8443/repository/npm/", "//nexus.example.com:8443/repository/npm/:_auth": "dXNlcjpwYXNzd29yZA==",
+		"https-proxy": proxy, "proxy": proxy, "strict-ssl": "false", "audit": "false", "fund": "false",
+	}); !maps.Equal(ini, want) {
+		t.Errorf(".npmrc is %v, not %v", ini, want)
+	}
+
+	yaml := parseLines(t, v.file(".yarnrc.yml"), regexp.MustCompile(`^(?:- )?([a-zA-Z.]+):? ?"?([^"]*)"?$`))
+	if want := (map[string]string{
+		"npmRegistryServer": "https://nexus.example.com:8443/repository/npm/", "npmPublishRegistry": "https://nexus.example.com:8443/repository/npm/",
+		"npmAuthIdent": "dXNlcjpwYXNzd29yZA==", "unsafeHttpWhitelist": "", "nexus.example.com": "", "httpProxy": proxy, "httpsProxy": proxy,
+		"npmAlwaysAuth": "true", "enableStrictSsl": "false",
+	}); !maps.Equal(yaml, want) {
+		t.Errorf(".yarnrc.yml is %v, not %v", yaml, want)
+	}
+}
+
+func TestDocumentedClassesForSeveralConnectors(t *testing.T) {
+	n := startNode(t)
+	lines := "{{- range .connectors }}\n# Configuration for Connector: {{ .name }}\nparam_name = {{ .name }}\nparam_value = {{ .spec.address }}\n{{- end }}\n"
+	n.api.put(class("multi-connector", configuration("config", ".multi-connector-config", lines)),
+		connector("default", "a", "multi-connector"), connector("team-a", "b", "multi-connector"))
+	v := n.volume(attrs{"connector.name": "-", "connectors": "a,team-a/b"})
+	v.mustPublish()
+	v.want(".multi-connector-config", "\n# Configuration for Connector: a\nparam_name = a\nparam_value = https://a.example.com"+
+		"\n# Configuration for Connector: b\nparam_name = b\nparam_value = https://b.example.com\n")
+
+	n.api.put(class("connector-a", configuration("config-a", "config.xml", lines)),
+		class("connector-b", configuration("config-b", "settings.json",
+			"{\"connectors\": [\n{{- range .connectors }}\n  {\"name\": \"{{ .name }}\", \"address\": \"{{ .spec.address }}\"},\n{{- end }}\n]}\n")),
+		connector("default", "a", "connector-a"), connector("team-a", "b", "connector-b"))
+	v = n.volume(attrs{"connector.name": "-", "connectors": "a,team-a/b", "configuration.names": "config-a,config-b"})
+	v.mustPublish()
+	v.want("config.xml", "\n# Configuration for Connector: a\nparam_name = a\nparam_value = https://a.example.com\n")
+	v.want("settings.json", "{\"connectors\": [\n  {\"name\": \"b\", \"address\": \"https://b.example.com\"},\n]}\n")
+}
+
+// ---- Several Connectors, parameters, exclusions, built-in files ----
+
+func TestSeveralConnectors(t *testing.T) {
+	n := startNode(t)
+	see := "{{ .connector.name }}:{{ range .connectors }} {{ .namespace }}/{{ .name }}={{ .spec.address }}{{ end }} {{ .connectorclass.proxyAddress | default \"none\" }}"
+	a, b := class("a", configuration("both", "both", "a: "+see, "a", see), configuration("only-a", "x", "from a")), class("b", configuration("both", "both", "b: "+see, "b", see))
+	with("http://proxy-of-b", "status", "proxy", "httpAddress", "url")(b)
+	n.api.put(a, b, connector("default", "a1", "a"), connector("team-a", "a2", "a"), connector("team-a", "b1", "b"))
+
+	v := n.volume(attrs{"connector.name": "-", "connectors": "a1, team-a/b1 ,team-a/a2", "configuration.names": "both,only-a"})
+	v.mustPublish()
+	v.wantFiles("a", "b", "both", "x")
+	ofA := "a1: default/a1=https://a1.example.com team-a/a2=https://a2.example.com none"
+	ofB := "b1: team-a/b1=https://b1.example.com http://proxy-of-b"
+	v.want("a", ofA)
+	v.want("b", ofB)
+	v.want("both", "b: "+ofB) // class b is named later
+	v = n.volume(attrs{"connector.name": "-", "connectors": "team-a/b1,a1,team-a/a2", "configuration.names": "both"})
+	v.mustPublish()
+	v.want("both", "a: "+ofA)
+
+	n.volume(attrs{"connector.name": "-", "connectors": "a1,team-a/b1", "configuration.names": "both,none"}).
+		mustRefuse(codes.InvalidArgument, `"none"`, `ConnectorClass "a" has: both, only-a; ConnectorClass "b" has: both`)
+	n.api.forbid("default/default", connectorPath("team-a", "b1"))
+	n.volume(attrs{"connector.name": "-", "connectors": "a1,team-a/b1", "configuration.names": "both"}).
+		mustRefuse(codes.PermissionDenied, `may not read Connector "team-a/b1"`, "--namespace=team-a", "--serviceaccount=default:default")
+	n.volume(attrs{"connector.name": "-", "connectors": "a1,team-a/none", "configuration.names": "both"}).mustRefuse(codes.NotFound, `"team-a/none"`)
+}
+
+func TestConfigurationParams(t *testing.T) {
+	n := startNode(t)
+	declared := configuration("config", "file", `{{ range $k, $v := .configurations }}{{ $k }}={{ $v }};{{ end }}`)
+	declared["params"] = []any{
+		param("kind", "enum", []any{"mirror", "publish"}, "default", "mirror"),
+		param("list", "type", "array", "enum", []any{"a", "b", 3}, "default", []any{"a"}),
+		param("map", "type", "object", "default", object{}),
+		param("name"),
+		param("empty", "default", ""),
+	}
+	n.api.put(class("git", declared, configuration("other", "other", `{{ .configurations.name | default "none" }}`)))
+	defaults := "empty=;kind=mirror;list=[a];map=map[];name=n;"
+	for params, want := range map[string]string{
+		`{"config":{"name":"n"}}`:                                 defaults,
+		`{"config":{"name":"n","kind":"publish","empty":"e"}}`:    "empty=e;kind=publish;list=[a];map=map[];name=n;",
+		`{"config":{"name":"n","list":["b",3]}}`:                  "empty=;kind=mirror;list=[b 3];map=map[];name=n;",
+		`{"config":{"name":"n","map":{"x":1}}}`:                   "empty=;kind=mirror;list=[a];map=map[x:1];name=n;",
+		`{"config":{"name":"n","undeclared":{"x":[true]}}}`:       defaults + "undeclared=map[x:[true]];",
+		`{"config":{"name":"n"},"other":{"name":"of the other"}}`: defaults,
+		` {"config" : {"name":"n", "kind": null} } `:              defaults,
+	} {
+		v := n.volume(attrs{"configuration.params": params, "configuration.names": "config,other"})
+		v.mustPublish()
+		v.want("file", want)
+		if strings.Contains(params, "of the other") {
+			v.want("other", "of the other")
+		}
+	}
+	for params, word := range map[string]string{
+		"":                                         `required configuration param "name" is missing`,
+		`{"config":{}}`:                            `required configuration param "name" is missing`,
+		`{"config":{"name":null}}`:                 `required configuration param "name" is missing`,
+		`{"config":{"name":1}}`:                    `configuration param "name" must be of type string, not number`,
+		`{"config":{"name":true}}`:                 `configuration param "name" must be of type string, not boolean`,
+		`{"config":{"name":"n","kind":"none"}}`:    `configuration param "kind" must be one of [mirror publish], not "none"`,
+		`{"config":{"name":"n","list":"a"}}`:       `configuration param "list" must be of type array, not string`,
+		`{"config":{"name":"n","list":["a","c"]}}`: `configuration param "list" must be one of [a b 3], not "c"`,
+		`{"config":{"name":"n","map":[]}}`:         `configuration param "map" must be of type object, not array`,
+		`{"git":{}}`:                               "not in configuration.names: config",
+	} {
+		n.volume(attrs{"configuration.params": params}).mustRefuse(codes.InvalidArgument, word)
+	}
+}
+
+func TestExclusions(t *testing.T) {
+	n := startNode(t)
+	v := n.volume(attrs{"configuration.names": "first, ! one ,second"})
+	v.mustPublish()
+	v.wantFiles("shared", "two")
+	v.attributes["configuration.names"] = "first,second,!two,!shared,!one"
+	v.mustPublish()
+	v.wantFiles()
+	n.volume(attrs{"configuration.names": "first,!two"}).mustRefuse(codes.InvalidArgument, `excludes the file "two"`, "one, shared")
+	n.volume(attrs{"configuration.names": "none,!one"}).mustRefuse(codes.InvalidArgument, `configuration "none"`)
+}
+
+func builtInFiles(d *driver) { d.builtInFiles = true }
+
+func TestBuiltInFilesOfOneConnector(t *testing.T) {
+	n := startNode(t, builtInFiles)
+	n.api.put(connector("default", "git", "git", with("the CA\n", "status", "proxy", "httpAddress", "CACerts")))
+	v := n.volume(attrs{"configuration.names": "-"})
+	v.mustPublish()
+	v.wantFiles(".curlrc", ".env", "ca.cert", "ca.crt", "connector.status.proxyAddress", "context.proxy.caCert", "context.token", "http.proxy", "https.proxy")
+	proxy := "http://default%2Fgit:" + v.pod.token + "@c-git.default.svc.cluster.local:80"
+	for name, want := range map[string]string{
+		"context.token": v.pod.token, "connector.status.proxyAddress": "http://c-git.default.svc.cluster.local",
+		"http.proxy": proxy, "https.proxy": proxy, ".curlrc": "proxy = " + proxy + "\n",
+		"ca.crt": "the CA\n", "ca.cert": "the CA\n", "context.proxy.caCert": "the CA\n",
+	} {
+		v.want(name, want)
+	}
+	v.wantEnvironment(proxy)
+	v.attributes["configuration.names"] = "!context.token,config" // a class's file beside them, one left out
+	v.mustPublish()
+	if files := v.read(); len(files) != 8+3 || files["context.token"] != "" || files["token"] != v.pod.token {
+		t.Errorf("files %v", slices.Sorted(maps.Keys(files)))
+	}
+	n.api.put(class("git", configuration("config", "ca.crt", "the class's own")))
+	v = n.volume()
+	v.mustPublish()
+	v.want("ca.crt", "the class's own")
+	v.want("ca.cert", "the CA\n")
+}
+
+// wantEnvironment sources the file .env as people do, and looks at the environment of a process.
+func (v *podVolume) wantEnvironment(proxy string) {
+	v.t.Helper()
+	cmd := exec.Command("sh", "-c", "set -eau; . ./.env; exec env")
+	cmd.Dir = v.target
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	out, err := cmd.Output()
+	must(v.t, err)
+	environment := strings.Split(string(out), "\n")
+	for _, want := range []string{"http_proxy=" + proxy, "HTTP_PROXY=" + proxy, "https_proxy=" + proxy, "HTTPS_PROXY=" + proxy,
+		"no_proxy=localhost,127.0.0.1", "NO_PROXY=localhost,127.0.0.1"} {
+		if !slices.Contains(environment, want) {
+			v.t.Errorf("no %s in %q", want, environment)
+		}
+	}
+}
+
+func TestBuiltInFilesOfSeveralConnectors(t *testing.T) {
+	n := startNode(t, builtInFiles)
+	a, b := class("a"), class("b")
+	with("http://proxy-a", "status", "proxy", "httpAddress", "url")(a)
+	with("https://proxy-b:8443/ignored", "status", "proxy", "httpAddress", "url")(b)
+	with("CA of b", "status", "proxy", "httpAddress", "CACerts")(b)
+	n.api.put(a, b, connector("default", "a1", "a"), connector("team-a", "b1", "b"))
+	v := n.volume(attrs{"connector.name": "-", "connectors": "a1,team-a/b1", "configuration.names": ""})
+	v.mustPublish()
+	proxy := "https://default%2Fa1,team-a%2Fb1:" + v.pod.token + "@proxy-b:8443"
+	v.want("http.proxy", proxy)
+	v.want("connector.status.proxyAddress", "https://proxy-b:8443/ignored")
+	v.want("ca.crt", "CA of b")
+	v.wantEnvironment(proxy)
+	if u, err := url.Parse(v.file("https.proxy")); err != nil || u.User.Username() != "default/a1,team-a/b1" {
+		t.Error(u, err)
+	}
+}
+
+func TestBuiltInFilesWithoutValues(t *testing.T) {
+	n := startNode(t, builtInFiles)
+	n.api.put(connector("default", "git", "git", with(nil, "status")))
+	v := n.volume(attrs{"configuration.names": "-"})
+	v.mustPublish()
+	v.wantFiles("context.token")
+	for address, want := range map[string]string{
+		"http://[fd00::1]:3128": "@[fd00::1]:3128", "https://proxy": "@proxy:443", "http://10.0.0.1/path?x": "@10.0.0.1:80", "http://proxy:": "@proxy:80",
+	} {
+		n.api.put(connector("default", "git", "git", with(address, "status", "proxy", "httpAddress", "url")))
+		v := n.volume(attrs{"configuration.names": "-"})
+		v.mustPublish()
+		if got := v.file("http.proxy"); !strings.HasSuffix(got, want) {
+			t.Errorf("%s: %s", address, got)
+		}
+	}
+	for _, address := range []string{"proxy:80", "ftp://proxy", "http://", "http:///path", "http://a$(id)", "http://a;id", "http://a'b", "http://a b", "http://%41", "//proxy", "http://a\nb"} {
+		n.api.put(connector("default", "git", "git", with(address, "status", "proxy", "httpAddress", "url")))
+		n.volume(attrs{"configuration.names": "-"}).mustRefuse(codes.FailedPrecondition, "is not an http or https URL")
+	}
+}
+
+func TestCA(t *testing.T) {
+	n := startNode(t)
+	ofConnector, ofClass := with("CA of the Connector", "status", "proxy", "httpAddress", "CACerts"), with("CA of the class", "status", "proxy", "httpAddress", "CACerts")
+	plain, withCA := class("git", configuration("config", "ca", "{{ .context.proxy.caCert }}")), class("git", configuration("config", "ca", "{{ .context.proxy.caCert }}"))
+	ofClass(withCA)
+	for _, c := range []struct {
+		class, connector object
+		want             string
+	}{
+		{plain, connector("default", "git", "git"), ""},
+		{plain, connector("default", "git", "git", ofConnector), "CA of the Connector"},
+		{withCA, connector("default", "git", "git"), "CA of the class"},
+		{withCA, connector("default", "git", "git", ofConnector), "CA of the Connector"},
+	} {
+		n.api.put(c.class, c.connector)
+		v := n.volume()
+		v.mustPublish()
+		v.want("ca", c.want)
+	}
+}
+
+func TestProxyAddress(t *testing.T) {
+	n := startNode(t)
+	n.api.put(class("git", configuration("config", "file", "{{ .connector.status.proxyAddress }} {{ .connector.status.proxy.httpAddress.url }}")),
+		connector("default", "git", "git", with("http://as-it-is", "status", "proxyAddress")))
+	v := n.volume()
+	v.mustPublish()
+	v.want("file", "http://as-it-is http://c-git.default.svc.cluster.local")
+}
+
+// ---- Random input ----
+
+func FuzzAttributes(f *testing.F) {
+	f.Add("git", "default", "", "config", "", "30m", "", "")
+	f.Add("", "", "a,team-a/b", "one, two,!file", `{"one":{"p":"v"}}`, "1h30m", "csi.storage.k8s.io/ephemeral", "true")
+	f.Add("../x", "a%2fb", ",,/", "!", "null", "1ns", "configuration.name", "x")
+	f.Add("a.b", "-", "a//b", " , ", `{"":{}}`, "9223372036854775807ns", "", "\x00")
+	f.Fuzz(func(t *testing.T, name, namespace, connectors, configurations, params, expiration, key, value string) {
+		dns := regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+		for _, builtIn := range []bool{false, true} {
+			a, err := parseAttributes(attrs{"connector.name": name, "connector.namespace": namespace, "connectors": connectors, "configuration.names": configurations,
+				"configuration.params": params, "token.expiration": expiration, key: value}, "default", builtIn)
+			if err != nil {
+				continue
+			}
+			if len(a.connectors) == 0 || len(a.selection.configurations) == 0 && !builtIn || a.lifetime < 10*time.Minute {
+				t.Errorf("accepted: %+v", a)
+			}
+			for _, r := range a.connectors {
+				if !dns.MatchString(r.name) || !dns.MatchString(r.namespace) || len(r.name) > 253 || len(r.namespace) > 63 || strings.Contains(r.namespace, ".") {
+					t.Errorf("accepted: %q", r)
+				}
+			}
+			for _, c := range a.selection.configurations {
+				if c == "" || c != strings.TrimSpace(c) || strings.ContainsAny(c[:1], "!") || strings.Contains(c, ",") {
+					t.Errorf("accepted: %q", c)
+				}
+			}
+			for c := range a.selection.params {
+				if !slices.Contains(a.selection.configurations, c) {
+					t.Errorf("params of %q", c)
+				}
+			}
+		}
+	})
+}
+
+func FuzzFileName(f *testing.F) {
+	for _, name := range []string{"a", ".gitconfig", "..data", ".", "..", "a/b", "a\x00", "ü", strings.Repeat("a", 254)} {
+		f.Add(name)
+	}
+	f.Fuzz(func(t *testing.T, name string) {
+		if checkFileName(name) != nil {
+			return
+		}
+		if name != filepath.Base(name) || name == "." || strings.HasPrefix(name, "..") || len(name) > 253 || !filepath.IsLocal(name) ||
+			strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' || r == '/' || r == '\\' }) {
+			t.Errorf("accepted: %q", name)
+		}
+	})
+}
+
+func FuzzRender(f *testing.F) {
+	for _, text := range []string{
+		"plain", "{{ .connector.spec.address }}", "{{ .context.token }}", "{{ fail .context.token }}", "{{ range .connectors }}{{ .x }}{{ end }}", "{{ print .none }}",
+		"{{ define \"a\" }}{{ . }}{{ end }}{{ template \"a\" .connector.spec }}", "{{ with $x := .connector.spec.list }}{{ index $x 0 | toJson }}{{ else }}{{ . }}{{ end }}",
+		"{{ .connector.spec.none | default .context | toString | b64enc }}", "{{ if and .a (or .b .connector) }}{{ set .connector \"x\" . }}{{ end }}", npmrc,
+	} {
+		f.Add(text, `{"spec":{"address":"https://example.com","list":[1,null,{"a":1.5}]}}`)
+	}
+	f.Add("{{ .connector.spec }}", `{"spec":"no value","metadata":[],"status":{"proxy":1}}`)
+	// Functions that are slow, or whose result may be as long as a number says.
+	slow := regexp.MustCompile(`(?i)[0-9]{4}|0x|[0-9]e|gen[A-Z]|rand|bcrypt|htpasswd|derive|repeat|until|seq|indent|printf|wrap|AES`)
+	token := issue("default", "default", nil, time.Hour, apiAudience)
+	f.Fuzz(func(t *testing.T, text, data string) {
+		value, err := decodeJSON([]byte(data))
+		o, ok := value.(object)
+		if err != nil || !ok || slow.MatchString(text) || strings.Contains(text+data, "no value") {
+			return
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		mounted := []mountedConnector{{o, class("class", configuration("config", "file", text))}}
+		before, _ := json.Marshal(o)
+		for _, builtIn := range []bool{false, true} {
+			files, err := render(ctx, mounted, selection{configurations: []string{"config"}, builtIn: builtIn}, token)
+			if err != nil {
+				if secret := secretIn(err.Error()); secret != "" {
+					t.Errorf("the error contains %s", secret)
+				}
+				continue
+			}
+			size := 0
+			for name, content := range files {
+				size += len(content)
+				if checkFileName(name) != nil || strings.Contains(string(content), "<no value>") {
+					t.Errorf("%s: %q", name, content)
+				}
+			}
+			if size > 1<<20 || len(files) > 256 {
+				t.Errorf("%d files of %d bytes", len(files), size)
+			}
+		}
+		if after, _ := json.Marshal(o); !bytes.Equal(before, after) {
+			t.Errorf("the object was changed: %s", after)
+		}
+	})
+}
+
+func FuzzRegistrationStatus(f *testing.F) {
+	f.Add([]byte{8, 1})
+	f.Add([]byte{8, 0, 18, 2, 'n', 'o'})
+	f.Add([]byte{18, 200, 1})
+	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1})
+	f.Add([]byte{26, 1, 'x', 8, 1, 32, 7})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		registered, message, err := parseRegistrationStatus(data)
+		if err != nil && (registered || message != "") || len(message) > len(data) {
+			t.Errorf("%x: %v, %q, %v", data, registered, message, err)
+		}
+		// What is put before it does not change what it says, unless it is malformed.
+		r, m, e := parseRegistrationStatus(append([]byte{8, 0, 18, 0}, data...))
+		if r != registered || m != message || (e == nil) != (err == nil) {
+			t.Errorf("%x: %v, %q, %v", data, r, m, e)
+		}
+	})
+}
+
+// ---- Figures: go test -run '^$' -bench . ----
+
+// BenchmarkPublish publishes and unpublishes one volume.
+func BenchmarkPublish(b *testing.B) {
+	n := startNode(b)
+	benchmarkPublish(n.volume())
+}
+
+func benchmarkPublish(v *podVolume) {
+	b := v.t.(*testing.B)
+	must(b, v.publish())
+	must(b, v.unpublish())
+	request := v.request()
+	client := csi.NewNodeClient(v.node.conn)
+	unpublish := &csi.NodeUnpublishVolumeRequest{VolumeId: request.VolumeId, TargetPath: v.target}
+	for b.Loop() {
+		_, err := client.NodePublishVolume(b.Context(), request)
+		must(b, err)
+		_, err = client.NodeUnpublishVolume(b.Context(), unpublish)
+		must(b, err)
+	}
+}
+
+// BenchmarkPublishFloor is what BenchmarkPublish cannot do without: the same two requests to the API server, and
+// the same system calls, bare.
+func BenchmarkPublishFloor(b *testing.B) { benchmarkFloor(b, func(csi.IdentityClient) {}) }
+
+// BenchmarkPublishFloorWithCalls is the same with two empty calls, as kubelet makes two to publish and unpublish.
+func BenchmarkPublishFloorWithCalls(b *testing.B) {
+	benchmarkFloor(b, func(client csi.IdentityClient) {
+		_, err := client.Probe(b.Context(), &csi.ProbeRequest{})
+		must(b, err)
+	})
+}
+
+func benchmarkFloor(b *testing.B, call func(csi.IdentityClient)) {
+	n := startNode(b)
+	identity := csi.NewIdentityClient(n.conn)
+	v := n.volume()
+	v.mustPublish()
+	contents := v.read()
+	v.mustUnpublish()
+	client, own := n.driver.kube.client, driverToken()
+	get := func(path, token string) {
+		request, err := http.NewRequestWithContext(b.Context(), http.MethodGet, n.api.URL+path, nil)
+		must(b, err)
+		request.Header.Set("Authorization", "Bearer "+token)
+		response, err := client.Do(request)
+		must(b, err)
+		_, err = io.ReadAll(response.Body)
+		must(b, err)
+		response.Body.Close()
+	}
+	for b.Loop() {
+		get(connectorPath("default", "git"), v.pod.token)
+		get(classPath("git"), own)
+		mountBare(b, v.target, contents)
+		call(identity)
+		must(b, unix.Unmount(v.target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH))
+		must(b, unix.Rmdir(v.target))
+		call(identity)
+	}
+}
+
+// mountBare mounts the files at the target path by nothing but system calls.
+func mountBare(b *testing.B, target string, contents map[string]string) {
+	conf, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
+	must(b, err)
+	for _, option := range [][2]string{{"source", "connectors-csi"}, {"mode", "555"}, {"size", "6291456"}, {"nr_inodes", "1032"}} {
+		must(b, unix.FsconfigSetString(conf, option[0], option[1]))
+	}
+	unix.FsconfigSetFlag(conf, "noswap")
+	must(b, unix.FsconfigCreate(conf))
+	mount, err := unix.Fsmount(conf, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	must(b, err)
+	unix.Close(conf)
+	must(b, unix.Mkdirat(mount, "..gen", 0o755))
+	generation, err := unix.Openat(mount, "..gen", unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	must(b, err)
+	for name, content := range contents {
+		file, err := unix.Openat(generation, name, unix.O_WRONLY|unix.O_CREAT|unix.O_CLOEXEC, 0o400)
+		must(b, err)
+		_, err = unix.Write(file, []byte(content))
+		must(b, err)
+		must(b, unix.Fchmod(file, 0o444))
+		unix.Close(file)
+		must(b, unix.Symlinkat("..data/"+name, mount, name))
+	}
+	unix.Close(generation)
+	must(b, unix.Symlinkat("..gen", mount, "..data_tmp"))
+	must(b, unix.Renameat(mount, "..data_tmp", mount, "..data"))
+	must(b, unix.MountSetattr(mount, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}))
+	must(b, unix.Mkdir(target, 0o750))
+	must(b, unix.MoveMount(mount, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH))
+	unix.Close(mount)
+}
+
+// BenchmarkProbe is an empty call over the same socket.
+func BenchmarkProbe(b *testing.B) {
+	n := startNode(b)
+	client := csi.NewIdentityClient(n.conn)
+	_, err := client.Probe(b.Context(), &csi.ProbeRequest{})
+	must(b, err)
+	for b.Loop() {
+		_, err := client.Probe(b.Context(), &csi.ProbeRequest{})
+		must(b, err)
+	}
+}
+
+func BenchmarkRepublishUnchanged(b *testing.B) {
+	n := startNode(b)
+	v := n.volume()
+	v.mustPublish()
+	asked := n.api.count("")
+	request, client := v.request(), csi.NewNodeClient(n.conn)
+	for b.Loop() {
+		_, err := client.NodePublishVolume(b.Context(), request)
+		must(b, err)
+	}
+	if n.api.count("") != asked {
+		b.Error("the API server was asked")
+	}
+}
+
+func BenchmarkRepublishNewToken(b *testing.B) {
+	n := startNode(b)
+	v := n.volume()
+	v.mustPublish()
+	requests := []*csi.NodePublishVolumeRequest{v.request()}
+	v.pod.renewToken()
+	requests = append(requests, v.request())
+	client, i := csi.NewNodeClient(n.conn), 0
+	for b.Loop() {
+		i++
+		_, err := client.NodePublishVolume(b.Context(), requests[i%2])
+		must(b, err)
+	}
+}
+
+func BenchmarkRender(b *testing.B) {
+	mounted := []mountedConnector{{connector("default", "git", "git"), gitClass()}}
+	token := issue("default", "default", nil, time.Hour, apiAudience)
+	for b.Loop() {
+		_, err := render(b.Context(), mounted, selection{configurations: []string{"config"}}, token)
+		must(b, err)
+	}
+}
+
+// BenchmarkPublishWith1000Volumes is BenchmarkPublish on a node that has 1,000 volumes already.
+func BenchmarkPublishWith1000Volumes(b *testing.B) {
+	n := startNode(b)
+	for range 1000 {
+		must(b, n.volume().publish())
+	}
+	benchmarkPublish(n.volume())
+}
+
+// BenchmarkIdleMemory reports the resident memory of the driver as it is released, once kubelet has registered it.
+func BenchmarkIdleMemory(b *testing.B) {
+	n := newNode(b)
+	binary := filepath.Join(b.TempDir(), "connectors-csi")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", binary, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		b.Fatalf("%v: %s", err, out)
+	}
+	p := n.startBinary(binary)
+	n.callRegistration("GetInfo", nil)
+	n.callRegistration("NotifyRegistrationStatus", []byte{8, 1})
+	n.wantReady(200, "ok")
+	resident := func() float64 {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+		must(b, err)
+		kilobytes, err := strconv.ParseFloat(regexp.MustCompile(`VmRSS:\s+(\d+) kB`).FindStringSubmatch(string(text))[1], 64)
+		must(b, err)
+		return kilobytes * 1024 / 1e6
+	}
+	idle := resident()
+	for range 100 {
+		v := n.volume()
+		v.mustPublish()
+		v.mustPublish()
+		v.mustUnpublish()
+	}
+	b.ReportMetric(idle, "MB-idle")
+	b.ReportMetric(resident(), "MB-after-100-publishes")
+	b.ReportMetric(0, "ns/op")
+}
+
+// ---- The module ----
+
+func TestDirectDependencies(t *testing.T) {
+	text, err := os.ReadFile("go.mod")
+	must(t, err)
+	var direct []string
+	for line := range strings.Lines(string(text)) {
+		if f := strings.Fields(line); strings.HasPrefix(line, "\t") && !strings.Contains(line, "// indirect") {
+			direct = append(direct, f[0])
+		}
+	}
+	if want := []string{"github.com/Masterminds/sprig/v3", "github.com/container-storage-interface/spec", "golang.org/x/sys", "google.golang.org/grpc"}; !slices.Equal(direct, want) {
+		t.Errorf("direct dependencies %v, not %v", direct, want)
+	}
+}
