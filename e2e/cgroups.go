@@ -65,15 +65,48 @@ func createCgroups(name string) error {
 	return nil
 }
 
-// enableControllers lets the children of cgroup v2's root use every controller there is: kubelet insists.
+// enableControllers lets the children of cgroup v2's root use the controllers that kubelet insists on, as far
+// as the kernel has them.
 func enableControllers() error {
-	controllers, err := os.ReadFile(cgroupRoot + "/cgroup.controllers")
+	available, err := os.ReadFile(cgroupRoot + "/cgroup.controllers")
 	if err != nil {
 		return err
 	}
-	for _, controller := range strings.Fields(string(controllers)) {
-		if err := os.WriteFile(cgroupRoot+"/cgroup.subtree_control", []byte("+"+controller), 0); err != nil {
+	for _, controller := range []string{"cpu", "cpuset", "memory", "hugetlb", "pids"} {
+		if !slices.Contains(strings.Fields(string(available)), controller) {
+			continue
+		}
+		enable := func() error {
+			return os.WriteFile(cgroupRoot+"/cgroup.subtree_control", []byte("+"+controller), 0)
+		}
+		err := enable()
+		if errors.Is(err, unix.EBUSY) {
+			if err = moveProcessesToLeaf(); err == nil {
+				err = enable()
+			}
+		}
+		if err != nil {
 			return fmt.Errorf("enable the cgroup controller %s: %w", controller, err)
+		}
+	}
+	return nil
+}
+
+// moveProcessesToLeaf moves the root's processes into a child. Inside a container the root that we see is a
+// cgroup like any other, and such a one has either processes or children with controllers.
+func moveProcessesToLeaf() error {
+	leaf := cgroupRoot + "/" + prefix + "container"
+	if err := os.Mkdir(leaf, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	processes, err := os.ReadFile(cgroupRoot + "/cgroup.procs")
+	if err != nil {
+		return err
+	}
+	for pid := range strings.FieldsSeq(string(processes)) {
+		// A process that has ended meanwhile needs no move.
+		if err := os.WriteFile(leaf+"/cgroup.procs", []byte(pid), 0); err != nil && !errors.Is(err, unix.ESRCH) {
+			return err
 		}
 	}
 	return nil
@@ -112,8 +145,7 @@ func removeStaleCgroups() {
 		stale, _ := filepath.Glob(filepath.Join(hierarchy, prefix+"*"))
 		for _, dir := range stale {
 			var pid int
-			fmt.Sscanf(filepath.Base(dir), prefix+"%d-", &pid)
-			if unix.Kill(pid, 0) == unix.ESRCH {
+			if n, _ := fmt.Sscanf(filepath.Base(dir), prefix+"%d-", &pid); n == 1 && unix.Kill(pid, 0) == unix.ESRCH {
 				removeCgroups(filepath.Base(dir))
 			}
 		}

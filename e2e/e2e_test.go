@@ -1,22 +1,1017 @@
 package main
 
 import (
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/http/cgi"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
+	"time"
 )
 
-func TestMain(m *testing.M) {
-	os.Exit(onNode(func(*Node) int { return m.Run() }))
+// Every test has one real Kubernetes node, real Pods, and the driver as a user installs it, and asserts what
+// a user sees: events, files inside containers, the API. They run one after the other, since many disturb
+// the node.
+
+func TestQuickStart(t *testing.T) {
+	ns := begin(t)
+	t.Cleanup(func() {
+		kubectl("delete", "--grace-period=1", "--timeout=2m", "pod/git-client", "rolebinding/git-client-connectors", "connector/git-connector")
+	})
+	steps, err := readmeSteps("Quick start")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var shown []string // what the reader of the README sees
+	for _, step := range steps {
+		if strings.Contains(step.text, "kind: RoleBinding") {
+			phase, err := kubectl("get", "pod", "git-client", "--output=jsonpath={.status.phase}")
+			if err != nil || phase != "Pending" {
+				t.Errorf("before the RoleBinding the Pod is %q (%v)", phase, err)
+			}
+		}
+		output, err := step.run()
+		if err != nil {
+			t.Fatal(err)
+		}
+		shown = append(shown, output)
+	}
+	refusal, end := shown[len(shown)-2], shown[len(shown)-1]
+	for _, part := range []string{
+		"FailedMount", "code = PermissionDenied", `ServiceAccount default/default may not read Connector "default/git-connector"`,
+		`User "system:serviceaccount:default:default" cannot get resource "connectors" in API group "connectors.alauda.io"`,
+		"kubectl create rolebinding",
+	} {
+		if !strings.Contains(refusal, part) {
+			t.Errorf("before the RoleBinding %q is expected in:\n%s", part, refusal)
+		}
+	}
+	file := regexp.MustCompile(`(?m)^\[http "http://c-git-connector.default.svc.cluster.local"\]
+    extraHeader = Authorization: (Basic .*)
+\[url "http://c-git-connector.default.svc.cluster.local"\]
+    insteadOf = https://git.example.com
+\z`).FindStringSubmatch(end)
+	if file == nil {
+		t.Fatalf("not the .gitconfig that is expected:\n%s", end)
+	}
+	_, token, err := basicCredentials(file[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns.wantTokenOf(token, "default", "default", "git-client")
 }
 
-func TestNodeRunsPods(t *testing.T) {
-	for _, args := range [][]string{
-		{"run", "pod", "--image=" + gitImage, "--command", "--", "sleep", "1000000"},
-		{"wait", "--for=condition=Ready", "pod/pod", "--timeout=60s"},
-		{"exec", "pod", "--", "git", "--version"},
-	} {
-		if _, err := kubectl(args...); err != nil {
+// wantTokenOf checks that the API server takes a token for that of a Pod and its ServiceAccount.
+func (ns namespace) wantTokenOf(token, namespace, serviceAccount, pod string) {
+	ns.Helper()
+	u, err := reviewToken(token)
+	if err != nil {
+		ns.Fatal(err)
+	}
+	if want := "system:serviceaccount:" + namespace + ":" + serviceAccount; u.Username != want {
+		ns.Errorf("the token is that of %s, not of %s", u.Username, want)
+	}
+	uid, err := kubectl("--namespace", namespace, "get", "pod", pod, "--output=jsonpath={.metadata.uid}")
+	if err != nil {
+		ns.Fatal(err)
+	}
+	if name, boundTo := u.pod(); name != pod || boundTo != uid {
+		ns.Errorf("the token is bound to Pod %q, uid %q, not to Pod %s, uid %s", name, boundTo, pod, uid)
+	}
+}
+
+func TestDeployYAMLIsValidAndAppliesWithoutChange(t *testing.T) {
+	begin(t)
+	const manifest = "../deploy.yaml"
+	if _, err := kubectl("apply", "--validate=strict", "--dry-run=server", "-f", manifest); err != nil {
+		t.Error(err)
+	}
+	for line := range strings.Lines(installDriver(t)) {
+		if !strings.HasSuffix(line, " unchanged\n") {
+			t.Errorf("applied again: %s", line)
+		}
+	}
+
+	names := func(selection ...string) []string {
+		output, err := kubectl(append([]string{"apply", "--dry-run=client", "--output=name", "-f", manifest}, selection...)...)
+		if err != nil {
 			t.Fatal(err)
+		}
+		return strings.Fields(output)
+	}
+	driver := names("--selector=app.kubernetes.io/component=driver")
+	rest := slices.DeleteFunc(names(), func(name string) bool { return slices.Contains(driver, name) })
+	slices.Sort(rest)
+	if want := []string{
+		"clusterrole.rbac.authorization.k8s.io/connectors-connector-viewer-role",
+		"customresourcedefinition.apiextensions.k8s.io/connectorclasses.connectors.alauda.io",
+		"customresourcedefinition.apiextensions.k8s.io/connectors.connectors.alauda.io",
+	}; !slices.Equal(rest, want) {
+		t.Errorf("with the label of the driver these are left out: %q, not %q", rest, want)
+	}
+}
+
+func TestOfSeveralConfigurationsTheLaterWins(t *testing.T) {
+	ns := begin(t)
+	ns.class("layers", configurations{
+		"base": {"settings": "base for {{ .connector.spec.address }}", "only-base": "base"},
+		"team": {"settings": "team for {{ .connector.spec.address }}", "only-team": "team"},
+		"more": {"not-asked-for": ""},
+	})
+	ns.connector("target", "layers", "https://one.example.com")
+	ns.allow("default", ns)
+	ns.pod("team-last", `{connector.name: target, configuration.names: "base,team"}`)
+	ns.pod("base-last", `{connector.name: target, configuration.names: "team, base"}`)
+	ns.running("team-last", "base-last")
+
+	ns.want("team-last", "/volume/settings", "team for https://one.example.com")
+	ns.want("base-last", "/volume/settings", "base for https://one.example.com")
+	for _, pod := range []string{"team-last", "base-last"} {
+		ns.want(pod, "/volume/only-base", "base")
+		ns.want(pod, "/volume/only-team", "team")
+		if files := ns.kubectl("exec", pod, "--", "ls", "/volume"); files != "only-base\nonly-team\nsettings\n" {
+			t.Errorf("the files in Pod %s are: %q", pod, files)
+		}
+	}
+}
+
+func TestConnectorInAnotherNamespace(t *testing.T) {
+	ns := begin(t)
+	other := newNamespace(t)
+	ns.class("elsewhere", configurations{"config": {"address": "{{ .connector.spec.address }}"}})
+	other.connector("open", "elsewhere", "https://open.example.com")
+	other.connector("closed", "elsewhere", "https://closed.example.com")
+	other.kubectl("create", "role", "open", "--verb=get", "--resource=connectors.connectors.alauda.io", "--resource-name=open")
+	other.kubectl("create", "rolebinding", "open", "--role=open", "--serviceaccount="+ns.name+":default")
+
+	ns.pod("allowed", fmt.Sprintf(`{connector.name: open, connector.namespace: %s, configuration.names: config}`, other.name))
+	ns.running("allowed")
+	ns.want("allowed", "/volume/address", "https://open.example.com")
+
+	// Not allowed: the event says so, and the command that it names helps.
+	ns.pod("refused", fmt.Sprintf(`{connector.name: closed, connector.namespace: %s, configuration.names: config}`, other.name))
+	message := ns.refused("refused", "code = PermissionDenied",
+		fmt.Sprintf(`ServiceAccount %s/default may not read Connector "%s/closed"`, ns.name, other.name))
+	_, command, found := strings.Cut(strings.TrimSpace(message), "Allow it with: ")
+	if !found {
+		t.Fatalf("the event names no remedy: %s", message)
+	}
+	if err := run("bash", "-c", command); err != nil {
+		t.Fatal(err)
+	}
+	ns.running("refused")
+	ns.want("refused", "/volume/address", "https://closed.example.com")
+}
+
+func TestTokenIsThatOfThePod(t *testing.T) {
+	ns := begin(t)
+	ns.target("token", map[string]string{"token": "{{ .context.token }}"})
+	const mountForAnHour = `{connector.name: target, configuration.names: config, token.expiration: 1h}`
+	lifetimes := map[string]time.Duration{"default": 30 * time.Minute, "hour": time.Hour}
+	ns.pod("default", mountTarget)
+	ns.pod("hour", mountForAnHour)
+	ns.running("default", "hour")
+	for pod, lifetime := range lifetimes {
+		token := ns.read(pod, "/volume/token")
+		ns.wantTokenOf(token, ns.name, "default", pod)
+		if got := ns.claims(token).lifetime(); got != lifetime {
+			t.Errorf("the token in Pod %s is made for %v, not for %v", pod, got, lifetime)
+		}
+	}
+
+	// Without the permission to request tokens only other expirations are refused.
+	ns.kubectl("delete", "clusterrolebinding", "connectors-csi-token")
+	ns.pod("default-again", mountTarget)
+	ns.pod("hour-again", mountForAnHour)
+	ns.running("default-again")
+	ns.refused("hour-again", "code = PermissionDenied", "the driver may not request a token for ServiceAccount "+ns.name+"/default",
+		"needs the ClusterRole connectors-csi-token and its binding")
+	installDriver(t)
+	ns.running("hour-again")
+}
+
+// This test is about the refresh interval of deploy.yaml as it is; others shorten it.
+func TestChangesReachRunningPodsWhichCannotWrite(t *testing.T) {
+	ns := begin(t)
+	ns.target("changes", map[string]string{"address": "{{ .connector.spec.address }}", "text": "first"})
+	ns.pod("pod", mountTarget)
+	ns.running("pod")
+	ns.want("pod", "/volume/text", "first")
+
+	began := time.Now()
+	ns.kubectl("patch", "connectorclass", "changes", "--type=merge", "--patch",
+		`{"spec": {"configurations": [{"name": "config", "data": {"address": "{{ .connector.spec.address }}", "text": "second", "new": "file"}}]}}`)
+	ns.moveTo("https://two.example.com", "/volume/address", "pod")
+	ns.eventually(func() error { return ns.has("pod", "/volume/text", "second") })
+	ns.want("pod", "/volume/new", "file")
+	t.Logf("the changes of the Connector and of the class were in the container after %v", time.Since(began).Round(time.Second))
+
+	for _, command := range []string{
+		"echo mine > /volume/text", "echo mine > /volume/mine", "rm /volume/text", "chmod 600 /volume/..data/text", "rm -r /volume/..data/",
+	} {
+		if output, err := ns.sh("pod", command); err == nil || !strings.Contains(output, "Read-only file system") {
+			t.Errorf("%q in the container: %v: %s", command, err, output)
+		}
+	}
+	if output, err := ns.sh("pod", "mount -o remount,rw /volume"); err == nil {
+		t.Errorf("the container could make its volume writable: %s", output)
+	}
+	if options, _ := ns.sh("pod", "grep ' /volume ' /proc/mounts"); !strings.Contains(options, " ro,") {
+		t.Errorf("the container's mount is not read-only: %q", options)
+	}
+	ns.wantOneMount(ns.uid("pod"))
+	ns.want("pod", "/volume/text", "second")
+}
+
+func TestNonRootPodsInARestrictedNamespace(t *testing.T) {
+	ns := begin(t)
+	ns.target("restricted", map[string]string{"address": "{{ .connector.spec.address }}"})
+	ns.kubectl("label", "namespace", ns.name, "pod-security.kubernetes.io/enforce=restricted")
+	if _, err := kubectl("--namespace", ns.name, "run", "root", "--image=root", "--dry-run=server"); err == nil {
+		t.Fatal("the namespace does not enforce anything")
+	}
+	for _, pod := range []struct{ name, fsGroup, file, dir string }{
+		{"without-group", "", "444 0 0", "555 0 0"},
+		{"with-group", "fsGroup: 2000", "440 0 2000", "550 0 2000"},
+	} {
+		ns.apply(fmt.Sprintf(`
+apiVersion: v1
+kind: Pod
+metadata: {name: %s}
+spec:
+  terminationGracePeriodSeconds: 1
+  securityContext:
+    runAsNonRoot: true
+    runAsUser: 1000
+    runAsGroup: 1000
+    seccompProfile: {type: RuntimeDefault}
+    %s
+  containers:
+  - name: main
+    image: %s
+    command: [sleep, infinity]
+    securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
+    volumeMounts: [{name: volume, mountPath: /volume}]
+  volumes:
+  - {name: volume, csi: {driver: connectors-csi, readOnly: true, volumeAttributes: %s}}
+`, pod.name, pod.fsGroup, clientImage, mountTarget))
+		ns.running(pod.name)
+		ns.want(pod.name, "/volume/address", "https://one.example.com")
+		modes, err := ns.sh(pod.name, "id -u; stat -Lc '%a %u %g' /volume/address /volume /volume/..data")
+		if want := "1000\n" + pod.file + "\n" + pod.dir + "\n" + pod.dir; err != nil || modes != want {
+			t.Errorf("Pod %s: user ID, then mode, owner and group of file and directories are %q (%v), not %q", pod.name, modes, err, want)
+		}
+	}
+}
+
+func TestEventsSayWhatIsWrong(t *testing.T) {
+	ns := begin(t)
+	ns.target("wrong", map[string]string{"address": "{{ .connector.spec.address }}"})
+	ns.class("broken", configurations{"config": {"file": "first line\n{{ .connector.spec.address | shout }}"}})
+	ns.class("prints-nothing", configurations{"config": {"file": "first line\n{{ .connector.spec.nothing }}"}})
+	ns.connector("broken", "broken", "https://one.example.com")
+	ns.connector("prints-nothing", "prints-nothing", "https://one.example.com")
+	ns.connector("no-class", "of-no-class", "https://one.example.com")
+
+	cases := []struct{ pod, attributes, reason string }{
+		{"writable", mountTarget,
+			"code = InvalidArgument desc = the volume must be read-only: set csi.readOnly: true in the Pod's volume"},
+		{"unknown-attribute", `{connector.nam: target, configuration.names: config}`,
+			`code = InvalidArgument desc = unknown attribute "connector.nam" in volumeAttributes: did you mean "connector.name"?`},
+		{"no-connector", `{configuration.names: config}`,
+			"code = InvalidArgument desc = connectors or connector.name is required in volumeAttributes"},
+		{"missing-connector", `{connector.name: nobody, configuration.names: config}`,
+			`code = NotFound desc = Connector "` + ns.name + `/nobody" not found: create it, or correct connector.name`},
+		{"missing-class", `{connector.name: no-class, configuration.names: config}`,
+			`code = NotFound desc = ConnectorClass "of-no-class" of Connector "` + ns.name + `/no-class" not found`},
+		{"missing-configuration", `{connector.name: target, configuration.names: confg}`,
+			`code = InvalidArgument desc = configuration "confg" of configuration.names does not exist; ConnectorClass "wrong" has: config`},
+		{"broken-template", `{connector.name: broken, configuration.names: config}`,
+			`code = FailedPrecondition desc = ConnectorClass "broken", configuration "config": file "file": template: file:2: function "shout" not defined`},
+		{"printed-nothing", `{connector.name: prints-nothing, configuration.names: config}`,
+			`{{.connector.spec.nothing}} has no value`},
+	}
+	for _, c := range cases {
+		manifest := podManifest(c.pod, c.attributes)
+		if c.pod == "writable" {
+			manifest = strings.Replace(manifest, "readOnly: true, ", "", 1)
+		}
+		ns.apply(manifest)
+	}
+	for _, c := range cases {
+		ns.refused(c.pod, `MountVolume.SetUp failed for volume "volume"`, c.reason)
+	}
+	ns.refused("printed-nothing", `code = FailedPrecondition desc = ConnectorClass "prints-nothing", configuration "config": file "file": template: file:2:`)
+}
+
+// A git client clones through a proxy, with nothing but the documented .gitconfig.
+func TestGitClonesThroughTheProxy(t *testing.T) {
+	ns := begin(t)
+	steps, err := readmeSteps("Quick start")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := steps[0].run(); err != nil { // the documented class, "git"
+		t.Fatal(err)
+	}
+	proxy := ns.gitProxy(gitServer(t), "server")
+	ns.connector("server", "git", "https://git.example.com")
+	ns.proxy("connector", "server", proxy)
+	ns.allow("default", ns)
+	ns.pod("pod", `{connector.name: server, configuration.names: config}`)
+	ns.running("pod")
+	clone := func(options string) (string, error) {
+		return ns.sh("pod", "rm -rf /tmp/app && HOME=/volume git "+options+" clone -q https://git.example.com/team/app.git /tmp/app && cat /tmp/app/greeting")
+	}
+
+	if output, err := clone(""); err != nil || output != "hello" {
+		t.Fatalf("git clone: %v: %s", err, output)
+	}
+	if output, err := clone("-c http." + proxy + ".extraHeader="); err == nil || !strings.Contains(output, "401") && !strings.Contains(output, "could not read Username") {
+		t.Errorf("the proxy lets one in without a token: %v: %s", err, output)
+	}
+
+	// A restarted kubelet has no tokens and asks for new ones.
+	dir := volumeDir(ns.uid("pod"), "volume")
+	before := readFile(t, dir+"/.gitconfig")
+	header := regexp.MustCompile("Basic (.*)").FindStringSubmatch(before)[1]
+	decoded, err := base64.StdEncoding.DecodeString(header)
+	if err != nil {
+		t.Fatal(err)
+	}
+	restartKubelet(ns)
+	ns.eventually(func() error {
+		if readFile(t, dir+"/.gitconfig") == before {
+			return errors.New("the file still has the token of before kubelet's restart")
+		}
+		return nil
+	})
+	if output, err := clone(""); err != nil || output != "hello" {
+		t.Errorf("git clone with the renewed token: %v: %s", err, output)
+	}
+	ns.eventually(func() error { // the next refresh removes the files of before
+		for path, content := range filesBelow(t, dir) {
+			if strings.Contains(content, header) || strings.Contains(content, strings.TrimPrefix(string(decoded), ":")) {
+				return fmt.Errorf("%s still has the old token", path)
+			}
+		}
+		return nil
+	})
+
+	// The proxy asks the API server each time.
+	ns.kubectl("delete", "rolebinding", "--all")
+	if output, err := clone(""); err == nil || !strings.Contains(output, "403") {
+		t.Errorf("the proxy lets one in who may not read the Connector any more: %v: %s", err, output)
+	}
+}
+
+// gitServer serves the repository team/app.git to those who know its password.
+func gitServer(t *testing.T) *url.URL {
+	t.Helper()
+	dir := t.TempDir()
+	helpers, err := output("git", "--exec-path")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := run("sh", "-euc", `
+		git init -q "$0/work" && cd "$0/work"
+		echo hello > greeting
+		git add greeting
+		git -c user.name=test -c user.email=test@example.com commit -q -m greeting
+		git clone -q --bare . "$0/repositories/team/app.git"`, dir); err != nil {
+		t.Fatal(err)
+	}
+	backend := &cgi.Handler{
+		Path: filepath.Join(helpers, "git-http-backend"),
+		Env:  []string{"GIT_PROJECT_ROOT=" + dir + "/repositories", "GIT_HTTP_EXPORT_ALL=1"},
+	}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if user, password, _ := r.BasicAuth(); user != "git" || password != gitPassword {
+			http.Error(w, "who are you?", http.StatusUnauthorized)
+			return
+		}
+		backend.ServeHTTP(w, r)
+	}))
+	t.Cleanup(server.Close)
+	address, err := url.Parse(server.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return address
+}
+
+const gitPassword = "known to the proxy only"
+
+// gitProxy is a reverse proxy as the product has them: it puts the target's credentials in the place of the
+// token, if the API server confirms the token and lets its owner read the Connector.
+func (ns namespace) gitProxy(target *url.URL, connector string) string {
+	forward := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(target)
+		r.Out.SetBasicAuth("git", gitPassword)
+	}}
+	return serveToPods(ns.T, func(w http.ResponseWriter, r *http.Request) {
+		_, token, err := basicCredentials(r.Header.Get("Authorization"))
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusUnauthorized)
+			return
+		}
+		u, err := reviewToken(token)
+		if err == nil {
+			err = mayRead(u, ns.name, connector)
+		}
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusForbidden)
+			return
+		}
+		forward.ServeHTTP(w, r)
+	})
+}
+
+// serveToPods serves HTTP at an address that Pods can reach, and returns it.
+func serveToPods(t *testing.T, handler http.HandlerFunc) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", nodeIP+":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: handler}
+	go server.Serve(listener)
+	t.Cleanup(func() { server.Close() })
+	return "http://" + listener.Addr().String()
+}
+
+func readFile(t *testing.T, path string) string {
+	t.Helper()
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(content)
+}
+
+// filesBelow returns the contents of all regular files in a directory tree, hidden ones too.
+func filesBelow(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	found := map[string]string{}
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() {
+			return err
+		}
+		content, err := os.ReadFile(path)
+		found[path] = string(content)
+		return err
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // a refresh may remove files meanwhile
+		t.Fatal(err)
+	}
+	return found
+}
+
+// restartKubelet kills kubelet, starts it again and waits until it serves.
+func restartKubelet(ns namespace) {
+	ns.Helper()
+	node.kubelet.stop()
+	node.kubelet = node.restart(node.kubelet)
+	ns.eventually(func() error {
+		_, err := kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/healthz")
+		return err
+	})
+}
+
+func TestHundredPodsAtOnce(t *testing.T) {
+	ns := begin(t)
+	ns.target("load", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
+	const pods = 100
+	began := time.Now()
+	ns.apply(fmt.Sprintf(`
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: load}
+spec:
+  replicas: %d
+  selector: {matchLabels: {app: load}}
+  template:
+    metadata: {labels: {app: load}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      containers:
+      - name: main
+        image: %s
+        command: [sleep, infinity]
+        volumeMounts: [{name: volume, mountPath: /volume}]
+      volumes:
+      - {name: volume, csi: {driver: connectors-csi, readOnly: true, volumeAttributes: %s}}
+`, pods, clientImage, mountTarget))
+	ns.kubectl("wait", fmt.Sprintf("--for=jsonpath={.status.readyReplicas}=%d", pods), "deployment/load", "--timeout=5m")
+	created := time.Since(began)
+
+	uids := strings.Fields(ns.kubectl("get", "pods", "--output=jsonpath={.items[*].metadata.uid}"))
+	if len(uids) != pods {
+		t.Errorf("there are %d Pods, not %d", len(uids), pods)
+	}
+	for _, uid := range uids {
+		ns.wantOneMount(uid)
+		dir := volumeDir(uid, "volume")
+		if address := readFile(t, dir+"/address"); address != "https://one.example.com" {
+			t.Errorf("Pod %s has the address %q", uid, address)
+		}
+		if bound := ns.claims(readFile(t, dir+"/token")).Kubernetes.Pod.UID; bound != uid {
+			t.Errorf("Pod %s has the token of Pod %s", uid, bound)
+		}
+	}
+
+	began = time.Now()
+	ns.kubectl("delete", "deployment", "load", "--cascade=foreground", "--timeout=5m")
+	for _, uid := range uids {
+		ns.gone(uid)
+	}
+	peak, most := driverMemory(t)
+	t.Logf("%d Pods ran after %v and were gone after %v; the driver had at most %d MiB of memory, its limit is %d MiB",
+		pods, created.Round(time.Second), time.Since(began).Round(time.Second), peak>>20, most>>20)
+	if peak > most/2 { // there is to be room for ten times as many
+		t.Errorf("with %d Pods the driver needed %d MiB, more than half of its limit", pods, peak>>20)
+	}
+	if restarts, err := kubectl("-n", "connectors-system", "get", "pod", driverPods, "--output=jsonpath={.items[0].status.containerStatuses[0].restartCount}"); err != nil || restarts != "0" {
+		t.Errorf("the driver was restarted %s times (%v)", restarts, err)
+	}
+}
+
+// driverMemory returns the most memory that the driver's container has had, and its limit, in bytes.
+func driverMemory(t *testing.T) (peak, most int64) {
+	t.Helper()
+	id, err := kubectl("-n", "connectors-system", "get", "pod", driverPods, "--output=jsonpath={.items[0].status.containerStatuses[0].containerID}")
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, peakFile, limitFile := cgroupRoot+"/memory", "memory.max_usage_in_bytes", "memory.limit_in_bytes"
+	if v2, err := isCgroup2(); err != nil {
+		t.Fatal(err)
+	} else if v2 {
+		root, peakFile, limitFile = cgroupRoot, "memory.peak", "memory.max"
+	}
+	read := func(file string) int64 {
+		paths, _ := filepath.Glob(filepath.Join(root, filepath.Base(node.dir), "kubepods/*/*", strings.TrimPrefix(id, "containerd://"), file))
+		if len(paths) != 1 {
+			t.Fatalf("the cgroup of container %s: %q", id, paths)
+		}
+		value, err := strconv.ParseInt(strings.TrimSpace(readFile(t, paths[0])), 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return value
+	}
+	return read(peakFile), read(limitFile)
+}
+
+// The tests below need to see several refreshes, so they shorten the interval of a minute.
+const quickRefresh = "--refresh-interval=1s"
+
+func TestSubPathTwoVolumesAndServiceAccounts(t *testing.T) {
+	ns := begin(t, quickRefresh)
+	ns.target("shared", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
+	ns.class("second", configurations{"config": {"text": "of the second volume"}})
+	ns.connector("second", "second", "https://second.example.com")
+	ns.apply(fmt.Sprintf(`
+apiVersion: v1
+kind: Pod
+metadata: {name: pod}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    image: %s
+    command: [sleep, infinity]
+    volumeMounts:
+    - {name: one, mountPath: /one}
+    - {name: one, mountPath: /etc/address, subPath: address}
+    - {name: two, mountPath: /two}
+  volumes:
+  - {name: one, csi: {driver: connectors-csi, readOnly: true, volumeAttributes: %s}}
+  - {name: two, csi: {driver: connectors-csi, readOnly: true, volumeAttributes: {connector.name: second, configuration.names: config}}}
+`, clientImage, mountTarget))
+	for _, account := range []string{"builder", "stranger"} {
+		ns.kubectl("create", "serviceaccount", account)
+		ns.pod(account, mountTarget, "serviceAccountName: "+account)
+	}
+	ns.allow("builder", ns)
+	ns.running("pod", "builder")
+
+	ns.want("pod", "/one/address", "https://one.example.com")
+	ns.want("pod", "/etc/address", "https://one.example.com")
+	ns.want("pod", "/two/text", "of the second volume")
+	ns.wantTokenOf(ns.read("pod", "/one/token"), ns.name, "default", "pod")
+	ns.wantTokenOf(ns.read("builder", "/volume/token"), ns.name, "builder", "builder")
+	// The node has the Connector in its cache by now; that helps nobody who may not read it.
+	ns.refused("stranger", "ServiceAccount "+ns.name+"/stranger may not read Connector")
+
+	ns.moveTo("https://two.example.com", "/one/address", "pod")
+	ns.want("pod", "/etc/address", "https://one.example.com") // as documented: a subPath is never refreshed
+	if output, err := ns.sh("pod", "echo mine > /etc/address"); err == nil || !strings.Contains(output, "Read-only file system") {
+		t.Errorf("the container can write through subPath: %v: %s", err, output)
+	}
+	uid := ns.uid("pod")
+	ns.deletePod("pod")
+	ns.gone(uid)
+}
+
+// watcher creates a Pod that reads /volume/address over and over, and says so when it is not an address.
+func (ns namespace) watcher(name string) {
+	ns.Helper()
+	manifest := podManifest(name, mountTarget)
+	ns.apply(strings.Replace(manifest, "[sleep, infinity]", `
+    - sh
+    - -c
+    - |
+      reads=0
+      while usleep 20000; do
+        case "$(cat /volume/address 2>&1)" in
+        https://*.example.com) reads=$((reads+1)); echo $reads > /tmp/reads;;
+        *) echo "after $reads reads: $(cat /volume/address 2>&1; ls -la /volume 2>&1)";;
+        esac
+      done`, 1))
+	ns.running(name)
+}
+
+// wantNoMiss checks that a watcher has always seen the file, and that it has looked.
+func (ns namespace) wantNoMiss(name string) {
+	ns.Helper()
+	ns.eventually(func() error {
+		if reads, err := strconv.Atoi(strings.TrimSpace(ns.read(name, "/tmp/reads"))); err != nil || reads < 100 {
+			return fmt.Errorf("Pod %s has read its file %d times only (%v)", name, reads, err)
+		}
+		return nil
+	})
+	if misses := ns.kubectl("logs", name); misses != "" {
+		ns.Errorf("Pod %s did not always see its file:\n%s", name, misses)
+	}
+}
+
+func TestPodsKeepFilesWhenTheDriverIsReplaced(t *testing.T) {
+	ns := begin(t, quickRefresh)
+	ns.target("kept", map[string]string{"address": "{{ .connector.spec.address }}"})
+	ns.watcher("pod")
+	mount := ns.wantOneMount(ns.uid("pod"))
+	daemonSet := func(args ...string) {
+		t.Helper()
+		if _, err := kubectl(append([]string{"-n", "connectors-system"}, args...)...); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	daemonSet("delete", "pod", driverPods, "--timeout=2m")
+	awaitDriver(t)
+	ns.moveTo("https://two.example.com", "/volume/address", "pod")
+
+	daemonSet("set", "image", "daemonset/connectors-csi", "csi-driver="+upgradeImage)
+	awaitDriver(t)
+	daemonSet("wait", "pod", driverPods, "--for=jsonpath={.spec.containers[0].image}="+upgradeImage, "--timeout=10s")
+	ns.moveTo("https://three.example.com", "/volume/address", "pod")
+	ns.moveTo("https://four.example.com", "/volume/address", "pod")
+
+	ns.wantNoMiss("pod")
+	if after := ns.wantOneMount(ns.uid("pod")); after != mount {
+		t.Errorf("the volume was mounted anew: mount %s became mount %s", mount, after)
+	}
+}
+
+func TestPodsKeepFilesWhenKubeletIsKilled(t *testing.T) {
+	ns := begin(t, quickRefresh)
+	ns.target("kubelet", map[string]string{"address": "{{ .connector.spec.address }}"})
+	ns.watcher("pod")
+	uid := ns.uid("pod")
+	mount := ns.wantOneMount(uid)
+
+	restartKubelet(ns)
+	ns.moveTo("https://two.example.com", "/volume/address", "pod")
+
+	ns.wantNoMiss("pod")
+	if after := ns.wantOneMount(uid); after != mount {
+		t.Errorf("the volume was mounted anew: mount %s became mount %s", mount, after)
+	}
+	ns.deletePod("pod")
+	ns.gone(uid)
+}
+
+func TestPodsKeepFilesWhileTheAPIServerIsDown(t *testing.T) {
+	ns := begin(t, quickRefresh)
+	ns.target("api-server", map[string]string{"address": "{{ .connector.spec.address }}"})
+	ns.watcher("pod")
+	uid, driver := ns.uid("pod"), driverURL(t)
+
+	node.apiServer.stop()
+	ns.eventually(func() error { // kubelet goes on calling the driver, which can read nothing
+		metrics, err := httpGet(driver + "/metrics")
+		if err == nil && !strings.Contains(metrics, `connectors_csi_publish_total{code="Unavailable"}`) {
+			err = fmt.Errorf("no publish has failed:\n%s", metrics)
+		}
+		return err
+	})
+	ns.wantOneMount(uid)
+	if address := readFile(t, volumeDir(uid, "volume")+"/address"); address != "https://one.example.com" {
+		t.Errorf("without an API server the address is %q", address)
+	}
+	node.apiServer = node.restart(node.apiServer)
+	ns.eventually(func() error {
+		_, err := kubectl("get", "--raw", "/readyz")
+		return err
+	})
+
+	ns.moveTo("https://two.example.com", "/volume/address", "pod")
+	ns.wantNoMiss("pod")
+	ns.wantOneMount(uid)
+}
+
+func TestDeletedPodsLeaveNothing(t *testing.T) {
+	ns := begin(t)
+	ns.target("deleted", map[string]string{"address": "{{ .connector.spec.address }}"})
+	uids := map[string]string{}
+	for _, pod := range []string{"deleted", "deleted-without-driver", "forgotten-without-driver"} {
+		ns.pod(pod, mountTarget)
+		ns.running(pod)
+		uids[pod] = ns.uid(pod)
+		ns.wantOneMount(uids[pod])
+	}
+
+	ns.deletePod("deleted")
+	ns.gone(uids["deleted"])
+
+	// While no driver runs, volumes stay mounted; the next driver unmounts them.
+	stopDriver(t)
+	ns.kubectl("delete", "pod", "deleted-without-driver", "--wait=false")
+	ns.kubectl("delete", "pod", "forgotten-without-driver", "--force")
+	without := []string{uids["deleted-without-driver"], uids["forgotten-without-driver"]}
+	for _, uid := range without {
+		ns.eventually(func() error { return kubeletFailedToUnmount(t, uid) })
+		ns.wantOneMount(uid)
+	}
+	installDriver(t)
+	for _, uid := range without {
+		ns.gone(uid)
+	}
+	ns.kubectl("wait", "--for=delete", "pod", "--all", "--timeout=2m")
+}
+
+// kubeletFailedToUnmount looks in kubelet's log for a Pod's volume that could not be unmounted.
+func kubeletFailedToUnmount(t *testing.T, uid string) error {
+	for line := range strings.Lines(readFile(t, node.kubelet.log)) {
+		if strings.Contains(line, uid) && strings.Contains(line, "UnmountVolume.TearDown failed") {
+			return nil
+		}
+	}
+	return fmt.Errorf("kubelet has not tried to unmount the volume of Pod %s", uid)
+}
+
+func TestDriverIsListedOnlyWhileItServes(t *testing.T) {
+	ns := begin(t)
+	listed := func() string {
+		return ns.kubectl("get", "csinode", nodeName, "--output=jsonpath={.spec.drivers[*].name}")
+	}
+	if drivers := listed(); drivers != "connectors-csi" {
+		t.Errorf("the driver is ready, and CSINode lists %q", drivers)
+	}
+	for path, content := range map[string]string{
+		"/healthz": "ok\n", "/readyz": "ok\n", "/metrics": "\nconnectors_csi_volumes ",
+	} {
+		if page, err := httpGet(driverURL(t) + path); err != nil || !strings.Contains(page, content) {
+			t.Errorf("%s: %v\n%s", path, err, page)
+		}
+	}
+
+	stopDriver(t)
+	ns.eventually(func() error {
+		if drivers := listed(); drivers != "" {
+			return fmt.Errorf("the driver has ended, and CSINode lists %q", drivers)
+		}
+		return nil
+	})
+	ns.target("listed", map[string]string{"address": "{{ .connector.spec.address }}"})
+	ns.pod("pod", mountTarget)
+	ns.refused("pod", "driver name connectors-csi not found in the list of registered CSI drivers")
+
+	// One that does not get as far as serving isn't listed.
+	applyDriver(t, "--refresh-interval=0s")
+	ns.eventually(func() error {
+		ended, err := kubectl("-n", "connectors-system", "get", "pod", driverPods, "--output=jsonpath={.items[*].status.containerStatuses[0].restartCount}")
+		if err == nil && (ended == "" || ended == "0") {
+			err = errors.New("the driver has not ended")
+		}
+		return err
+	})
+	if drivers := listed(); drivers != "" {
+		t.Errorf("the driver does not start, and CSINode lists %q", drivers)
+	}
+
+	installDriver(t)
+	if drivers := listed(); drivers != "connectors-csi" {
+		t.Errorf("the driver is ready again, and CSINode lists %q", drivers)
+	}
+	ns.running("pod")
+}
+
+func TestSeveralConnectorsOfTwoClassesInOneVolume(t *testing.T) {
+	ns := begin(t)
+	other, closed := newNamespace(t), newNamespace(t)
+	ns.apply(`
+apiVersion: connectors.alauda.io/v1alpha1
+kind: ConnectorClass
+metadata: {name: registry}
+spec:
+  configurations:
+  - name: config
+    params:
+    - {name: kind, default: mirror, enum: [mirror, publish]}
+    - {name: scope}
+    - {name: tags, type: array, default: [a, b]}
+    data:
+      registries: |
+        {{ .configurations.kind }} of {{ .configurations.scope }}, tags {{ join "+" .configurations.tags }}
+        {{- range .connectors }}
+        {{ .namespace }}/{{ .name }} is {{ .spec.address }}
+        {{- end }}
+      both: registry
+      unwanted: ""
+`)
+	ns.class("sources", configurations{"config": {
+		"sources": "{{ range .connectors }}{{ .metadata.namespace }}/{{ .metadata.name }} {{ end }}with {{ .configurations.scope }}",
+		"both":    "sources",
+	}})
+	ns.connector("first", "registry", "https://first.example.com")
+	other.connector("second", "sources", "https://second.example.com")
+	ns.connector("third", "registry", "https://third.example.com")
+	closed.connector("closed", "sources", "https://closed.example.com")
+	ns.allow("default", ns)
+	other.allow("default", ns)
+
+	connectors := fmt.Sprintf(`connectors: "first, %s/second, third"`, other.name)
+	const params = `configuration.params: '{"config": {"scope": "acme"}}'`
+	ns.pod("pod", `{`+connectors+`, configuration.names: "config,!unwanted", `+params+`}`)
+	ns.pod("without-param", `{`+connectors+`, configuration.names: config}`)
+	ns.pod("wrong-param", `{`+connectors+`, configuration.names: config, configuration.params: '{"config": {"scope": "acme", "kind": "all"}}'}`)
+	ns.pod("nothing-to-exclude", `{`+connectors+`, configuration.names: "config,!unwnted", `+params+`}`)
+	ns.pod("one-not-allowed", fmt.Sprintf(`{connectors: "first,%s/closed", configuration.names: config, %s}`, closed.name, params))
+
+	ns.running("pod")
+	ns.want("pod", "/volume/registries", fmt.Sprintf("mirror of acme, tags a+b\n%[1]s/first is https://first.example.com\n%[1]s/third is https://third.example.com\n", ns.name))
+	ns.want("pod", "/volume/sources", other.name+"/second with acme")
+	ns.want("pod", "/volume/both", "sources")
+	if files := ns.kubectl("exec", "pod", "--", "ls", "/volume"); files != "both\nregistries\nsources\n" {
+		t.Errorf("the files are: %q", files)
+	}
+	ns.refused("without-param", "code = InvalidArgument", `required configuration param "scope" is missing`)
+	ns.refused("wrong-param", "code = InvalidArgument", `configuration param "kind" must be one of [mirror publish], not "all"`)
+	ns.refused("nothing-to-exclude", "code = InvalidArgument",
+		`configuration.names excludes the file "unwnted", but the volume's files are: both, registries, sources, unwanted`)
+	ns.refused("one-not-allowed", "code = PermissionDenied",
+		fmt.Sprintf(`ServiceAccount %s/default may not read Connector "%s/closed"`, ns.name, closed.name))
+}
+
+// curl uses a forward proxy with nothing but the built-in files.
+func TestBuiltInFilesLetCurlThroughTheProxy(t *testing.T) {
+	ns := begin(t, "--builtin-files")
+	other := newNamespace(t)
+	ns.class("curl-one", configurations{"config": {"ca.crt": "of the class"}})
+	ns.class("curl-two", nil)
+	ns.connector("one", "curl-one", "http://one.example.com")
+	other.connector("two", "curl-two", "http://two.example.com")
+	proxy := forwardProxy(t, []string{ns.name + "/one", other.name + "/two"})
+	ns.proxy("connectorclass", "curl-two", proxy)
+	ns.allow("default", ns)
+	other.allow("default", ns)
+	connectors := fmt.Sprintf(`connectors: "one,%s/two"`, other.name)
+	ns.pod("pod", `{`+connectors+`, configuration.names: "!context.token"}`)
+	ns.pod("with-class", `{`+connectors+`, configuration.names: "config"}`)
+	ns.running("pod", "with-class")
+
+	const request = "curl --silent --show-error --fail http://one.example.com/hello"
+	for _, way := range []string{
+		"set -a; . /volume/.env; set +a; " + request,
+		request + " --config /volume/.curlrc",
+		request + ` --proxy "$(cat /volume/http.proxy)"`,
+		request + ` --proxy "$(cat /volume/https.proxy)"`,
+	} {
+		if output, err := ns.sh("pod", way); err != nil || output != "the proxy answers for http://one.example.com/hello" {
+			t.Errorf("%s: %v: %s", way, err, output)
+		}
+	}
+	if output, err := ns.sh("pod", request+" --proxy "+proxy); err == nil || !strings.Contains(output, "407") {
+		t.Errorf("the proxy lets one in without a token: %v: %s", err, output)
+	}
+
+	ns.want("pod", "/volume/connector.status.proxyAddress", proxy)
+	if files := ns.kubectl("exec", "pod", "--", "ls", "-A", "/volume"); !slices.Equal(visible(files),
+		[]string{".curlrc", ".env", "connector.status.proxyAddress", "http.proxy", "https.proxy"}) {
+		t.Errorf("with a proxy and without a CA the files are %q", visible(files))
+	}
+	ns.want("with-class", "/volume/ca.crt", "of the class")
+	ns.wantTokenOf(ns.read("with-class", "/volume/context.token"), ns.name, "default", "with-class")
+}
+
+// visible returns the names of a volume's files without those of its own layout.
+func visible(list string) []string {
+	return slices.DeleteFunc(strings.Fields(list), func(name string) bool { return strings.HasPrefix(name, "..") })
+}
+
+// forwardProxy is a proxy that serves those whose user name lists exactly these Connectors, and whose token
+// the API server confirms and lets read all of them.
+func forwardProxy(t *testing.T, connectors []string) string {
+	return serveToPods(t, func(w http.ResponseWriter, r *http.Request) {
+		name, token, err := basicCredentials(r.Header.Get("Proxy-Authorization"))
+		if err == nil && name != strings.Join(connectors, ",") {
+			err = fmt.Errorf("user %q", name)
+		}
+		var u user
+		if err == nil {
+			u, err = reviewToken(token)
+		}
+		for _, connector := range connectors {
+			if err == nil {
+				namespace, name, _ := strings.Cut(connector, "/")
+				err = mayRead(u, namespace, name)
+			}
+		}
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusProxyAuthRequired)
+			return
+		}
+		fmt.Fprintf(w, "the proxy answers for %s", r.URL)
+	})
+}
+
+// The git classes of the product's documentation, by the release that they are from, and what git makes of
+// the files: token stands for the header's value with the token.
+var documentedGitClasses = []struct{ release, template, config string }{
+	{"1.0-ssl", `[http]
+  sslVerify = false
+`, `http.sslverify=false
+`},
+	{"1.0", `[http]
+    extraHeader = Authorization: Basic {{ printf ":%s" .context.token | b64enc }}
+[url "{{ .connector.status.proxyAddress }}"]
+    insteadOf = {{.connector.spec.address}}
+`, `http.extraheader=Authorization: Basic COLON-TOKEN
+url.http://proxy.example.com.insteadof=https://one.example.com
+`},
+	{"1.6", `[http]
+    extraHeader = Authorization: Basic {{ .context.token | b64enc }}
+[url "{{ .connector.status.proxyAddress }}"]
+    insteadOf = {{ .connector.spec.address }}
+`, `http.extraheader=Authorization: Basic TOKEN
+url.http://proxy.example.com.insteadof=https://one.example.com
+`},
+	{"1.9", `[http]
+    extraHeader = Authorization: Basic {{ printf ":%s" .context.token | b64enc }}
+{{- range .connectors }}
+[url "{{ .status.proxyAddress }}"]
+    insteadOf = {{.spec.address}}
+{{- end }}
+`, `http.extraheader=Authorization: Basic COLON-TOKEN
+url.http://proxy.example.com.insteadof=https://one.example.com
+`},
+	{"1.9-params", `{{ $sslVerify := "true" -}}
+{{- range .connector.spec.params }}{{- if eq .name "sslVerify" }}{{$sslVerify = .value }}{{ end }}{{- end }}
+[http]
+  sslVerify = {{ $sslVerify }}
+`, `http.sslverify=true
+`},
+	{"1.12", `{{- range .connectors }}
+[http "{{ .status.proxy.httpAddress.url }}"]
+    extraHeader = Authorization: Basic {{ printf ":%s" $.context.token | b64enc }}
+[url "{{ .status.proxy.httpAddress.url }}"]
+    insteadOf = {{.spec.address}}
+{{- end }}
+`, `http.http://proxy.example.com.extraheader=Authorization: Basic COLON-TOKEN
+url.http://proxy.example.com.insteadof=https://one.example.com
+`},
+}
+
+func TestGitReadsTheDocumentedClasses(t *testing.T) {
+	ns := begin(t)
+	files := map[string]string{"token": "{{ .context.token }}"}
+	for _, class := range documentedGitClasses {
+		files[class.release] = class.template
+	}
+	ns.target("documented-git", files)
+	ns.proxy("connector", "target", "http://proxy.example.com")
+	ns.pod("pod", mountTarget)
+	ns.running("pod")
+	token := ns.read("pod", "/volume/token")
+	encode := base64.StdEncoding.EncodeToString
+	for _, class := range documentedGitClasses {
+		want := strings.NewReplacer("COLON-TOKEN", encode([]byte(":"+token)), "TOKEN", encode([]byte(token))).Replace(class.config)
+		if got := ns.kubectl("exec", "pod", "--", "git", "config", "--file", "/volume/"+class.release, "--list"); got != want {
+			t.Errorf("release %s: git config --list says\n%s\nnot\n%s", class.release, got, want)
 		}
 	}
 }

@@ -22,7 +22,7 @@ import (
 const (
 	pauseImage   = "localhost/pause:1"
 	clientImage  = "localhost/client:1"         // busybox, git and curl
-	upgradeImage = "localhost/connectors-csi:2" // the driver under another name
+	upgradeImage = "localhost/connectors-csi:2" // the driver in another image than deploy.yaml names
 )
 
 type image struct {
@@ -68,7 +68,7 @@ func (n *Node) importImages() error {
 		{readmeName, nil, busybox},
 		{clientImage, nil, slices.Concat(busybox, clients)},
 		{driverName, []string{"/connectors-csi"}, driver},
-		{upgradeImage, []string{"/connectors-csi"}, driver},
+		{upgradeImage, []string{"/connectors-csi"}, append(driver, file{name: "2", mode: 0o444})},
 	} {
 		if err := importImage(image); err != nil {
 			return fmt.Errorf("image %s: %w", image.name, err)
@@ -135,6 +135,7 @@ func clientFiles() ([]file, error) {
 	files := []file{
 		{name: "etc/passwd", mode: 0o644, content: []byte("root:x:0:0::/root:/bin/sh\n")},
 		{name: path.Join(helpers, "git")[1:], link: git}, // under this name git finds its own commands
+		{name: "usr/share/git-core/templates/", mode: 0o755},
 	}
 	seen := map[string]bool{}
 	for _, program := range []string{curl, git, path.Join(helpers, "git-remote-http")} {

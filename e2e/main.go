@@ -61,7 +61,7 @@ func quickstart() error {
 			return err
 		}
 		for _, step := range steps {
-			fmt.Printf("\n=== %s ===\n$ %s\n", step.title, strings.ReplaceAll(step.script, "\n", "\n  "))
+			fmt.Printf("\n=== %s ===\n$ %s\n", step.title, strings.ReplaceAll(step.text, "\n", "\n  "))
 			output, err := step.run()
 			fmt.Println(output)
 			if err != nil {
@@ -93,38 +93,19 @@ Logs are in %s. Ctrl-C ends the node.
 }
 
 // step is a shell script that README.md shows.
-type step struct{ title, script string }
+type step block
 
 // readmeSteps returns the scripts, fenced as sh, in one of README.md's sections. Of the section "Install"
 // only the first counts: what follows is for other clusters than this one.
 func readmeSteps(section string) ([]step, error) {
-	readme, err := os.ReadFile("../README.md")
+	blocks, err := readmeBlocks(section)
 	if err != nil {
 		return nil, err
 	}
 	var steps []step
-	var title, fence string // the heading above; the language of the code block that we are in
-	inside := false
-	for line := range strings.Lines(string(readme)) {
-		text := strings.TrimRight(line, "\n")
-		switch {
-		case fence != "" && text == "```":
-			fence = ""
-		case fence == "sh" && inside:
-			steps[len(steps)-1].script += line
-		case fence != "":
-		case strings.HasPrefix(text, "```"):
-			if fence = strings.TrimPrefix(text, "```"); fence == "" {
-				fence = "text"
-			}
-			if fence == "sh" && inside {
-				steps = append(steps, step{title: title})
-			}
-		case strings.HasPrefix(text, "## "):
-			title = strings.TrimPrefix(text, "## ")
-			inside = title == section
-		case strings.HasPrefix(text, "### "):
-			title = strings.TrimPrefix(text, "### ")
+	for _, b := range blocks {
+		if b.language == "sh" {
+			steps = append(steps, step(b))
 		}
 	}
 	if len(steps) == 0 {
@@ -136,11 +117,46 @@ func readmeSteps(section string) ([]step, error) {
 	return steps, nil
 }
 
+// block is one of README.md's code blocks, with the heading above it.
+type block struct{ title, language, text string }
+
+// readmeBlocks returns the code blocks in one of README.md's sections.
+func readmeBlocks(section string) ([]block, error) {
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		return nil, err
+	}
+	var blocks []block
+	var title string
+	inBlock, inSection := false, false
+	for line := range strings.Lines(string(readme)) {
+		text := strings.TrimRight(line, "\n")
+		switch {
+		case inBlock && text == "```":
+			inBlock = false
+		case inBlock && inSection:
+			blocks[len(blocks)-1].text += line
+		case inBlock:
+		case strings.HasPrefix(text, "```"):
+			inBlock = true
+			if inSection {
+				blocks = append(blocks, block{title: title, language: strings.TrimPrefix(text, "```")})
+			}
+		case strings.HasPrefix(text, "## "):
+			title = strings.TrimPrefix(text, "## ")
+			inSection = title == section
+		case strings.HasPrefix(text, "### "):
+			title = strings.TrimPrefix(text, "### ")
+		}
+	}
+	return blocks, nil
+}
+
 // run runs the script at the repository's root. One that looks for events is repeated until it sees the
 // one that the README is about, since kubelet needs a second or two to report it.
 func (s step) run() (output string, err error) {
 	runOnce := func() error {
-		cmd := exec.Command("bash", "-euo", "pipefail", "-c", s.script)
+		cmd := exec.Command("bash", "-euo", "pipefail", "-c", s.text)
 		cmd.Dir = ".."
 		out, err := cmd.CombinedOutput()
 		output = string(out)
@@ -149,7 +165,7 @@ func (s step) run() (output string, err error) {
 		}
 		return nil
 	}
-	if !strings.Contains(s.script, "kubectl get events") && !strings.Contains(s.script, "kubectl events") {
+	if !strings.Contains(s.text, "kubectl get events") && !strings.Contains(s.text, "kubectl events") {
 		err = runOnce()
 		return output, err
 	}

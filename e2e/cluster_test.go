@@ -1,0 +1,532 @@
+package main
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// The words in which the tests of e2e_test.go speak about the cluster.
+
+// limit is how long a test waits for anything. It is never reached when all is well, so it is generous.
+const limit = 3 * time.Minute
+
+// node is the one that all tests run on.
+var node *Node
+
+func TestMain(m *testing.M) {
+	os.Exit(onNode(func(n *Node) int {
+		node = n
+		return m.Run()
+	}))
+}
+
+// begin gives a test what it starts from: the driver as deploy.yaml has it, but for further arguments where
+// the test needs them, and a namespace of its own. No test relies on what another has left.
+func begin(t *testing.T, driverArgs ...string) namespace {
+	t.Helper()
+	installDriver(t, driverArgs...)
+	return newNamespace(t)
+}
+
+var driverArgsList = regexp.MustCompile(`\n( *)args:\n(?: *- --.*\n)+`)
+
+// installDriver applies deploy.yaml, with further arguments for the driver, and waits until it is ready. It
+// returns what kubectl apply said. Where everything is so already, it takes half a second.
+func installDriver(t *testing.T, args ...string) string {
+	t.Helper()
+	applied := applyDriver(t, args...)
+	awaitDriver(t)
+	return applied
+}
+
+func applyDriver(t *testing.T, args ...string) string {
+	t.Helper()
+	content, err := os.ReadFile("../deploy.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifest := driverArgsList.ReplaceAllStringFunc(string(content), func(list string) string {
+		indent := driverArgsList.FindStringSubmatch(list)[1]
+		for _, arg := range args {
+			list += indent + "- " + arg + "\n"
+		}
+		return list
+	})
+	if len(args) > 0 && manifest == string(content) {
+		t.Fatal("deploy.yaml has no list args to add to")
+	}
+	applied, err := kubectlStdin(manifest, "apply", "-f", "-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return applied
+}
+
+// awaitDriver waits until the driver's DaemonSet is rolled out.
+func awaitDriver(t *testing.T) {
+	t.Helper()
+	if _, err := kubectl("-n", "connectors-system", "rollout", "status", "daemonset/connectors-csi", "--timeout=2m"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+const driverPods = "--selector=app.kubernetes.io/name=connectors-csi"
+
+// stopDriver makes the node one that the driver's DaemonSet is not for, and waits until the driver has ended.
+// installDriver takes it back.
+func stopDriver(t *testing.T) {
+	t.Helper()
+	for _, args := range [][]string{
+		{"patch", "daemonset", "connectors-csi", "--patch", `{"spec": {"template": {"spec": {"nodeSelector": {"kubernetes.io/os": "none"}}}}}`},
+		{"wait", "--for=delete", "pod", driverPods, "--timeout=2m"},
+	} {
+		if _, err := kubectl(append([]string{"-n", "connectors-system"}, args...)...); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// driverURL is where the driver serves its health and its metrics.
+func driverURL(t *testing.T) string {
+	t.Helper()
+	ip, err := kubectl("-n", "connectors-system", "get", "pod", driverPods, "--output=jsonpath={.items[0].status.podIP}")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return "http://" + ip + ":9808"
+}
+
+func httpGet(url string) (string, error) {
+	response, err := http.Get(url)
+	if err != nil {
+		return "", err
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err == nil && response.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s: %s", url, response.Status, body)
+	}
+	return string(body), err
+}
+
+// saveState writes what there is to know about the cluster after a failure, and the driver's log, beside the
+// logs of the components.
+func saveState(t *testing.T) {
+	path := node.path(strings.ReplaceAll(t.Name(), "/", "-") + ".txt")
+	if exists(path) {
+		return
+	}
+	var state bytes.Buffer
+	for _, args := range [][]string{
+		{"get", "pods", "--all-namespaces", "--output=wide"},
+		{"get", "events", "--all-namespaces", "--sort-by=.lastTimestamp"},
+		{"--namespace=connectors-system", "logs", driverPods, "--tail=-1"},
+		{"--namespace=connectors-system", "logs", driverPods, "--tail=-1", "--previous"}, // there is one if it was restarted
+		{"get", "connectorclasses,connectors", "--all-namespaces", "--output=yaml"},
+	} {
+		output, err := kubectl(args...)
+		fmt.Fprintf(&state, "$ kubectl %s\n%s\n", strings.Join(args, " "), output)
+		if err != nil {
+			fmt.Fprintln(&state, err)
+		}
+	}
+	if err := os.WriteFile(path, state.Bytes(), 0o644); err != nil {
+		t.Error(err)
+	}
+	t.Logf("Pods, events and the driver's log are in %s", path)
+}
+
+// namespace is one of the cluster's namespaces, made for a test. Its methods end the test if they fail.
+type namespace struct {
+	*testing.T
+	name string
+}
+
+// newNamespace creates a namespace. After the test it goes in the background.
+func newNamespace(t *testing.T) namespace {
+	t.Helper()
+	created, err := kubectlStdin("{apiVersion: v1, kind: Namespace, metadata: {generateName: test-}}", "create", "-f", "-", "--output=jsonpath={.metadata.name}")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns := namespace{t, created}
+	t.Cleanup(func() {
+		if t.Failed() {
+			saveState(t)
+		}
+		ns.kubectl("delete", "namespace", ns.name, "--wait=false")
+	})
+	ns.kubectl("wait", "--for=create", "serviceaccount/default", "--timeout=60s")
+	return ns
+}
+
+// kubectl runs kubectl in the namespace and returns what it printed.
+func (ns namespace) kubectl(args ...string) string {
+	ns.Helper()
+	output, err := kubectl(append([]string{"--namespace", ns.name}, args...)...)
+	if err != nil {
+		ns.Fatal(err)
+	}
+	return output
+}
+
+// apply applies manifests.
+func (ns namespace) apply(manifest string) {
+	ns.Helper()
+	if _, err := kubectlStdin(manifest, "--namespace", ns.name, "apply", "-f", "-"); err != nil {
+		ns.Fatalf("%v\n%s", err, manifest)
+	}
+}
+
+// configurations are those of a ConnectorClass: templates by file name by configuration.
+type configurations map[string]map[string]string
+
+// class creates a ConnectorClass. Classes belong to no namespace, so every test names its own.
+func (ns namespace) class(name string, of configurations) {
+	ns.Helper()
+	var list []any
+	for configuration, data := range of {
+		list = append(list, map[string]any{"name": configuration, "data": data})
+	}
+	manifest, err := json.Marshal(map[string]any{
+		"apiVersion": "connectors.alauda.io/v1alpha1", "kind": "ConnectorClass",
+		"metadata": map[string]any{"name": name},
+		"spec":     map[string]any{"configurations": list},
+	})
+	if err != nil {
+		ns.Fatal(err)
+	}
+	ns.apply(string(manifest))
+}
+
+// connector creates a Connector.
+func (ns namespace) connector(name, class, address string) {
+	ns.Helper()
+	ns.apply(fmt.Sprintf(`
+apiVersion: connectors.alauda.io/v1alpha1
+kind: Connector
+metadata: {name: %s}
+spec: {connectorClassName: %s, address: %q}
+`, name, class, address))
+}
+
+// proxy sets the proxy's address in the status of a Connector or of a ConnectorClass, as the operator does.
+func (ns namespace) proxy(kind, name, url string) {
+	ns.Helper()
+	ns.kubectl("patch", kind, name, "--subresource=status", "--type=merge",
+		"--patch", fmt.Sprintf(`{"status": {"proxy": {"httpAddress": {"url": %q}}}}`, url))
+}
+
+// allow lets the ServiceAccount of another namespace, or of this one, read the Connectors in this one.
+func (ns namespace) allow(serviceAccount string, of namespace) {
+	ns.Helper()
+	ns.kubectl("create", "rolebinding", of.name+"-"+serviceAccount,
+		"--clusterrole=connectors-connector-viewer-role", "--serviceaccount="+of.name+":"+serviceAccount)
+}
+
+// target creates all that a Pod with the attributes of mountTarget needs: a class with one configuration, a
+// Connector, and the permission to read it for the default ServiceAccount.
+func (ns namespace) target(class string, files map[string]string) {
+	ns.Helper()
+	ns.class(class, configurations{"config": files})
+	ns.connector("target", class, "https://one.example.com")
+	ns.allow("default", ns)
+}
+
+const mountTarget = `{connector.name: target, configuration.names: config}`
+
+// pod creates a Pod that does nothing and has a volume with these attributes on /volume. Further lines are
+// fields of its spec.
+func (ns namespace) pod(name, attributes string, fields ...string) {
+	ns.Helper()
+	ns.apply(podManifest(name, attributes, fields...))
+}
+
+// podManifest gives a Pod one second of grace, since sleep ignores the signal to end.
+func podManifest(name, attributes string, fields ...string) string {
+	return fmt.Sprintf(`
+apiVersion: v1
+kind: Pod
+metadata: {name: %s}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    image: %s
+    command: [sleep, infinity]
+    volumeMounts:
+    - {name: volume, mountPath: /volume}
+  volumes:
+  - name: volume
+    csi: {driver: connectors-csi, readOnly: true, volumeAttributes: %s}
+  %s
+`, name, clientImage, attributes, strings.Join(fields, "\n  "))
+}
+
+// running waits until Pods are.
+func (ns namespace) running(pods ...string) {
+	ns.Helper()
+	for _, pod := range pods {
+		ns.kubectl("wait", "--for=condition=Ready", "pod/"+pod, "--timeout=2m")
+	}
+}
+
+// deletePod deletes a Pod and waits until the API server has forgotten it.
+func (ns namespace) deletePod(name string) {
+	ns.Helper()
+	ns.kubectl("delete", "pod", name, "--timeout=2m")
+}
+
+// refused waits until kubelet reports, as an event of the Pod, that the volume could not be mounted for the
+// reasons given. It returns the event's message.
+func (ns namespace) refused(pod string, reasons ...string) (message string) {
+	ns.Helper()
+	ns.eventually(func() error {
+		messages := ns.kubectl("get", "events", "--field-selector=reason=FailedMount,involvedObject.name="+pod,
+			"--output", `jsonpath={range .items[*]}{.message}{"\n"}{end}`)
+		for message = range strings.Lines(messages) {
+			if containsAll(message, reasons) {
+				return nil
+			}
+		}
+		return fmt.Errorf("no FailedMount event of Pod %s says %q; there are:\n%s", pod, reasons, messages)
+	})
+	if phase := ns.kubectl("get", "pod", pod, "--output=jsonpath={.status.phase}"); phase != "Pending" {
+		ns.Errorf("Pod %s is %s, although its volume was refused", pod, phase)
+	}
+	if lines := mounts(ns.uid(pod)); len(lines) > 0 {
+		ns.Errorf("the volume of Pod %s was refused and is mounted: %s", pod, lines)
+	}
+	return message
+}
+
+func containsAll(text string, parts []string) bool {
+	for _, part := range parts {
+		if !strings.Contains(text, part) {
+			return false
+		}
+	}
+	return true
+}
+
+// eventually waits for a condition.
+func (ns namespace) eventually(condition func() error) {
+	ns.Helper()
+	if err := await(limit, condition); err != nil {
+		ns.Fatal(err)
+	}
+}
+
+// sh runs a shell script in a Pod's container and returns what it printed, also when it fails.
+func (ns namespace) sh(pod, script string) (string, error) {
+	output, err := exec.Command("kubectl", "--namespace", ns.name, "exec", pod, "--", "sh", "-c", script).CombinedOutput()
+	return strings.TrimSpace(string(output)), err
+}
+
+// read returns a file as the Pod's container sees it.
+func (ns namespace) read(pod, file string) string {
+	ns.Helper()
+	return ns.kubectl("exec", pod, "--", "cat", file)
+}
+
+// want checks a file as the Pod's container sees it.
+func (ns namespace) want(pod, file, content string) {
+	ns.Helper()
+	if err := ns.has(pod, file, content); err != nil {
+		ns.Error(err)
+	}
+}
+
+// has compares a file as the Pod's container sees it.
+func (ns namespace) has(pod, file, content string) error {
+	got, err := kubectl("--namespace", ns.name, "exec", pod, "--", "cat", file)
+	if err == nil && got != content {
+		err = fmt.Errorf("%s in Pod %s is %q, not %q", file, pod, got, content)
+	}
+	return err
+}
+
+// moveTo gives the Connector "target" another address and waits until the containers see it.
+func (ns namespace) moveTo(address, file string, pods ...string) {
+	ns.Helper()
+	ns.kubectl("patch", "connector", "target", "--type=merge", "--patch", fmt.Sprintf(`{"spec": {"address": %q}}`, address))
+	for _, pod := range pods {
+		ns.eventually(func() error { return ns.has(pod, file, address) })
+	}
+}
+
+// uid returns a Pod's uid.
+func (ns namespace) uid(pod string) string {
+	ns.Helper()
+	return ns.kubectl("get", "pod", pod, "--output=jsonpath={.metadata.uid}")
+}
+
+// kubeletPods is where kubelet has a directory for each Pod, by uid.
+const kubeletPods = "/var/lib/kubelet/pods/"
+
+// volumeDir is where a Pod's volume is mounted on the node.
+func volumeDir(uid, volume string) string {
+	return filepath.Join(kubeletPods, uid, "volumes/kubernetes.io~csi", volume, "mount")
+}
+
+// mounts returns the lines of the node's mount table for the CSI volumes of a Pod.
+func mounts(uid string) []string {
+	return mountsBelow(kubeletPods + uid + "/volumes/kubernetes.io~csi/")
+}
+
+func mountsBelow(dir string) (lines []string) {
+	table, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		panic(err)
+	}
+	for line := range strings.Lines(string(table)) {
+		// "36 35 98:0 / /mount/point ro,nosuid - tmpfs source rw"
+		if strings.HasPrefix(strings.Fields(line)[4], dir) {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+// wantOneMount checks that the Pod's only volume is mounted once, read-only on the node too, and returns the
+// mount's ID.
+func (ns namespace) wantOneMount(uid string) string {
+	ns.Helper()
+	lines := mounts(uid)
+	if len(lines) != 1 {
+		ns.Fatalf("exactly one mount is expected for the volume, there are %d: %q", len(lines), lines)
+	}
+	fields := strings.Fields(lines[0])
+	if options := strings.Split(fields[5], ","); !slices.Contains(options, "ro") {
+		ns.Errorf("the volume is mounted with options %q, not read-only", options)
+	}
+	return fields[0]
+}
+
+// gone waits until nothing is left of a deleted Pod on the node: no mount, no directory.
+func (ns namespace) gone(uid string) {
+	ns.Helper()
+	ns.eventually(func() error {
+		if lines := mountsBelow(kubeletPods + uid + "/"); len(lines) > 0 {
+			return fmt.Errorf("of the deleted Pod %s are left: %s", uid, lines)
+		}
+		if exists(kubeletPods + uid) {
+			return fmt.Errorf("of the deleted Pod is left: %s", kubeletPods+uid)
+		}
+		return nil
+	})
+}
+
+// claims are those of a ServiceAccount's token that the tests look at.
+type claims struct {
+	Expires    int64 `json:"exp"`
+	IssuedAt   int64 `json:"iat"`
+	Kubernetes struct {
+		Pod struct {
+			UID string `json:"uid"`
+		} `json:"pod"`
+	} `json:"kubernetes.io"`
+}
+
+func (c claims) lifetime() time.Duration { return time.Duration(c.Expires-c.IssuedAt) * time.Second }
+
+func (ns namespace) claims(token string) (c claims) {
+	ns.Helper()
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		ns.Fatalf("this is not a token: %q", token)
+	}
+	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil {
+		ns.Fatal(err)
+	}
+	if err := json.Unmarshal(payload, &c); err != nil {
+		ns.Fatal(err)
+	}
+	return c
+}
+
+// user is whom the API server takes the bearer of a token for.
+type user struct {
+	Username string              `json:"username"`
+	Groups   []string            `json:"groups"`
+	Extra    map[string][]string `json:"extra"`
+}
+
+// pod returns the name and the uid of the Pod that the token is bound to.
+func (u user) pod() (name, uid string) {
+	return strings.Join(u.Extra["authentication.kubernetes.io/pod-name"], ","), strings.Join(u.Extra["authentication.kubernetes.io/pod-uid"], ",")
+}
+
+// reviewToken asks the API server whose token this is.
+func reviewToken(token string) (user, error) {
+	var review struct {
+		Status struct {
+			Authenticated bool   `json:"authenticated"`
+			Error         string `json:"error"`
+			User          user   `json:"user"`
+		} `json:"status"`
+	}
+	err := createReview("authentication.k8s.io/v1", "TokenReview", map[string]any{"token": token}, &review)
+	if err == nil && !review.Status.Authenticated {
+		err = fmt.Errorf("the API server does not accept the token: %s", review.Status.Error)
+	}
+	return review.Status.User, err
+}
+
+// mayRead asks the API server whether a user may read a Connector.
+func mayRead(u user, namespace, connector string) error {
+	var review struct {
+		Status struct {
+			Allowed bool `json:"allowed"`
+		} `json:"status"`
+	}
+	err := createReview("authorization.k8s.io/v1", "SubjectAccessReview", map[string]any{
+		"user": u.Username, "groups": u.Groups,
+		"resourceAttributes": map[string]any{
+			"group": "connectors.alauda.io", "resource": "connectors", "verb": "get", "namespace": namespace, "name": connector,
+		},
+	}, &review)
+	if err == nil && !review.Status.Allowed {
+		err = fmt.Errorf("%s may not read Connector %s/%s", u.Username, namespace, connector)
+	}
+	return err
+}
+
+// createReview creates one of the objects with which one asks the API server, and reads its answer.
+func createReview(apiVersion, kind string, spec, answer any) error {
+	question, err := json.Marshal(map[string]any{"apiVersion": apiVersion, "kind": kind, "spec": spec})
+	if err != nil {
+		return err
+	}
+	output, err := kubectlStdin(string(question), "create", "-f", "-", "--output=json")
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal([]byte(output), answer)
+}
+
+var errNoCredentials = errors.New("no user and token")
+
+// basicCredentials reads the header Authorization or Proxy-Authorization.
+func basicCredentials(header string) (user, token string, err error) {
+	request := http.Request{Header: http.Header{"Authorization": {header}}}
+	user, token, ok := request.BasicAuth()
+	if !ok {
+		return "", "", errNoCredentials
+	}
+	return user, token, nil
+}
