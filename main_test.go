@@ -1882,7 +1882,7 @@ func TestReadersDuringUpdates(t *testing.T) {
 	publish(0)
 	container := startContainer(t, v)
 	stop, result, reads := make(chan struct{}), make(chan error, 1), 0
-	var updates atomic.Int64
+	var begun, done atomic.Int64 // updates
 	go func() {
 		for {
 			select {
@@ -1891,9 +1891,9 @@ func TestReadersDuringUpdates(t *testing.T) {
 				return
 			default:
 			}
-			began := updates.Load()
+			current := done.Load()
 			err := cmp.Or(readNames(container, names), readGeneration(container, names))
-			if errors.Is(err, fs.ErrNotExist) && updates.Load() >= began+2 {
+			if errors.Is(err, fs.ErrNotExist) && begun.Load() >= current+2 {
 				continue
 			}
 			if writeErr := os.WriteFile(container+"/x", nil, 0o644); !errors.Is(writeErr, unix.EROFS) {
@@ -1907,8 +1907,9 @@ func TestReadersDuringUpdates(t *testing.T) {
 		}
 	}()
 	for i := 1; i <= 1000 && len(result) == 0; i++ {
+		begun.Add(1)
 		publish(i)
-		updates.Add(1)
+		done.Add(1)
 	}
 	close(stop)
 	if err := <-result; err != nil {
@@ -2123,39 +2124,64 @@ func TestReadsAreShared(t *testing.T) {
 	}
 }
 
-func TestSharedReadThatFailsFailsForAll(t *testing.T) {
+// A read that fails fails for all who wait for it; those who came while it was under way share the next one.
+func TestReadsThatFailAreShared(t *testing.T) {
 	n := startNode(t)
-	volumes := []*podVolume{n.volume(), n.volume(), n.volume()}
-	for _, v := range volumes {
-		v.mustPublish()
+	var volumes []*podVolume
+	for range 10 {
+		volumes = append(volumes, n.volume())
+		volumes[len(volumes)-1].settle()
 	}
-	n.api.answer("/connectors/", 500, statusBody(500, "InternalError", "etcd is gone"))
+	path := connectorPath("default", "git")
+	n.api.remove(path)
 	n.age()
+	before, gate, results := n.api.count(path), n.api.hold("/connectors/"), make(chan error)
 	for _, v := range volumes {
-		wantError(t, v.publish(), codes.Unavailable, "etcd is gone")
-		v.want("token", v.pod.token)
+		go func() { results <- v.publish() }()
 	}
-	n.api.answer("", 0, "")
+	eventually(t, "all publishes are under way", func() bool {
+		n.driver.mu.Lock()
+		defer n.driver.mu.Unlock()
+		return len(n.driver.busy) == len(volumes)
+	})
+	eventually(t, "one asks", func() bool { return gate.waiting.Load() == 1 })
+	gate.open()
+	for range volumes {
+		wantError(t, <-results, codes.NotFound, `Connector "default/git" not found`)
+	}
+	if got := n.api.count(path) - before; got > 2 {
+		t.Errorf("%d requests", got)
+	}
+	n.api.put(connector("default", "git", "git"))
 	for _, v := range volumes {
+		v.want("token", v.pod.token)
 		v.mustPublish()
 	}
 }
 
-// A caller that gives up does not spoil the read for those who wait with it.
-func TestCallerThatGivesUp(t *testing.T) {
+// Callers that give up do not spoil the read for the one that waits behind them.
+func TestCallersThatGiveUp(t *testing.T) {
 	n := startNode(t)
-	impatient, patient := n.volume(), n.volume()
-	impatient.mustPublish()
-	patient.mustPublish()
+	volumes := []*podVolume{n.volume(), n.volume(), n.volume()}
+	for _, v := range volumes {
+		v.settle()
+	}
 	n.age()
 	gate := n.api.hold("/connectors/")
-	given, result := make(chan error), make(chan error)
-	go func() { given <- impatient.publishWithin(200 * time.Millisecond) }()
-	eventually(t, "the first asks", func() bool { return gate.waiting.Load() == 1 })
-	go func() { result <- patient.publish() }()
-	wantError(t, <-given, codes.DeadlineExceeded)
+	results := []chan error{make(chan error), make(chan error), make(chan error)}
+	for i, timeout := range []time.Duration{100 * time.Millisecond, 200 * time.Millisecond, time.Minute} {
+		go func() { results[i] <- volumes[i].publishWithin(timeout) }()
+		eventually(t, "it is under way", func() bool {
+			n.driver.mu.Lock()
+			defer n.driver.mu.Unlock()
+			return n.driver.busy[volumes[i].target]
+		})
+	}
+	wantError(t, <-results[0], codes.DeadlineExceeded)
+	wantError(t, <-results[1], codes.DeadlineExceeded)
+	eventually(t, "the third asks itself", func() bool { return gate.waiting.Load() == 1 })
 	gate.open()
-	must(t, <-result)
+	must(t, <-results[2])
 }
 
 // Whether a Pod may read a Connector is the API server's decision on the Pod's own token, each time a volume is new.
@@ -2268,16 +2294,27 @@ func TestOwnTokenIsRenewedAt80Percent(t *testing.T) {
 		t.Error("a fresh token was renewed")
 	}
 
+	issued := &n.driver.volumes[v.target].issued
+	if at := time.Until(issued.renew); at < 47*time.Minute || at > 48*time.Minute {
+		t.Errorf("a token of an hour is renewed after %v", at)
+	}
+	issued.renew = time.Now() // 48 minutes later
+	v.mustPublish()
+	if v.file("token") == token || n.api.count(path) != 2 {
+		t.Error("an old token was not renewed")
+	}
+	token = v.file("token")
+
 	v.attributes["token.expiration"] = "2h" // the API server may give less than what was asked for
 	n.api.set(func() { n.api.lifetime = time.Second })
 	v.mustPublish()
 	short := v.file("token")
-	if short == token || n.api.count(path) != 2 {
+	if short == token || n.api.count(path) != 3 {
 		t.Error("another expiration did not lead to another token")
 	}
 	n.api.set(func() { n.api.lifetime = 0 })
 	eventually(t, "the token is renewed", func() bool { v.mustPublish(); return v.file("token") != short })
-	if n.api.count(path) != 3 {
+	if n.api.count(path) != 4 {
 		t.Errorf("%d tokens were asked for", n.api.count(path))
 	}
 	v.wantClean()
@@ -3285,6 +3322,10 @@ func TestCA(t *testing.T) {
 		v.mustPublish()
 		v.want("ca", c.want)
 	}
+	n.api.put(connector("default", "last", "git", with("CA of the last", "status", "proxy", "httpAddress", "CACerts")), connector("default", "none", "git"))
+	v := n.volume(attrs{"connector.name": "-", "connectors": "git,last,none"})
+	v.mustPublish()
+	v.want("ca", "CA of the last")
 }
 
 func TestProxyAddress(t *testing.T) {
@@ -3571,8 +3612,9 @@ func BenchmarkPublishWith1000Volumes(b *testing.B) {
 	benchmarkPublish(n.volume())
 }
 
-// BenchmarkIdleMemory reports the resident memory of the driver as it is released, once kubelet has registered it.
-func BenchmarkIdleMemory(b *testing.B) {
+// BenchmarkProcess is BenchmarkPublish with the driver as it is released: a static binary in a process of its own. It
+// reports its resident memory, after kubelet has registered it and after all the publishes.
+func BenchmarkProcess(b *testing.B) {
 	n := newNode(b)
 	binary := filepath.Join(b.TempDir(), "connectors-csi")
 	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", binary, ".")
@@ -3592,15 +3634,9 @@ func BenchmarkIdleMemory(b *testing.B) {
 		return kilobytes * 1024 / 1e6
 	}
 	idle := resident()
-	for range 100 {
-		v := n.volume()
-		v.mustPublish()
-		v.mustPublish()
-		v.mustUnpublish()
-	}
+	benchmarkPublish(n.volume())
 	b.ReportMetric(idle, "MB-idle")
-	b.ReportMetric(resident(), "MB-after-100-publishes")
-	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(resident(), "MB-after")
 }
 
 // ---- The module ----
