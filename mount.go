@@ -127,31 +127,34 @@ func updateVolume(target string, f files, who access) (changed bool, err error) 
 	if err := setReadOnly(clone, false); err != nil {
 		return false, err
 	}
-	return writeGeneration(clone, f, who)
+	if changed, err = writeGeneration(clone, f, who); err != nil {
+		err = fmt.Errorf("%s: %w", target, err)
+	}
+	return changed, err
 }
 
 // unpublishVolume unmounts whatever is mounted at the target path and removes the directory. Nothing there,
 // or nothing mounted, is success: kubelet may ask again, and it may ask after a reboot.
 func unpublishVolume(target string) (changed bool, err error) {
 	for {
-		// Detached, so that a process standing in the directory cannot keep the Pod from being deleted;
-		// the loop takes off a stack of mounts. EINVAL: not (or no longer) a mount point.
+		// Detached, so that a process standing in the directory cannot keep the Pod from being deleted.
+		// EINVAL: not a mount point.
 		err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
-		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
-			break
-		}
-		if err != nil {
+		if err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 			return changed, fmt.Errorf("umount %s: %w", target, err)
 		}
-		changed = true
+		unmounted := err == nil
+		switch err := unix.Rmdir(target); {
+		case err == nil:
+			return true, nil
+		case errors.Is(err, unix.ENOENT):
+			return changed, nil
+		case errors.Is(err, unix.EBUSY) && unmounted: // there was another mount below
+			changed = true
+		default:
+			return changed, fmt.Errorf("rmdir %s: %w", target, err)
+		}
 	}
-	switch err := os.Remove(target); {
-	case errors.Is(err, fs.ErrNotExist):
-		return changed, nil
-	case err != nil:
-		return changed, err
-	}
-	return true, nil
 }
 
 // newTmpfs creates a tmpfs that is mounted nowhere, with room for two full generations. tmpfs counts whole
@@ -226,6 +229,9 @@ func writeGeneration(mount int, f files, who access) (changed bool, err error) {
 	}
 	present := map[string]bool{}
 	for _, e := range entries {
+		if e.Type() != fs.ModeSymlink && !strings.HasPrefix(e.Name(), "..") {
+			return false, fmt.Errorf("%s: %w", e.Name(), errNotOurs)
+		}
 		present[e.Name()] = true
 	}
 	generation := generationPrefix + digest(f, who)
@@ -292,26 +298,36 @@ func writeFiles(root *os.Root, generation string, f files, who access) error {
 	if err := root.Mkdir(generation, 0o700); err != nil {
 		return err
 	}
+	dir, err := root.OpenRoot(generation)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
 	dirMode, fileMode := who.modes()
 	for name, content := range f {
-		path := generation + "/" + name
-		if err := root.WriteFile(path, content, 0o400); err != nil {
+		file, err := dir.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o400)
+		if err != nil {
 			return err
 		}
-		if err := who.apply(root, path, fileMode); err != nil {
+		_, err = file.Write(content)
+		if err := errors.Join(err, who.apply(file, fileMode), file.Close()); err != nil {
 			return err
 		}
 	}
-	return who.apply(root, generation, dirMode)
+	self, err := dir.Open(".")
+	if err != nil {
+		return err
+	}
+	return errors.Join(who.apply(self, dirMode), self.Close())
 }
 
-func (a access) apply(root *os.Root, path string, mode os.FileMode) error {
+func (a access) apply(file *os.File, mode os.FileMode) error {
 	if a.hasGroup {
-		if err := root.Chown(path, -1, a.gid); err != nil {
+		if err := file.Chown(-1, a.gid); err != nil {
 			return err
 		}
 	}
-	return root.Chmod(path, mode)
+	return file.Chmod(mode)
 }
 
 // digest names a generation: by its files and by who may read them, so that a change of either is a change.
