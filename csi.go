@@ -7,9 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"path/filepath"
-	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -60,13 +60,12 @@ type driver struct {
 // volume remembers what a published volume was made from, so that a republish with the same does nothing.
 // After a restart of the driver it is empty, and the first republish renders again.
 type volume struct {
-	attributes attributes
-	who        access
-	token      string      // of the files
-	issued     issuedToken // the token, where the driver asked for it
-	audiences  []string    // of issued
-	versions   []string    // of the Connectors and their classes
-	settled    bool        // the last call found nothing to do, not even an old generation to remove
+	publication *publication
+	token       string      // of the files
+	issued      issuedToken // the token, where the driver asked for it
+	audiences   []string    // of issued
+	versions    []string    // of the Connectors and their classes
+	settled     bool        // the last call found nothing to do, not even an old generation to remove
 }
 
 func (d *driver) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
@@ -108,7 +107,7 @@ func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublish
 	start, changed := time.Now(), false
 	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
 	defer cancel()
-	var p publication
+	var p *publication
 	defer func() {
 		err = errorStatus(err)
 		d.metrics.published(status.Code(err), time.Since(start))
@@ -129,12 +128,15 @@ func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublish
 	defer unlock()
 
 	// 3. read
-	known := d.knownVolume(p.target)
+	known := d.recall(p.target)
+	if !isPublished(p.target) {
+		known = nil
+	}
 	mounted, err := d.readObjects(ctx, p, known == nil)
 	if err != nil {
 		return nil, err
 	}
-	next := &volume{attributes: p.attributes, who: p.who, versions: versionsOf(mounted)}
+	next := &volume{publication: p, versions: versionsOf(mounted)}
 	if err := d.chooseToken(ctx, p, mounted, known, next); err != nil {
 		return nil, err
 	}
@@ -187,6 +189,7 @@ func (d *driver) NodeUnpublishVolume(_ context.Context, request *csi.NodeUnpubli
 
 // publication is a validated request to publish.
 type publication struct {
+	request    *csi.NodePublishVolumeRequest
 	target     string
 	pod        podIdentity
 	token      string // the Pod's, from kubelet
@@ -194,9 +197,22 @@ type publication struct {
 	who        access
 }
 
-func (d *driver) validate(request *csi.NodePublishVolumeRequest) (publication, error) {
-	p := publication{target: request.TargetPath}
-	fail := func(format string, a ...any) (publication, error) {
+// sameAs tells whether a request would be validated with the same result.
+func (p *publication) sameAs(request *csi.NodePublishVolumeRequest) bool {
+	last := p.request
+	return request.VolumeId == last.VolumeId && request.TargetPath == last.TargetPath && request.Readonly && request.VolumeCapability.GetMount() != nil &&
+		request.VolumeCapability.GetMount().VolumeMountGroup == last.VolumeCapability.GetMount().VolumeMountGroup &&
+		maps.Equal(request.VolumeContext, last.VolumeContext) && maps.Equal(request.Secrets, last.Secrets)
+}
+
+// validate checks all that can be checked without reading anything. For a republish with the same request it
+// returns the volume's publication itself. With an error it returns as much as is known of the Pod.
+func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, error) {
+	if known := d.recall(request.TargetPath); known != nil && known.publication.sameAs(request) {
+		return known.publication, nil
+	}
+	p := &publication{request: request, target: request.TargetPath}
+	fail := func(format string, a ...any) (*publication, error) {
 		return p, status.Errorf(codes.InvalidArgument, format, a...)
 	}
 	uid, err := d.checkTarget(request.TargetPath)
@@ -452,15 +468,11 @@ func (d *driver) lock(target string) (unlock func(), err error) {
 	}, nil
 }
 
-// knownVolume returns what this process remembers of a volume, or nil if it is not published, or not by it.
-func (d *driver) knownVolume(target string) *volume {
+// recall returns what this process remembers of a volume, or nil.
+func (d *driver) recall(target string) *volume {
 	d.mu.Lock()
-	known := d.volumes[target]
-	d.mu.Unlock()
-	if known == nil || !isPublished(target) {
-		return nil
-	}
-	return known
+	defer d.mu.Unlock()
+	return d.volumes[target]
 }
 
 func (d *driver) remember(target string, v *volume) {
@@ -475,8 +487,7 @@ func (d *driver) remember(target string, v *volume) {
 
 // madeFrom tells whether a published volume was made from just what the next one would be, and is settled.
 func (v *volume) madeFrom(next *volume) bool {
-	return v != nil && v.settled && v.token == next.token && v.who == next.who && slices.Equal(v.versions, next.versions) &&
-		reflect.DeepEqual(v.attributes, next.attributes)
+	return v != nil && v.settled && v.publication == next.publication && v.token == next.token && slices.Equal(v.versions, next.versions)
 }
 
 // versionsOf identifies the contents of the objects: an object's resourceVersion changes with every change.
@@ -491,7 +502,7 @@ func versionsOf(mounted []mountedConnector) []string {
 }
 
 // readObjects reads the Connectors, with the Pod's token, and their classes, with the driver's own.
-func (d *driver) readObjects(ctx context.Context, p publication, fresh bool) ([]mountedConnector, error) {
+func (d *driver) readObjects(ctx context.Context, p *publication, fresh bool) ([]mountedConnector, error) {
 	var mounted []mountedConnector
 	for _, ref := range p.attributes.connectors {
 		connector, err := d.kube.connector(ctx, p.pod, p.token, ref, fresh)
@@ -513,7 +524,7 @@ func (d *driver) readObjects(ctx context.Context, p publication, fresh bool) ([]
 
 // chooseToken sets the token for the files of the next volume: kubelet's, which kubelet renews, or for another
 // lifetime or audience one that the driver asks for, and asks for again when 80 % of its lifetime are over.
-func (d *driver) chooseToken(ctx context.Context, p publication, mounted []mountedConnector, known, next *volume) (err error) {
+func (d *driver) chooseToken(ctx context.Context, p *publication, mounted []mountedConnector, known, next *volume) (err error) {
 	extra := proxyAudiences(mounted)
 	if p.attributes.lifetime == kubeletTokenLifetime && len(extra) == 0 {
 		next.token = p.token
@@ -523,7 +534,7 @@ func (d *driver) chooseToken(ctx context.Context, p publication, mounted []mount
 		next.audiences = append(slices.Clone(p.pod.audiences), extra...) // the proxy shows it to the API server
 	}
 	if known != nil && known.issued.value != "" && time.Now().Before(known.issued.renew) &&
-		known.attributes.lifetime == p.attributes.lifetime && slices.Equal(known.audiences, next.audiences) {
+		known.publication.attributes.lifetime == p.attributes.lifetime && slices.Equal(known.audiences, next.audiences) {
 		next.issued = known.issued
 	} else if next.issued, err = d.kube.requestToken(ctx, p.pod, next.audiences, p.attributes.lifetime); err != nil {
 		return tokenStatus(err, p)
@@ -556,7 +567,7 @@ func classStatus(err error, name string, ref reference) error {
 	}
 }
 
-func tokenStatus(err error, p publication) error {
+func tokenStatus(err error, p *publication) error {
 	switch code, err := apiStatus(err); code {
 	case codes.PermissionDenied:
 		return status.Errorf(code, "the driver may not request a token for ServiceAccount %s/%s: %v. A token.expiration other than %v, or a proxy "+
