@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"text/template"
 	"text/template/parse"
@@ -358,45 +359,47 @@ func checkFileName(name string) error {
 // The text of an error may come out of the template ({{ fail .context.token }}), so an error is reported as it
 // is without the token: from a second run that has a placeholder in its place.
 func renderFile(ctx context.Context, name, text string, limit int, data func(token string) any, token string) ([]byte, error) {
-	t, err := parseTemplate(ctx, name, text)
+	t, err := parseTemplate(name, text)
 	if err != nil {
 		return nil, err
 	}
-	content, err := execute(t, limit, data(token))
+	content, err := execute(ctx, t, limit, data(token))
 	if err == nil || errors.Is(err, errTooLarge) || ctx.Err() != nil {
 		return content, cmp.Or(ctx.Err(), err)
 	}
-	if _, err := execute(t, limit, data("TOKEN")); err != nil {
+	if _, err := execute(ctx, t, limit, data("TOKEN")); err != nil {
 		return nil, err
 	}
 	return nil, errors.New("the template fails because of the token's value")
 }
 
-func execute(t *template.Template, limit int, data any) ([]byte, error) {
-	out := &limitedBuffer{left: limit}
+func execute(ctx context.Context, t *template.Template, limit int, data any) ([]byte, error) {
+	out := &limitedBuffer{ctx: ctx, left: limit}
 	if err := t.Execute(out, data); err != nil {
 		return nil, err
 	}
 	return out.Bytes(), nil
 }
 
+// limitedBuffer takes what a template writes, until there is too much of it or the time is over.
 type limitedBuffer struct {
 	bytes.Buffer
+	ctx  context.Context
 	left int
 }
 
 func (b *limitedBuffer) Write(p []byte) (int, error) {
+	if err := b.ctx.Err(); err != nil {
+		return 0, err
+	}
 	if b.left -= len(p); b.left < 0 {
 		return 0, errTooLarge
 	}
 	return b.Buffer.Write(p)
 }
 
-// Functions that guard puts into templates. They are added after parsing, so no template can name them.
-const (
-	checkValue = "printedValue"
-	checkTime  = "timeLeft"
-)
+// checkValue is a function that guard puts into templates. It is added after parsing, so no template can name it.
+const checkValue = "printedValue"
 
 // functions are what templates may call: all of sprig, less what would hand the driver's environment and network
 // to the author of a class.
@@ -411,7 +414,7 @@ var functions = func() template.FuncMap {
 
 // parseTemplate parses a template and puts the guards into it. It gets only the functions that its text can name,
 // since each one costs more time than the search for it.
-func parseTemplate(ctx context.Context, name, text string) (*template.Template, error) {
+func parseTemplate(name, text string) (*template.Template, error) {
 	named := template.FuncMap{}
 	for f := range functions {
 		if strings.Contains(text, f) {
@@ -422,15 +425,12 @@ func parseTemplate(ctx context.Context, name, text string) (*template.Template, 
 	if err != nil {
 		return nil, err
 	}
-	t.Funcs(template.FuncMap{
-		checkValue: func(place string, value any) (any, error) {
-			if value == nil {
-				return nil, fmt.Errorf("%s has no value", place)
-			}
-			return value, nil
-		},
-		checkTime: func() (string, error) { return "", ctx.Err() },
-	})
+	t.Funcs(template.FuncMap{checkValue: func(expression string, value any) (any, error) {
+		if value == nil {
+			return nil, fmt.Errorf("%s has no value", expression)
+		}
+		return value, nil
+	}})
 	for _, defined := range t.Templates() {
 		defined.Root = guard(defined.Root)
 	}
@@ -463,19 +463,19 @@ func strict(print func(...any) string) func(...any) (string, error) {
 //
 //  1. whatever an action prints goes through checkValue, so that a missing value fails the mount instead of
 //     putting "<no value>" into somebody's configuration; conditions, assignments and arguments stay lenient
-//  2. the template and the body of every loop begin with checkTime, so that none runs on after the deadline
+//  2. every list of nodes, so the body of every loop, begins with an empty text: even that is written, and the
+//     writer ends an execution whose time is over
 func guard(list *parse.ListNode) *parse.ListNode {
 	if list == nil {
 		return nil
 	}
 	guarded := &parse.ListNode{NodeType: parse.NodeList, Pos: list.Pos}
-	guarded.Nodes = append(guarded.Nodes, call(list.Pos, checkTime))
+	guarded.Nodes = append(guarded.Nodes, &parse.TextNode{NodeType: parse.NodeText, Pos: list.Pos})
 	for _, node := range list.Nodes {
 		switch n := node.(type) {
 		case *parse.ActionNode:
 			if len(n.Pipe.Decl) == 0 {
-				check := call(n.Pos, checkValue, n.String())
-				n.Pipe.Cmds = append(n.Pipe.Cmds, check.Pipe.Cmds...)
+				n.Pipe.Cmds = append(n.Pipe.Cmds, checkCommand(n))
 			}
 		case *parse.IfNode:
 			n.List, n.ElseList = guard(n.List), guard(n.ElseList)
@@ -489,14 +489,13 @@ func guard(list *parse.ListNode) *parse.ListNode {
 	return guarded
 }
 
-// call is the action {{ function "arg" … }}.
-func call(pos parse.Pos, function string, args ...string) *parse.ActionNode {
-	cmd := &parse.CommandNode{NodeType: parse.NodeCommand, Pos: pos, Args: []parse.Node{parse.NewIdentifier(function).SetPos(pos)}}
-	for _, a := range args {
-		cmd.Args = append(cmd.Args, &parse.StringNode{NodeType: parse.NodeString, Pos: pos, Quoted: fmt.Sprintf("%q", a), Text: a})
-	}
-	pipe := &parse.PipeNode{NodeType: parse.NodePipe, Pos: pos, Cmds: []*parse.CommandNode{cmd}}
-	return &parse.ActionNode{NodeType: parse.NodeAction, Pos: pos, Pipe: pipe}
+// checkCommand is the command that checks what the action prints.
+func checkCommand(n *parse.ActionNode) *parse.CommandNode {
+	expression := n.String()
+	return &parse.CommandNode{NodeType: parse.NodeCommand, Pos: n.Pos, Args: []parse.Node{
+		parse.NewIdentifier(checkValue).SetPos(n.Pos),
+		&parse.StringNode{NodeType: parse.NodeString, Pos: n.Pos, Quoted: strconv.Quote(expression), Text: expression},
+	}}
 }
 
 // decodeJSON decodes one JSON value as the Kubernetes API means it: a null in an object is the same as a
