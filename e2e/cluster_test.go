@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -75,40 +77,40 @@ func applyDriver(t *testing.T, args ...string) string {
 	return applied
 }
 
+// driverNamespace is the one that deploy.yaml creates.
+func driverNamespace(t *testing.T) namespace { return namespace{t, "connectors-system"} }
+
+const driverPods = "--selector=app.kubernetes.io/name=connectors-csi"
+
+// driverPod returns a field of the driver's only Pod.
+func driverPod(t *testing.T, field string) string {
+	t.Helper()
+	return driverNamespace(t).kubectl("get", "pod", driverPods, "--output=jsonpath={.items[0]"+field+"}")
+}
+
 // awaitDriver waits until the driver's DaemonSet is rolled out.
 func awaitDriver(t *testing.T) {
 	t.Helper()
-	if _, err := kubectl("-n", "connectors-system", "rollout", "status", "daemonset/connectors-csi", "--timeout=2m"); err != nil {
-		t.Fatal(err)
-	}
+	driverNamespace(t).kubectl("rollout", "status", "daemonset/connectors-csi", "--timeout=2m")
 }
-
-const driverPods = "--selector=app.kubernetes.io/name=connectors-csi"
 
 // stopDriver makes the node one that the driver's DaemonSet is not for, and waits until the driver has ended.
 // installDriver takes it back.
 func stopDriver(t *testing.T) {
 	t.Helper()
-	for _, args := range [][]string{
-		{"patch", "daemonset", "connectors-csi", "--patch", `{"spec": {"template": {"spec": {"nodeSelector": {"kubernetes.io/os": "none"}}}}}`},
-		{"wait", "--for=delete", "pod", driverPods, "--timeout=2m"},
-	} {
-		if _, err := kubectl(append([]string{"-n", "connectors-system"}, args...)...); err != nil {
-			t.Fatal(err)
-		}
-	}
+	driver := driverNamespace(t)
+	driver.kubectl("patch", "daemonset", "connectors-csi",
+		"--patch", `{"spec": {"template": {"spec": {"nodeSelector": {"kubernetes.io/os": "none"}}}}}`)
+	driver.kubectl("wait", "--for=delete", "pod", driverPods, "--timeout=2m")
 }
 
 // driverURL is where the driver serves its health and its metrics.
 func driverURL(t *testing.T) string {
 	t.Helper()
-	ip, err := kubectl("-n", "connectors-system", "get", "pod", driverPods, "--output=jsonpath={.items[0].status.podIP}")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return "http://" + ip + ":9808"
+	return "http://" + driverPod(t, ".status.podIP") + ":9808"
 }
 
+// httpGet returns the body of an answer that is a success.
 func httpGet(url string) (string, error) {
 	response, err := http.Get(url)
 	if err != nil {
@@ -158,7 +160,8 @@ type namespace struct {
 // newNamespace creates a namespace. After the test it goes in the background.
 func newNamespace(t *testing.T) namespace {
 	t.Helper()
-	created, err := kubectlStdin("{apiVersion: v1, kind: Namespace, metadata: {generateName: test-}}", "create", "-f", "-", "--output=jsonpath={.metadata.name}")
+	const manifest = "{apiVersion: v1, kind: Namespace, metadata: {generateName: test-}}"
+	created, err := kubectlStdin(manifest, "create", "-f", "-", "--output=jsonpath={.metadata.name}")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -290,9 +293,22 @@ func (ns namespace) deletePod(name string) {
 	ns.kubectl("delete", "pod", name, "--timeout=2m")
 }
 
-// refused waits until kubelet reports, as an event of the Pod, that the volume could not be mounted for the
-// reasons given. It returns the event's message.
+// refused waits for the event that the Pod's volume could not be mounted for the reasons given, checks that
+// it is not mounted, and returns the event's message.
 func (ns namespace) refused(pod string, reasons ...string) (message string) {
+	ns.Helper()
+	message = ns.failedMount(pod, reasons...)
+	if phase := ns.kubectl("get", "pod", pod, "--output=jsonpath={.status.phase}"); phase != "Pending" {
+		ns.Errorf("Pod %s is %s, although its volume was refused", pod, phase)
+	}
+	if lines := mounts(ns.uid(pod)); len(lines) > 0 {
+		ns.Errorf("the volume of Pod %s was refused and is mounted: %s", pod, lines)
+	}
+	return message
+}
+
+// failedMount waits for an event of the Pod in which kubelet gives these reasons, and returns its message.
+func (ns namespace) failedMount(pod string, reasons ...string) (message string) {
 	ns.Helper()
 	ns.eventually(func() error {
 		messages := ns.kubectl("get", "events", "--field-selector=reason=FailedMount,involvedObject.name="+pod,
@@ -304,12 +320,6 @@ func (ns namespace) refused(pod string, reasons ...string) (message string) {
 		}
 		return fmt.Errorf("no FailedMount event of Pod %s says %q; there are:\n%s", pod, reasons, messages)
 	})
-	if phase := ns.kubectl("get", "pod", pod, "--output=jsonpath={.status.phase}"); phase != "Pending" {
-		ns.Errorf("Pod %s is %s, although its volume was refused", pod, phase)
-	}
-	if lines := mounts(ns.uid(pod)); len(lines) > 0 {
-		ns.Errorf("the volume of Pod %s was refused and is mounted: %s", pod, lines)
-	}
 	return message
 }
 
@@ -359,13 +369,22 @@ func (ns namespace) has(pod, file, content string) error {
 	return err
 }
 
-// moveTo gives the Connector "target" another address and waits until the containers see it.
-func (ns namespace) moveTo(address, file string, pods ...string) {
+// wantFiles checks the names of a volume's files as the Pod's container sees them, hidden ones too, but not
+// those of the volume's own layout.
+func (ns namespace) wantFiles(pod, dir string, names ...string) {
+	ns.Helper()
+	listed := strings.Fields(ns.kubectl("exec", pod, "--", "ls", "-A", dir))
+	listed = slices.DeleteFunc(listed, func(name string) bool { return strings.HasPrefix(name, "..") })
+	if !slices.Equal(listed, names) {
+		ns.Errorf("the files in Pod %s are %q, not %q", pod, listed, names)
+	}
+}
+
+// moveTo gives the Connector "target" another address and waits until the Pod's container sees it.
+func (ns namespace) moveTo(address, pod, file string) {
 	ns.Helper()
 	ns.kubectl("patch", "connector", "target", "--type=merge", "--patch", fmt.Sprintf(`{"spec": {"address": %q}}`, address))
-	for _, pod := range pods {
-		ns.eventually(func() error { return ns.has(pod, file, address) })
-	}
+	ns.eventually(func() error { return ns.has(pod, file, address) })
 }
 
 // uid returns a Pod's uid.
@@ -430,10 +449,73 @@ func (ns namespace) gone(uid string) {
 	})
 }
 
+func readFile(t *testing.T, path string) string {
+	t.Helper()
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(content)
+}
+
+// filesBelow returns the contents of all regular files in a directory tree, hidden ones too.
+func filesBelow(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	found := map[string]string{}
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() {
+			return err
+		}
+		content, err := os.ReadFile(path)
+		found[path] = string(content)
+		return err
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // a refresh may remove files meanwhile
+		t.Fatal(err)
+	}
+	return found
+}
+
+// restartKubelet kills kubelet, starts it again and waits until it serves.
+func restartKubelet(ns namespace) {
+	ns.Helper()
+	node.kubelet.stop()
+	node.kubelet = node.restart(node.kubelet)
+	ns.eventually(func() error {
+		_, err := kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/healthz")
+		return err
+	})
+}
+
+// driverMemory returns the most memory that the driver's container has had, and its limit, in bytes.
+func driverMemory(t *testing.T) (peak, most int64) {
+	t.Helper()
+	id := strings.TrimPrefix(driverPod(t, ".status.containerStatuses[0].containerID"), "containerd://")
+	root, peakFile, limitFile := cgroupRoot+"/memory", "memory.max_usage_in_bytes", "memory.limit_in_bytes"
+	if v2, err := isCgroup2(); err != nil {
+		t.Fatal(err)
+	} else if v2 {
+		root, peakFile, limitFile = cgroupRoot, "memory.peak", "memory.max"
+	}
+	read := func(file string) int64 {
+		paths, _ := filepath.Glob(filepath.Join(root, filepath.Base(node.dir), "kubepods/*/*", id, file))
+		if len(paths) != 1 {
+			t.Fatalf("the cgroup of container %s: %q", id, paths)
+		}
+		value, err := strconv.ParseInt(strings.TrimSpace(readFile(t, paths[0])), 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return value
+	}
+	return read(peakFile), read(limitFile)
+}
+
 // claims are those of a ServiceAccount's token that the tests look at.
 type claims struct {
-	Expires    int64 `json:"exp"`
-	IssuedAt   int64 `json:"iat"`
+	Audiences  []string `json:"aud"`
+	Expires    int64    `json:"exp"`
+	IssuedAt   int64    `json:"iat"`
 	Kubernetes struct {
 		Pod struct {
 			UID string `json:"uid"`
@@ -457,76 +539,4 @@ func (ns namespace) claims(token string) (c claims) {
 		ns.Fatal(err)
 	}
 	return c
-}
-
-// user is whom the API server takes the bearer of a token for.
-type user struct {
-	Username string              `json:"username"`
-	Groups   []string            `json:"groups"`
-	Extra    map[string][]string `json:"extra"`
-}
-
-// pod returns the name and the uid of the Pod that the token is bound to.
-func (u user) pod() (name, uid string) {
-	return strings.Join(u.Extra["authentication.kubernetes.io/pod-name"], ","), strings.Join(u.Extra["authentication.kubernetes.io/pod-uid"], ",")
-}
-
-// reviewToken asks the API server whose token this is.
-func reviewToken(token string) (user, error) {
-	var review struct {
-		Status struct {
-			Authenticated bool   `json:"authenticated"`
-			Error         string `json:"error"`
-			User          user   `json:"user"`
-		} `json:"status"`
-	}
-	err := createReview("authentication.k8s.io/v1", "TokenReview", map[string]any{"token": token}, &review)
-	if err == nil && !review.Status.Authenticated {
-		err = fmt.Errorf("the API server does not accept the token: %s", review.Status.Error)
-	}
-	return review.Status.User, err
-}
-
-// mayRead asks the API server whether a user may read a Connector.
-func mayRead(u user, namespace, connector string) error {
-	var review struct {
-		Status struct {
-			Allowed bool `json:"allowed"`
-		} `json:"status"`
-	}
-	err := createReview("authorization.k8s.io/v1", "SubjectAccessReview", map[string]any{
-		"user": u.Username, "groups": u.Groups,
-		"resourceAttributes": map[string]any{
-			"group": "connectors.alauda.io", "resource": "connectors", "verb": "get", "namespace": namespace, "name": connector,
-		},
-	}, &review)
-	if err == nil && !review.Status.Allowed {
-		err = fmt.Errorf("%s may not read Connector %s/%s", u.Username, namespace, connector)
-	}
-	return err
-}
-
-// createReview creates one of the objects with which one asks the API server, and reads its answer.
-func createReview(apiVersion, kind string, spec, answer any) error {
-	question, err := json.Marshal(map[string]any{"apiVersion": apiVersion, "kind": kind, "spec": spec})
-	if err != nil {
-		return err
-	}
-	output, err := kubectlStdin(string(question), "create", "-f", "-", "--output=json")
-	if err != nil {
-		return err
-	}
-	return json.Unmarshal([]byte(output), answer)
-}
-
-var errNoCredentials = errors.New("no user and token")
-
-// basicCredentials reads the header Authorization or Proxy-Authorization.
-func basicCredentials(header string) (user, token string, err error) {
-	request := http.Request{Header: http.Header{"Authorization": {header}}}
-	user, token, ok := request.BasicAuth()
-	if !ok {
-		return "", "", errNoCredentials
-	}
-	return user, token, nil
 }

@@ -4,15 +4,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"io/fs"
-	"net"
-	"net/http"
-	"net/http/cgi"
-	"net/http/httptest"
-	"net/http/httputil"
-	"net/url"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -73,25 +65,6 @@ func TestQuickStart(t *testing.T) {
 	ns.wantTokenOf(token, "default", "default", "git-client")
 }
 
-// wantTokenOf checks that the API server takes a token for that of a Pod and its ServiceAccount.
-func (ns namespace) wantTokenOf(token, namespace, serviceAccount, pod string) {
-	ns.Helper()
-	u, err := reviewToken(token)
-	if err != nil {
-		ns.Fatal(err)
-	}
-	if want := "system:serviceaccount:" + namespace + ":" + serviceAccount; u.Username != want {
-		ns.Errorf("the token is that of %s, not of %s", u.Username, want)
-	}
-	uid, err := kubectl("--namespace", namespace, "get", "pod", pod, "--output=jsonpath={.metadata.uid}")
-	if err != nil {
-		ns.Fatal(err)
-	}
-	if name, boundTo := u.pod(); name != pod || boundTo != uid {
-		ns.Errorf("the token is bound to Pod %q, uid %q, not to Pod %s, uid %s", name, boundTo, pod, uid)
-	}
-}
-
 func TestDeployYAMLIsValidAndAppliesWithoutChange(t *testing.T) {
 	begin(t)
 	const manifest = "../deploy.yaml"
@@ -141,9 +114,7 @@ func TestOfSeveralConfigurationsTheLaterWins(t *testing.T) {
 	for _, pod := range []string{"team-last", "base-last"} {
 		ns.want(pod, "/volume/only-base", "base")
 		ns.want(pod, "/volume/only-team", "team")
-		if files := ns.kubectl("exec", pod, "--", "ls", "/volume"); files != "only-base\nonly-team\nsettings\n" {
-			t.Errorf("the files in Pod %s are: %q", pod, files)
-		}
+		ns.wantFiles(pod, "/volume", "only-base", "only-team", "settings")
 	}
 }
 
@@ -179,16 +150,26 @@ func TestTokenIsThatOfThePod(t *testing.T) {
 	ns := begin(t)
 	ns.target("token", map[string]string{"token": "{{ .context.token }}"})
 	const mountForAnHour = `{connector.name: target, configuration.names: config, token.expiration: 1h}`
-	lifetimes := map[string]time.Duration{"default": 30 * time.Minute, "hour": time.Hour}
+	ns.connector("audience", "token", "https://one.example.com")
+	ns.kubectl("patch", "connector", "audience", "--subresource=status", "--type=merge",
+		"--patch", `{"status": {"proxy": {"httpAddress": {"audience": "the-proxy"}}}}`)
 	ns.pod("default", mountTarget)
 	ns.pod("hour", mountForAnHour)
-	ns.running("default", "hour")
-	for pod, lifetime := range lifetimes {
+	ns.pod("audience", `{connector.name: audience, configuration.names: config}`)
+	ns.running("default", "hour", "audience")
+	audiences := map[string][]string{} // by Pod
+	for pod, lifetime := range map[string]time.Duration{"default": 30 * time.Minute, "hour": time.Hour, "audience": 30 * time.Minute} {
 		token := ns.read(pod, "/volume/token")
 		ns.wantTokenOf(token, ns.name, "default", pod)
-		if got := ns.claims(token).lifetime(); got != lifetime {
+		c := ns.claims(token)
+		if got := c.lifetime(); got != lifetime {
 			t.Errorf("the token in Pod %s is made for %v, not for %v", pod, got, lifetime)
 		}
+		audiences[pod] = c.Audiences
+	}
+	if !slices.Equal(audiences["hour"], audiences["default"]) ||
+		!slices.Equal(audiences["audience"], append(audiences["default"], "the-proxy")) {
+		t.Errorf("the tokens' audiences are %v", audiences)
 	}
 
 	// Without the permission to request tokens only other expirations are refused.
@@ -202,6 +183,23 @@ func TestTokenIsThatOfThePod(t *testing.T) {
 	ns.running("hour-again")
 }
 
+func TestServiceAccountsShareAConnectorButNoToken(t *testing.T) {
+	ns := begin(t)
+	ns.target("shared", map[string]string{"token": "{{ .context.token }}"})
+	ns.pod("default", mountTarget)
+	for _, account := range []string{"builder", "stranger"} {
+		ns.kubectl("create", "serviceaccount", account)
+		ns.pod(account, mountTarget, "serviceAccountName: "+account)
+	}
+	ns.allow("builder", ns)
+	ns.running("default", "builder")
+	for _, account := range []string{"default", "builder"} {
+		ns.wantTokenOf(ns.read(account, "/volume/token"), ns.name, account, account)
+	}
+	// The node has read the Connector by now. That helps nobody who may not.
+	ns.refused("stranger", "ServiceAccount "+ns.name+"/stranger may not read Connector")
+}
+
 // This test is about the refresh interval of deploy.yaml as it is; others shorten it.
 func TestChangesReachRunningPodsWhichCannotWrite(t *testing.T) {
 	ns := begin(t)
@@ -213,7 +211,7 @@ func TestChangesReachRunningPodsWhichCannotWrite(t *testing.T) {
 	began := time.Now()
 	ns.kubectl("patch", "connectorclass", "changes", "--type=merge", "--patch",
 		`{"spec": {"configurations": [{"name": "config", "data": {"address": "{{ .connector.spec.address }}", "text": "second", "new": "file"}}]}}`)
-	ns.moveTo("https://two.example.com", "/volume/address", "pod")
+	ns.moveTo("https://two.example.com", "pod", "/volume/address")
 	ns.eventually(func() error { return ns.has("pod", "/volume/text", "second") })
 	ns.want("pod", "/volume/new", "file")
 	t.Logf("the changes of the Connector and of the class were in the container after %v", time.Since(began).Round(time.Second))
@@ -301,7 +299,7 @@ func TestEventsSayWhatIsWrong(t *testing.T) {
 		{"broken-template", `{connector.name: broken, configuration.names: config}`,
 			`code = FailedPrecondition desc = ConnectorClass "broken", configuration "config": file "file": template: file:2: function "shout" not defined`},
 		{"printed-nothing", `{connector.name: prints-nothing, configuration.names: config}`,
-			`{{.connector.spec.nothing}} has no value`},
+			`code = FailedPrecondition desc = ConnectorClass "prints-nothing", configuration "config": file "file": template: file:2:`},
 	}
 	for _, c := range cases {
 		manifest := podManifest(c.pod, c.attributes)
@@ -313,7 +311,7 @@ func TestEventsSayWhatIsWrong(t *testing.T) {
 	for _, c := range cases {
 		ns.refused(c.pod, `MountVolume.SetUp failed for volume "volume"`, c.reason)
 	}
-	ns.refused("printed-nothing", `code = FailedPrecondition desc = ConnectorClass "prints-nothing", configuration "config": file "file": template: file:2:`)
+	ns.refused("printed-nothing", `{{.connector.spec.nothing}} has no value`)
 }
 
 // A git client clones through a proxy, with nothing but the documented .gitconfig.
@@ -333,13 +331,14 @@ func TestGitClonesThroughTheProxy(t *testing.T) {
 	ns.pod("pod", `{connector.name: server, configuration.names: config}`)
 	ns.running("pod")
 	clone := func(options string) (string, error) {
-		return ns.sh("pod", "rm -rf /tmp/app && HOME=/volume git "+options+" clone -q https://git.example.com/team/app.git /tmp/app && cat /tmp/app/greeting")
+		return ns.sh("pod", "export HOME=/volume; cd /tmp && rm -rf app && git "+options+
+			" clone -q https://git.example.com/team/app.git && cat app/greeting")
 	}
 
 	if output, err := clone(""); err != nil || output != "hello" {
 		t.Fatalf("git clone: %v: %s", err, output)
 	}
-	if output, err := clone("-c http." + proxy + ".extraHeader="); err == nil || !strings.Contains(output, "401") && !strings.Contains(output, "could not read Username") {
+	if output, err := clone("-c http." + proxy + ".extraHeader="); err == nil || !strings.Contains(output, "403") {
 		t.Errorf("the proxy lets one in without a token: %v: %s", err, output)
 	}
 
@@ -375,119 +374,6 @@ func TestGitClonesThroughTheProxy(t *testing.T) {
 	if output, err := clone(""); err == nil || !strings.Contains(output, "403") {
 		t.Errorf("the proxy lets one in who may not read the Connector any more: %v: %s", err, output)
 	}
-}
-
-// gitServer serves the repository team/app.git to those who know its password.
-func gitServer(t *testing.T) *url.URL {
-	t.Helper()
-	dir := t.TempDir()
-	helpers, err := output("git", "--exec-path")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := run("sh", "-euc", `
-		git init -q "$0/work" && cd "$0/work"
-		echo hello > greeting
-		git add greeting
-		git -c user.name=test -c user.email=test@example.com commit -q -m greeting
-		git clone -q --bare . "$0/repositories/team/app.git"`, dir); err != nil {
-		t.Fatal(err)
-	}
-	backend := &cgi.Handler{
-		Path: filepath.Join(helpers, "git-http-backend"),
-		Env:  []string{"GIT_PROJECT_ROOT=" + dir + "/repositories", "GIT_HTTP_EXPORT_ALL=1"},
-	}
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if user, password, _ := r.BasicAuth(); user != "git" || password != gitPassword {
-			http.Error(w, "who are you?", http.StatusUnauthorized)
-			return
-		}
-		backend.ServeHTTP(w, r)
-	}))
-	t.Cleanup(server.Close)
-	address, err := url.Parse(server.URL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return address
-}
-
-const gitPassword = "known to the proxy only"
-
-// gitProxy is a reverse proxy as the product has them: it puts the target's credentials in the place of the
-// token, if the API server confirms the token and lets its owner read the Connector.
-func (ns namespace) gitProxy(target *url.URL, connector string) string {
-	forward := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
-		r.SetURL(target)
-		r.Out.SetBasicAuth("git", gitPassword)
-	}}
-	return serveToPods(ns.T, func(w http.ResponseWriter, r *http.Request) {
-		_, token, err := basicCredentials(r.Header.Get("Authorization"))
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusUnauthorized)
-			return
-		}
-		u, err := reviewToken(token)
-		if err == nil {
-			err = mayRead(u, ns.name, connector)
-		}
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusForbidden)
-			return
-		}
-		forward.ServeHTTP(w, r)
-	})
-}
-
-// serveToPods serves HTTP at an address that Pods can reach, and returns it.
-func serveToPods(t *testing.T, handler http.HandlerFunc) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", nodeIP+":0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := &http.Server{Handler: handler}
-	go server.Serve(listener)
-	t.Cleanup(func() { server.Close() })
-	return "http://" + listener.Addr().String()
-}
-
-func readFile(t *testing.T, path string) string {
-	t.Helper()
-	content, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(content)
-}
-
-// filesBelow returns the contents of all regular files in a directory tree, hidden ones too.
-func filesBelow(t *testing.T, dir string) map[string]string {
-	t.Helper()
-	found := map[string]string{}
-	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
-		if err != nil || !entry.Type().IsRegular() {
-			return err
-		}
-		content, err := os.ReadFile(path)
-		found[path] = string(content)
-		return err
-	})
-	if err != nil && !errors.Is(err, fs.ErrNotExist) { // a refresh may remove files meanwhile
-		t.Fatal(err)
-	}
-	return found
-}
-
-// restartKubelet kills kubelet, starts it again and waits until it serves.
-func restartKubelet(ns namespace) {
-	ns.Helper()
-	node.kubelet.stop()
-	node.kubelet = node.restart(node.kubelet)
-	ns.eventually(func() error {
-		_, err := kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/healthz")
-		return err
-	})
 }
 
 func TestHundredPodsAtOnce(t *testing.T) {
@@ -543,44 +429,17 @@ spec:
 	if peak > most/2 { // there is to be room for ten times as many
 		t.Errorf("with %d Pods the driver needed %d MiB, more than half of its limit", pods, peak>>20)
 	}
-	if restarts, err := kubectl("-n", "connectors-system", "get", "pod", driverPods, "--output=jsonpath={.items[0].status.containerStatuses[0].restartCount}"); err != nil || restarts != "0" {
-		t.Errorf("the driver was restarted %s times (%v)", restarts, err)
+	if restarts := driverPod(t, ".status.containerStatuses[0].restartCount"); restarts != "0" {
+		t.Errorf("the driver was restarted %s times", restarts)
 	}
-}
-
-// driverMemory returns the most memory that the driver's container has had, and its limit, in bytes.
-func driverMemory(t *testing.T) (peak, most int64) {
-	t.Helper()
-	id, err := kubectl("-n", "connectors-system", "get", "pod", driverPods, "--output=jsonpath={.items[0].status.containerStatuses[0].containerID}")
-	if err != nil {
-		t.Fatal(err)
-	}
-	root, peakFile, limitFile := cgroupRoot+"/memory", "memory.max_usage_in_bytes", "memory.limit_in_bytes"
-	if v2, err := isCgroup2(); err != nil {
-		t.Fatal(err)
-	} else if v2 {
-		root, peakFile, limitFile = cgroupRoot, "memory.peak", "memory.max"
-	}
-	read := func(file string) int64 {
-		paths, _ := filepath.Glob(filepath.Join(root, filepath.Base(node.dir), "kubepods/*/*", strings.TrimPrefix(id, "containerd://"), file))
-		if len(paths) != 1 {
-			t.Fatalf("the cgroup of container %s: %q", id, paths)
-		}
-		value, err := strconv.ParseInt(strings.TrimSpace(readFile(t, paths[0])), 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return value
-	}
-	return read(peakFile), read(limitFile)
 }
 
 // The tests below need to see several refreshes, so they shorten the interval of a minute.
 const quickRefresh = "--refresh-interval=1s"
 
-func TestSubPathTwoVolumesAndServiceAccounts(t *testing.T) {
+func TestSubPathAndTwoVolumes(t *testing.T) {
 	ns := begin(t, quickRefresh)
-	ns.target("shared", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
+	ns.target("first", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.class("second", configurations{"config": {"text": "of the second volume"}})
 	ns.connector("second", "second", "https://second.example.com")
 	ns.apply(fmt.Sprintf(`
@@ -601,22 +460,12 @@ spec:
   - {name: one, csi: {driver: connectors-csi, readOnly: true, volumeAttributes: %s}}
   - {name: two, csi: {driver: connectors-csi, readOnly: true, volumeAttributes: {connector.name: second, configuration.names: config}}}
 `, clientImage, mountTarget))
-	for _, account := range []string{"builder", "stranger"} {
-		ns.kubectl("create", "serviceaccount", account)
-		ns.pod(account, mountTarget, "serviceAccountName: "+account)
-	}
-	ns.allow("builder", ns)
-	ns.running("pod", "builder")
-
+	ns.running("pod")
 	ns.want("pod", "/one/address", "https://one.example.com")
 	ns.want("pod", "/etc/address", "https://one.example.com")
 	ns.want("pod", "/two/text", "of the second volume")
-	ns.wantTokenOf(ns.read("pod", "/one/token"), ns.name, "default", "pod")
-	ns.wantTokenOf(ns.read("builder", "/volume/token"), ns.name, "builder", "builder")
-	// The node has the Connector in its cache by now; that helps nobody who may not read it.
-	ns.refused("stranger", "ServiceAccount "+ns.name+"/stranger may not read Connector")
 
-	ns.moveTo("https://two.example.com", "/one/address", "pod")
+	ns.moveTo("https://two.example.com", "pod", "/one/address")
 	ns.want("pod", "/etc/address", "https://one.example.com") // as documented: a subPath is never refreshed
 	if output, err := ns.sh("pod", "echo mine > /etc/address"); err == nil || !strings.Contains(output, "Read-only file system") {
 		t.Errorf("the container can write through subPath: %v: %s", err, output)
@@ -658,27 +507,46 @@ func (ns namespace) wantNoMiss(name string) {
 	}
 }
 
+func TestFailedRefreshKeepsFiles(t *testing.T) {
+	ns := begin(t, quickRefresh)
+	ns.target("refresh", map[string]string{"address": "{{ .connector.spec.address }}"})
+	ns.watcher("pod")
+	mount := ns.wantOneMount(ns.uid("pod"))
+
+	// Neither a broken class nor a withdrawn permission takes anything from a running Pod; its events tell.
+	ns.class("refresh", configurations{"config": {"address": "{{ .connector.spec.nothing }}"}})
+	ns.failedMount("pod", "{{.connector.spec.nothing}} has no value")
+	ns.want("pod", "/volume/address", "https://one.example.com")
+	ns.class("refresh", configurations{"config": {"address": "{{ .connector.spec.address }}"}})
+	ns.kubectl("delete", "rolebinding", "--all")
+	ns.failedMount("pod", "may not read Connector")
+	ns.want("pod", "/volume/address", "https://one.example.com")
+
+	ns.allow("default", ns)
+	ns.moveTo("https://two.example.com", "pod", "/volume/address")
+	ns.wantNoMiss("pod")
+	if after := ns.wantOneMount(ns.uid("pod")); after != mount {
+		t.Errorf("the volume was mounted anew: mount %s became mount %s", mount, after)
+	}
+}
+
 func TestPodsKeepFilesWhenTheDriverIsReplaced(t *testing.T) {
 	ns := begin(t, quickRefresh)
 	ns.target("kept", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.watcher("pod")
 	mount := ns.wantOneMount(ns.uid("pod"))
-	daemonSet := func(args ...string) {
-		t.Helper()
-		if _, err := kubectl(append([]string{"-n", "connectors-system"}, args...)...); err != nil {
-			t.Fatal(err)
-		}
+
+	driverNamespace(t).kubectl("delete", "pod", driverPods, "--timeout=2m")
+	awaitDriver(t)
+	ns.moveTo("https://two.example.com", "pod", "/volume/address")
+
+	driverNamespace(t).kubectl("set", "image", "daemonset/connectors-csi", "csi-driver="+upgradeImage)
+	awaitDriver(t)
+	if image := driverPod(t, ".spec.containers[0].image"); image != upgradeImage {
+		t.Errorf("the driver was not upgraded, its image is %s", image)
 	}
-
-	daemonSet("delete", "pod", driverPods, "--timeout=2m")
-	awaitDriver(t)
-	ns.moveTo("https://two.example.com", "/volume/address", "pod")
-
-	daemonSet("set", "image", "daemonset/connectors-csi", "csi-driver="+upgradeImage)
-	awaitDriver(t)
-	daemonSet("wait", "pod", driverPods, "--for=jsonpath={.spec.containers[0].image}="+upgradeImage, "--timeout=10s")
-	ns.moveTo("https://three.example.com", "/volume/address", "pod")
-	ns.moveTo("https://four.example.com", "/volume/address", "pod")
+	ns.moveTo("https://three.example.com", "pod", "/volume/address")
+	ns.moveTo("https://four.example.com", "pod", "/volume/address")
 
 	ns.wantNoMiss("pod")
 	if after := ns.wantOneMount(ns.uid("pod")); after != mount {
@@ -694,7 +562,7 @@ func TestPodsKeepFilesWhenKubeletIsKilled(t *testing.T) {
 	mount := ns.wantOneMount(uid)
 
 	restartKubelet(ns)
-	ns.moveTo("https://two.example.com", "/volume/address", "pod")
+	ns.moveTo("https://two.example.com", "pod", "/volume/address")
 
 	ns.wantNoMiss("pod")
 	if after := ns.wantOneMount(uid); after != mount {
@@ -711,24 +579,27 @@ func TestPodsKeepFilesWhileTheAPIServerIsDown(t *testing.T) {
 	uid, driver := ns.uid("pod"), driverURL(t)
 
 	node.apiServer.stop()
-	ns.eventually(func() error { // kubelet goes on calling the driver, which can read nothing
+	refreshed := await(limit, func() error { // kubelet goes on calling the driver, which can read nothing
 		metrics, err := httpGet(driver + "/metrics")
 		if err == nil && !strings.Contains(metrics, `connectors_csi_publish_total{code="Unavailable"}`) {
 			err = fmt.Errorf("no publish has failed:\n%s", metrics)
 		}
 		return err
 	})
-	ns.wantOneMount(uid)
-	if address := readFile(t, volumeDir(uid, "volume")+"/address"); address != "https://one.example.com" {
-		t.Errorf("without an API server the address is %q", address)
-	}
-	node.apiServer = node.restart(node.apiServer)
+	address, err := os.ReadFile(volumeDir(uid, "volume") + "/address")
+	node.apiServer = node.restart(node.apiServer) // before anything can end the test: the others need it
 	ns.eventually(func() error {
 		_, err := kubectl("get", "--raw", "/readyz")
 		return err
 	})
+	if refreshed != nil {
+		t.Error(refreshed)
+	}
+	if string(address) != "https://one.example.com" {
+		t.Errorf("without an API server the address is %q (%v)", address, err)
+	}
 
-	ns.moveTo("https://two.example.com", "/volume/address", "pod")
+	ns.moveTo("https://two.example.com", "pod", "/volume/address")
 	ns.wantNoMiss("pod")
 	ns.wantOneMount(uid)
 }
@@ -803,11 +674,11 @@ func TestDriverIsListedOnlyWhileItServes(t *testing.T) {
 	// One that does not get as far as serving isn't listed.
 	applyDriver(t, "--refresh-interval=0s")
 	ns.eventually(func() error {
-		ended, err := kubectl("-n", "connectors-system", "get", "pod", driverPods, "--output=jsonpath={.items[*].status.containerStatuses[0].restartCount}")
-		if err == nil && (ended == "" || ended == "0") {
-			err = errors.New("the driver has not ended")
+		restarts := driverNamespace(t).kubectl("get", "pod", driverPods, "--output=jsonpath={.items[*].status.containerStatuses[0].restartCount}")
+		if restarts == "" || restarts == "0" {
+			return errors.New("the driver has not ended")
 		}
-		return err
+		return nil
 	})
 	if drivers := listed(); drivers != "" {
 		t.Errorf("the driver does not start, and CSINode lists %q", drivers)
@@ -863,12 +734,12 @@ spec:
 	ns.pod("one-not-allowed", fmt.Sprintf(`{connectors: "first,%s/closed", configuration.names: config, %s}`, closed.name, params))
 
 	ns.running("pod")
-	ns.want("pod", "/volume/registries", fmt.Sprintf("mirror of acme, tags a+b\n%[1]s/first is https://first.example.com\n%[1]s/third is https://third.example.com\n", ns.name))
+	ns.want("pod", "/volume/registries", "mirror of acme, tags a+b\n"+
+		ns.name+"/first is https://first.example.com\n"+
+		ns.name+"/third is https://third.example.com\n")
 	ns.want("pod", "/volume/sources", other.name+"/second with acme")
 	ns.want("pod", "/volume/both", "sources")
-	if files := ns.kubectl("exec", "pod", "--", "ls", "/volume"); files != "both\nregistries\nsources\n" {
-		t.Errorf("the files are: %q", files)
-	}
+	ns.wantFiles("pod", "/volume", "both", "registries", "sources")
 	ns.refused("without-param", "code = InvalidArgument", `required configuration param "scope" is missing`)
 	ns.refused("wrong-param", "code = InvalidArgument", `configuration param "kind" must be one of [mirror publish], not "all"`)
 	ns.refused("nothing-to-exclude", "code = InvalidArgument",
@@ -910,47 +781,13 @@ func TestBuiltInFilesLetCurlThroughTheProxy(t *testing.T) {
 	}
 
 	ns.want("pod", "/volume/connector.status.proxyAddress", proxy)
-	if files := ns.kubectl("exec", "pod", "--", "ls", "-A", "/volume"); !slices.Equal(visible(files),
-		[]string{".curlrc", ".env", "connector.status.proxyAddress", "http.proxy", "https.proxy"}) {
-		t.Errorf("with a proxy and without a CA the files are %q", visible(files))
-	}
+	ns.wantFiles("pod", "/volume", ".curlrc", ".env", "connector.status.proxyAddress", "http.proxy", "https.proxy") // there is no CA
 	ns.want("with-class", "/volume/ca.crt", "of the class")
 	ns.wantTokenOf(ns.read("with-class", "/volume/context.token"), ns.name, "default", "with-class")
 }
 
-// visible returns the names of a volume's files without those of its own layout.
-func visible(list string) []string {
-	return slices.DeleteFunc(strings.Fields(list), func(name string) bool { return strings.HasPrefix(name, "..") })
-}
-
-// forwardProxy is a proxy that serves those whose user name lists exactly these Connectors, and whose token
-// the API server confirms and lets read all of them.
-func forwardProxy(t *testing.T, connectors []string) string {
-	return serveToPods(t, func(w http.ResponseWriter, r *http.Request) {
-		name, token, err := basicCredentials(r.Header.Get("Proxy-Authorization"))
-		if err == nil && name != strings.Join(connectors, ",") {
-			err = fmt.Errorf("user %q", name)
-		}
-		var u user
-		if err == nil {
-			u, err = reviewToken(token)
-		}
-		for _, connector := range connectors {
-			if err == nil {
-				namespace, name, _ := strings.Cut(connector, "/")
-				err = mayRead(u, namespace, name)
-			}
-		}
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusProxyAuthRequired)
-			return
-		}
-		fmt.Fprintf(w, "the proxy answers for %s", r.URL)
-	})
-}
-
-// The git classes of the product's documentation, by the release that they are from, and what git makes of
-// the files: token stands for the header's value with the token.
+// documentedGitClasses are those of the product's documentation, by the release that has them first, and what
+// git reads from their files. There TOKEN and COLON-TOKEN stand for the token in base64, the latter after a colon.
 var documentedGitClasses = []struct{ release, template, config string }{
 	{"1.0-ssl", `[http]
   sslVerify = false
@@ -979,7 +816,7 @@ url.http://proxy.example.com.insteadof=https://one.example.com
 `, `http.extraheader=Authorization: Basic COLON-TOKEN
 url.http://proxy.example.com.insteadof=https://one.example.com
 `},
-	{"1.9-params", `{{ $sslVerify := "true" -}}
+	{"1.4-params", `{{ $sslVerify := "true" -}}
 {{- range .connector.spec.params }}{{- if eq .name "sslVerify" }}{{$sslVerify = .value }}{{ end }}{{- end }}
 [http]
   sslVerify = {{ $sslVerify }}

@@ -72,7 +72,7 @@ func onNode(work func(*Node) int) int {
 	return code
 }
 
-// runCommand is the part on the host: build, run init in new namespaces, wait.
+// runCommand is the part on the host: it builds, runs the node and keeps its logs if something failed.
 func runCommand() (code int, err error) {
 	if os.Geteuid() != 0 {
 		return 0, errors.New("a Kubernetes node needs root: run this command as root")
@@ -81,9 +81,6 @@ func runCommand() (code int, err error) {
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGTERM), 0, 0, 0); err != nil {
 		return 0, err
 	}
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
-
 	if err := installPackages(); err != nil {
 		return 0, err
 	}
@@ -96,13 +93,17 @@ func runCommand() (code int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	defer func() {
-		if err == nil && (code == 0 || code == interrupted) {
-			os.RemoveAll(dir)
-		} else {
-			fmt.Fprintln(os.Stderr, "e2e: the logs of all components are in", dir)
-		}
-	}()
+	if code, err = runNode(dir, tools); err == nil && (code == 0 || code == interrupted) {
+		return code, os.RemoveAll(dir)
+	}
+	fmt.Fprintln(os.Stderr, "e2e: the logs of all components are in", dir)
+	return code, err
+}
+
+// runNode runs init in new namespaces until it ends, or a signal ends it.
+func runNode(dir, tools string) (code int, err error) {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	if err := os.Symlink(tools, filepath.Join(dir, "bin")); err != nil {
 		return 0, err
 	}
