@@ -199,9 +199,9 @@ type publication struct {
 
 // sameAs tells whether a request would be validated with the same result.
 func (p *publication) sameAs(request *csi.NodePublishVolumeRequest) bool {
-	last := p.request
-	return request.VolumeId == last.VolumeId && request.TargetPath == last.TargetPath && request.Readonly && request.VolumeCapability.GetMount() != nil &&
-		request.VolumeCapability.GetMount().VolumeMountGroup == last.VolumeCapability.GetMount().VolumeMountGroup &&
+	last, mount, lastMount := p.request, request.VolumeCapability.GetMount(), p.request.VolumeCapability.GetMount()
+	return request.VolumeId == last.VolumeId && request.TargetPath == last.TargetPath && request.Readonly == last.Readonly &&
+		mount != nil && mount.VolumeMountGroup == lastMount.VolumeMountGroup &&
 		maps.Equal(request.VolumeContext, last.VolumeContext) && maps.Equal(request.Secrets, last.Secrets)
 }
 
@@ -212,6 +212,8 @@ func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, 
 		return known.publication, nil
 	}
 	p := &publication{request: request, target: request.TargetPath}
+	// Until the token's claims are known, for the log only.
+	p.pod.namespace, p.pod.name = request.VolumeContext[kubeletKeyPrefix+"pod.namespace"], request.VolumeContext[kubeletKeyPrefix+"pod.name"]
 	fail := func(format string, a ...any) (*publication, error) {
 		return p, status.Errorf(codes.InvalidArgument, format, a...)
 	}
@@ -236,9 +238,11 @@ func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, 
 	if p.token, err = podToken(request); err != nil {
 		return p, err
 	}
-	if p.pod, err = parseIdentity(p.token); err != nil {
+	pod, err := parseIdentity(p.token)
+	if err != nil {
 		return fail("%v", err)
 	}
+	p.pod = pod
 	if err := checkIdentity(p.pod, uid, request.VolumeContext); err != nil {
 		return p, err
 	}

@@ -2661,15 +2661,19 @@ func TestLog(t *testing.T) {
 	v.mustUnpublish()
 	v.mustUnpublish()
 	missing.mustRefuse(codes.NotFound)
+	writable := n.volume()
+	writable.change = func(r *csi.NodePublishVolumeRequest) { r.Readonly = false }
+	writable.mustRefuse(codes.InvalidArgument)
 	var lines []string
-	eventually(t, "three lines", func() bool {
+	eventually(t, "four lines", func() bool {
 		lines = slices.DeleteFunc(strings.Split(p.log.String(), "\n"), func(l string) bool { return !strings.Contains(l, "publish") })
-		return len(lines) >= 3 && strings.HasSuffix(p.log.String(), "\n")
+		return len(lines) >= 4 && strings.HasSuffix(p.log.String(), "\n")
 	})
 	for i, words := range [][]string{
 		{"level=INFO msg=publish", "pod=default/" + v.pod.name, "volume=config", "default/git", "duration="},
 		{"level=INFO msg=unpublish", v.target, "duration="},
 		{"level=ERROR msg=publish", "pod=default/" + missing.pod.name, "default/none", "code=NotFound", "duration="},
+		{"level=ERROR msg=publish", "pod=default/" + writable.pod.name, "code=InvalidArgument", "duration="},
 	} {
 		for _, word := range words {
 			if !strings.Contains(lines[i], word) {
@@ -2677,7 +2681,7 @@ func TestLog(t *testing.T) {
 			}
 		}
 	}
-	if len(lines) != 3 {
+	if len(lines) != 4 {
 		t.Errorf("lines %q", lines)
 	}
 }
