@@ -5,12 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"sigs.k8s.io/yaml"
 )
 
 // Every test has one real Kubernetes node, real Pods, and the driver as a user installs it, and asserts what
@@ -849,6 +852,53 @@ func TestGitReadsTheDocumentedClasses(t *testing.T) {
 		want := strings.NewReplacer("COLON-TOKEN", encode([]byte(":"+token)), "TOKEN", encode([]byte(token))).Replace(class.config)
 		if got := ns.kubectl("exec", "pod", "--", "git", "config", "--file", "/volume/"+class.release, "--list"); got != want {
 			t.Errorf("release %s: git config --list says\n%s\nnot\n%s", class.release, got, want)
+		}
+	}
+}
+
+// The documented classes for yarn, and for JSON, which has a comma too many there for anything but YAML.
+const documentedYarn = `
+{{- $proxyURL := urlParse .connector.status.proxyAddress -}}
+{{- $password := .context.token -}}
+{{- $registryURL := urlParse .connector.spec.address -}}
+{{- $username := printf "%s/%s" .connector.metadata.namespace .connector.metadata.name | urlquery -}}
+npmRegistryServer: "{{ .connector.spec.address }}"
+npmAuthIdent: "{{ printf "user:password" | b64enc }}"
+unsafeHttpWhitelist:
+- {{ $registryURL.hostname }}
+httpProxy: "{{ $proxyURL.scheme }}://{{ $username }}:{{ $password }}@{{ $proxyURL.host }}"
+httpsProxy: "{{ $proxyURL.scheme }}://{{ $username }}:{{ $password }}@{{ $proxyURL.host }}"
+npmAlwaysAuth: true
+enableStrictSsl: false
+npmPublishRegistry: "{{ .connector.spec.address }}"
+`
+
+const documentedJSON = `{"connectors": [
+{{- range .connectors }}
+  {"name": "{{ .name }}", "address": "{{ .spec.address }}"},
+{{- end }}
+]}
+`
+
+func TestYAMLParsersReadTheDocumentedClasses(t *testing.T) {
+	ns := begin(t)
+	ns.target("documented-yaml", map[string]string{"token": "{{ .context.token }}", ".yarnrc.yml": documentedYarn, "settings.json": documentedJSON})
+	ns.proxy("connector", "target", "http://proxy.example.com")
+	ns.pod("pod", mountTarget)
+	ns.running("pod")
+	const address = "https://one.example.com"
+	proxy := fmt.Sprintf("http://%s%%2Ftarget:%s@proxy.example.com", ns.name, ns.read("pod", "/volume/token"))
+	for file, want := range map[string]map[string]any{
+		".yarnrc.yml": {
+			"npmRegistryServer": address, "npmPublishRegistry": address, "npmAuthIdent": "dXNlcjpwYXNzd29yZA==",
+			"unsafeHttpWhitelist": []any{"one.example.com"}, "httpProxy": proxy, "httpsProxy": proxy,
+			"npmAlwaysAuth": true, "enableStrictSsl": false,
+		},
+		"settings.json": {"connectors": []any{map[string]any{"name": "target", "address": address}}},
+	} {
+		var got map[string]any
+		if err := yaml.UnmarshalStrict([]byte(ns.read("pod", "/volume/"+file)), &got); err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s is %v (%v), not %v", file, got, err, want)
 		}
 	}
 }
