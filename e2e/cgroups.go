@@ -43,15 +43,6 @@ func isCgroup2() (bool, error) {
 
 // createCgroups makes the parent of all the node's cgroups, which kubelet expects to find.
 func createCgroups(name string) error {
-	v2, err := isCgroup2()
-	if err != nil {
-		return err
-	}
-	if v2 {
-		if err := enableControllers(); err != nil {
-			return err
-		}
-	}
 	hierarchies, err := cgroupHierarchies()
 	if err != nil {
 		return err
@@ -66,13 +57,19 @@ func createCgroups(name string) error {
 }
 
 // enableControllers lets the children of cgroup v2's root use the controllers that kubelet insists on, as far
-// as the kernel has them.
+// as the kernel has them. The command calls it: from the node's PID namespace the processes that it may have
+// to move cannot be seen.
 func enableControllers() error {
+	if v2, err := isCgroup2(); err != nil || !v2 {
+		return err
+	}
 	available, err := os.ReadFile(cgroupRoot + "/cgroup.controllers")
 	if err != nil {
 		return err
 	}
-	for _, controller := range []string{"cpu", "cpuset", "memory", "hugetlb", "pids"} {
+	// memory is first: the kernel accepts cpu, cpuset and pids in a cgroup with processes too, but then refuses
+	// memory with EOPNOTSUPP rather than EBUSY.
+	for _, controller := range []string{"memory", "hugetlb", "cpu", "cpuset", "pids"} {
 		if !slices.Contains(strings.Fields(string(available)), controller) {
 			continue
 		}

@@ -89,6 +89,9 @@ func runCommand() (code int, err error) {
 		return 0, err
 	}
 	removeStaleCgroups()
+	if err := enableControllers(); err != nil {
+		return 0, err
+	}
 	dir, err := os.MkdirTemp("", fmt.Sprintf("%s%d-", prefix, os.Getpid()))
 	if err != nil {
 		return 0, err
