@@ -111,8 +111,10 @@ func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublish
 	defer func() {
 		err = errorStatus(err)
 		d.metrics.published(status.Code(err), time.Since(start))
-		logCall("publish", changed, err, "pod", p.pod.namespace+"/"+p.pod.name, "volume", volumeName(request.TargetPath),
-			"connectors", fmt.Sprint(p.attributes.connectors), "duration", time.Since(start))
+		if changed || err != nil {
+			logCall("publish", err, "pod", p.pod.namespace+"/"+p.pod.name, "volume", volumeName(request.TargetPath),
+				"connectors", fmt.Sprint(p.attributes.connectors), "duration", time.Since(start))
+		}
 	}()
 
 	// 1. validate
@@ -167,7 +169,9 @@ func (d *driver) NodeUnpublishVolume(_ context.Context, request *csi.NodeUnpubli
 	defer func() {
 		err = errorStatus(err)
 		d.metrics.inc("connectors_csi_unpublish_total", "code", status.Code(err).String())
-		logCall("unpublish", changed, err, "target", request.TargetPath, "duration", time.Since(start))
+		if changed || err != nil {
+			logCall("unpublish", err, "target", request.TargetPath, "duration", time.Since(start))
+		}
 	}()
 	if request.VolumeId == "" {
 		return nil, status.Error(codes.InvalidArgument, "volume_id is missing")
@@ -641,18 +645,17 @@ func mountStatus(err error) error {
 // classes and their templates.
 func errorStatus(err error) error {
 	s, _ := status.FromError(err)
-	if err == nil || len(s.Message()) <= maxMessageBytes {
+	if len(s.Message()) <= maxMessageBytes {
 		return err
 	}
 	return status.Error(s.Code(), strings.ToValidUTF8(s.Message()[:maxMessageBytes], "")+" …")
 }
 
-// logCall writes one line for a call that failed or changed something.
-func logCall(call string, changed bool, err error, attributes ...any) {
-	switch {
-	case err != nil:
+// logCall writes the one line of a call that failed or changed something.
+func logCall(call string, err error, attributes ...any) {
+	if err != nil {
 		slog.Error(call, append(attributes, "code", status.Code(err).String(), "error", status.Convert(err).Message())...)
-	case changed:
+	} else {
 		slog.Info(call, attributes...)
 	}
 }

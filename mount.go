@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -356,11 +355,7 @@ func isMountRoot(path string) (bool, error) {
 // isPublished reports whether the target path shows a complete volume.
 func isPublished(target string) bool {
 	mounted, err := isMountRoot(target)
-	if err != nil || !mounted {
-		return false
-	}
-	_, err = os.Stat(filepath.Join(target, dataLink))
-	return err == nil
+	return err == nil && mounted && unix.Access(target+"/"+dataLink, unix.F_OK) == nil
 }
 
 // checkKernel creates and drops a volume that is never attached, which needs all that a publish needs: Linux
