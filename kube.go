@@ -128,9 +128,8 @@ func (k *kube) class(ctx context.Context, name string, fresh bool) (object, erro
 
 // issuedToken is a token that the driver asked for.
 type issuedToken struct {
-	value   string
-	expires time.Time
-	renew   time.Time // when 80 % of its lifetime are over, as kubelet does it
+	value string
+	renew time.Time // when 80 % of its lifetime are over, as kubelet does it
 }
 
 // requestToken asks for a token of the Pod's ServiceAccount that ends with the Pod: the API server refuses it
@@ -162,7 +161,7 @@ func (k *kube) requestToken(ctx context.Context, pod podIdentity, audiences []st
 	if err != nil || value == "" {
 		return issuedToken{}, &apiError{http.StatusBadGateway, "the answer to the TokenRequest has no token"}
 	}
-	return issuedToken{value: value, expires: expires, renew: asked.Add(expires.Sub(asked) * 8 / 10)}, nil
+	return issuedToken{value: value, renew: asked.Add(expires.Sub(asked) * 8 / 10)}, nil
 }
 
 // cacheKey names an object and who reads it: what one ServiceAccount may see, another may not.

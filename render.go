@@ -53,16 +53,16 @@ var errTooLarge = fmt.Errorf("a volume may hold %d KiB in %d files", maxVolumeBy
 // It reads nothing but its arguments. No error it returns contains the token.
 func render(ctx context.Context, mounted []mountedConnector, want selection, token string) (files, error) {
 	out := &volumeFiles{files: files{}}
+	classes := groupByClass(mounted)
 
 	// 1. built-in files
 	if want.builtIn {
-		if err := renderBuiltIn(out, mounted, token); err != nil {
+		if err := renderBuiltIn(out, mounted, classes[len(classes)-1], token); err != nil {
 			return nil, err
 		}
 	}
 
 	// 2. configurations
-	classes := groupByClass(mounted)
 	for _, name := range want.configurations {
 		found := false
 		for _, group := range classes {
@@ -270,17 +270,15 @@ func kindOf(value any) string {
 }
 
 // renderBuiltIn makes the files that the product mounts in every volume since its release 1.6. One that has
-// no value, since there is no proxy or no CA, is left out.
-func renderBuiltIn(out *volumeFiles, mounted []mountedConnector, token string) error {
-	last := groupByClass(mounted)
-	group := last[len(last)-1]
-	address := proxyAddress(group[0].class)
+// no value, since there is no proxy or no CA, is left out. The proxy and the CA are those of the last class.
+func renderBuiltIn(out *volumeFiles, mounted, lastClass []mountedConnector, token string) error {
+	address := proxyAddress(lastClass[0].class)
 	if len(mounted) == 1 || address == "" {
-		address = cmp.Or(proxyAddress(group[len(group)-1].connector), address)
+		address = cmp.Or(proxyAddress(lastClass[len(lastClass)-1].connector), address)
 	}
 	add := map[string]string{"context.token": token, "connector.status.proxyAddress": address}
 	for _, name := range []string{"context.proxy.caCert", "ca.crt", "ca.cert"} {
-		add[name] = caCert(group)
+		add[name] = caCert(lastClass)
 	}
 	if address != "" {
 		proxy, err := authenticatedProxy(address, mounted, token)
