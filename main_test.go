@@ -611,6 +611,16 @@ func (n *node) dial() {
 	n.t.Cleanup(func() { conn.Close() })
 }
 
+// awaitCalls waits until exactly so many calls are under way in the driver.
+func (n *node) awaitCalls(count int) {
+	n.t.Helper()
+	eventually(n.t, fmt.Sprintf("%d calls are under way", count), func() bool {
+		n.driver.mu.Lock()
+		defer n.driver.mu.Unlock()
+		return len(n.driver.busy) == count
+	})
+}
+
 func (n *node) podsDir() string { return n.dir + "/pods" }
 func (n *node) socket() string  { return n.dir + "/plugins_registry/connectors-csi-reg.sock" }
 
@@ -1590,11 +1600,7 @@ func TestRequestsAtOnceAreBounded(t *testing.T) {
 	for range 40 {
 		go func(v *podVolume) { results <- v.publish() }(n.volume())
 	}
-	eventually(t, "all publishes are under way", func() bool {
-		n.driver.mu.Lock()
-		defer n.driver.mu.Unlock()
-		return len(n.driver.busy) == 40
-	})
+	n.awaitCalls(40)
 	eventually(t, "16 requests are under way", func() bool { return gate.waiting.Load() == 16 })
 	if got := n.api.count(""); got != 16 {
 		t.Errorf("%d requests have come", got)
@@ -2110,11 +2116,7 @@ func TestReadsAreShared(t *testing.T) {
 	for _, v := range volumes {
 		go func() { results <- v.publish() }()
 	}
-	eventually(t, "all publishes are under way", func() bool {
-		n.driver.mu.Lock()
-		defer n.driver.mu.Unlock()
-		return len(n.driver.busy) == len(volumes)
-	})
+	n.awaitCalls(len(volumes))
 	eventually(t, "each Connector is asked for, by each ServiceAccount", func() bool { return gate.waiting.Load() == 3 })
 	gate.open()
 	for range volumes {
@@ -2142,11 +2144,7 @@ func TestReadsThatFailAreShared(t *testing.T) {
 	for _, v := range volumes {
 		go func() { results <- v.publish() }()
 	}
-	eventually(t, "all publishes are under way", func() bool {
-		n.driver.mu.Lock()
-		defer n.driver.mu.Unlock()
-		return len(n.driver.busy) == len(volumes)
-	})
+	n.awaitCalls(len(volumes))
 	eventually(t, "one asks", func() bool { return gate.waiting.Load() == 1 })
 	gate.open()
 	for range volumes {
@@ -2869,11 +2867,7 @@ func TestTemplatesThatDoNotEnd(t *testing.T) {
 		n.api.put(class("git", configuration("config", "file", template)))
 		v := n.volume()
 		wantError(t, v.publishWithin(50*time.Millisecond), codes.DeadlineExceeded)
-		eventually(t, "the driver gives up too", func() bool {
-			n.driver.mu.Lock()
-			defer n.driver.mu.Unlock()
-			return len(n.driver.busy) == 0
-		})
+		n.awaitCalls(0) // the driver gives up too
 		v.wantNothing()
 	}
 	if !strings.Contains(logs.String(), "rendering took too long") {

@@ -435,6 +435,14 @@ func (ns namespace) wantOneMount(uid string) string {
 	return fields[0]
 }
 
+// wantSameMount checks that the Pod's only volume is still mounted as wantOneMount found it.
+func (ns namespace) wantSameMount(uid, mount string) {
+	ns.Helper()
+	if after := ns.wantOneMount(uid); after != mount {
+		ns.Errorf("the volume was mounted anew: mount %s became mount %s", mount, after)
+	}
+}
+
 // gone waits until nothing is left of a deleted Pod on the node: no mount, no directory.
 func (ns namespace) gone(uid string) {
 	ns.Helper()
