@@ -50,6 +50,7 @@ type driver struct {
 	podsDir      string // kubelet's; every target path is below it
 	builtInFiles bool
 	kube         *kube
+	renderers    *renderers
 	metrics      *metrics
 
 	mu      sync.Mutex
@@ -98,7 +99,7 @@ func (d *driver) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRe
 //  1. validate the request
 //  2. lock the target path
 //  3. read the Connectors and their classes, and have a token
-//  4. render the files in memory
+//  4. have a renderer make the files, in memory
 //  5. mount them, or update the mount in place
 //
 // Until step 5 nothing is touched: a first publish that fails leaves nothing behind, since kubelet sends no
@@ -134,12 +135,14 @@ func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublish
 	if !isPublished(p.target) {
 		known = nil
 	}
-	mounted, err := d.readObjects(ctx, p, known == nil)
+	c := d.kube.begin(p.pod.namespace)
+	defer c.end()
+	sources, err := d.readObjects(ctx, c, p, known == nil)
 	if err != nil {
 		return nil, err
 	}
-	next := &volume{publication: p, versions: versionsOf(mounted)}
-	if err := d.chooseToken(ctx, p, mounted, known, next); err != nil {
+	next := &volume{publication: p, versions: versionsOf(sources)}
+	if err := d.chooseToken(ctx, p, sources, known, next); err != nil {
 		return nil, err
 	}
 	if known.madeFrom(next) {
@@ -147,7 +150,7 @@ func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublish
 	}
 
 	// 4. render
-	f, err := render(ctx, mounted, p.attributes.selection, next.token)
+	f, err := d.renderers.render(ctx, p.pod.namespace, job{sources, p.attributes.selection, next.token})
 	if err != nil {
 		d.metrics.inc("connectors_csi_template_failures_total")
 		return nil, renderStatus(err)
@@ -395,21 +398,21 @@ func parseConnectors(volumeContext map[string]string, podNamespace string) ([]re
 }
 
 // parseParams reads {"<configuration>": {"<parameter>": value, …}, …}.
-func parseParams(text string, configurations []string) (map[string]map[string]any, error) {
+func parseParams(text string, configurations []string) (map[string]json.RawMessage, error) {
 	if text == "" {
 		return nil, nil
 	}
-	value, err := decodeJSON([]byte(text))
-	byConfiguration, ok := value.(object)
-	if err != nil || !ok {
+	var params map[string]json.RawMessage
+	if err := json.Unmarshal([]byte(text), &params); err != nil || params == nil {
 		return nil, fmt.Errorf(`%s is not a JSON object such as {"config": {"param": "value"}}`, attrParams)
 	}
-	params := map[string]map[string]any{}
-	for name, value := range byConfiguration {
-		if !slices.Contains(configurations, name) {
+	for name, value := range params {
+		switch {
+		case string(value) == "null":
+			delete(params, name)
+		case !slices.Contains(configurations, name):
 			return nil, fmt.Errorf("%s has parameters for %q, which is not in %s: %s", attrParams, name, attrConfigurations, strings.Join(configurations, ", "))
-		}
-		if params[name], ok = value.(object); !ok {
+		case value[0] != '{':
 			return nil, fmt.Errorf("%s: the value of %q is not a JSON object", attrParams, name)
 		}
 	}
@@ -499,41 +502,73 @@ func (v *volume) madeFrom(next *volume) bool {
 }
 
 // versionsOf identifies the contents of the objects: an object's resourceVersion changes with every change.
-func versionsOf(mounted []mountedConnector) []string {
+func versionsOf(sources []source) []string {
 	var versions []string
-	for _, m := range mounted {
-		for _, o := range []object{m.connector, m.class} {
-			versions = append(versions, stringAt(o, "metadata", "uid")+"@"+stringAt(o, "metadata", "resourceVersion"))
-		}
+	for _, s := range sources {
+		versions = append(versions, s.connector.uid+"@"+s.connector.version, s.class.uid+"@"+s.class.version)
 	}
 	return versions
 }
 
 // readObjects reads the Connectors, with the Pod's token, and their classes, with the driver's own.
-func (d *driver) readObjects(ctx context.Context, p *publication, fresh bool) ([]mountedConnector, error) {
-	var mounted []mountedConnector
+func (d *driver) readObjects(ctx context.Context, c *call, p *publication, fresh bool) ([]source, error) {
+	var sources []source
+	classes := map[string]*apiObject{}
 	for _, ref := range p.attributes.connectors {
-		connector, err := d.kube.connector(ctx, p.pod, p.token, ref, fresh)
+		connector, err := d.kube.connector(ctx, c, p.pod, p.token, ref, fresh)
+		if err == nil {
+			err = c.hold(connector)
+		}
 		if err != nil {
 			return nil, connectorStatus(err, ref, p.pod)
 		}
-		name := stringAt(connector, "spec", "connectorClassName")
+		name := connector.class
 		if !isDNSName(name) {
-			return nil, status.Errorf(codes.FailedPrecondition, "Connector %q: spec.connectorClassName %q is not the name of a ConnectorClass", ref, name)
+			return nil, status.Errorf(codes.FailedPrecondition, "Connector %q: spec.connectorClassName %q is not the name of a ConnectorClass", ref, cut(name, 200))
 		}
-		class, err := d.kube.class(ctx, name, fresh)
-		if err != nil {
-			return nil, classStatus(err, name, ref)
+		if classes[name] == nil {
+			class, err := d.kube.class(ctx, name, fresh)
+			if err == nil {
+				err = c.hold(class)
+			}
+			if err != nil {
+				return nil, classStatus(err, name, ref)
+			}
+			classes[name] = class
 		}
-		mounted = append(mounted, mountedConnector{connector, class})
+		sources = append(sources, source{connector, classes[name]})
 	}
-	return mounted, nil
+	return sources, nil
+}
+
+// proxyAudiences are the audiences that the proxies of the Connectors want in the token. Whoever may write a
+// Connector's status could name any, and have tokens made for somebody else's service; so what a Connector names
+// counts only if its class names it too, or if it is the proxy's address, which is where the files send the token.
+func proxyAudiences(sources []source) ([]string, error) {
+	var audiences []string
+	for _, s := range sources {
+		connector, class := s.connector, s.class
+		audience := cmp.Or(connector.proxyAudience, class.proxyAudience)
+		isProxy := audience == connector.proxyURL && (connector.proxyAddress == "" || connector.proxyAddress == connector.proxyURL)
+		if audience != "" && audience != class.proxyAudience && audience != class.classAudience && !isProxy {
+			return nil, fmt.Errorf("Connector %q: the audience %q in its status.proxy.httpAddress is neither one that ConnectorClass %q names "+
+				"(status.proxy.httpAddress.audience, spec.proxy.audience) nor the address of the Connector's proxy",
+				connector.namespace+"/"+connector.name, cut(audience, 200), class.name)
+		}
+		if audience != "" && !slices.Contains(audiences, audience) {
+			audiences = append(audiences, audience)
+		}
+	}
+	return audiences, nil
 }
 
 // chooseToken sets the token for the files of the next volume: kubelet's, which kubelet renews, or for another
 // lifetime or audience one that the driver asks for, and asks for again when 80 % of its lifetime are over.
-func (d *driver) chooseToken(ctx context.Context, p *publication, mounted []mountedConnector, known, next *volume) (err error) {
-	extra := proxyAudiences(mounted)
+func (d *driver) chooseToken(ctx context.Context, p *publication, sources []source, known, next *volume) (err error) {
+	extra, err := proxyAudiences(sources)
+	if err != nil {
+		return status.Error(codes.FailedPrecondition, err.Error())
+	}
 	if p.attributes.lifetime == kubeletTokenLifetime && len(extra) == 0 {
 		next.token = p.token
 		return nil
@@ -591,7 +626,12 @@ func tokenStatus(err error, p *publication) error {
 // the Pod goes. All others mean "not mounted".
 func apiStatus(err error) (codes.Code, error) {
 	var answer *apiError
-	if !errors.As(err, &answer) {
+	switch {
+	case errors.As(err, new(sizeError)):
+		return codes.FailedPrecondition, err
+	case errors.As(err, new(roomError)):
+		return codes.ResourceExhausted, err
+	case !errors.As(err, &answer):
 		return cmp.Or(contextCode(err), codes.Unavailable), fmt.Errorf("no answer from the API server: %w", err)
 	}
 	switch answer.code {
@@ -622,13 +662,18 @@ func contextCode(err error) codes.Code {
 }
 
 func renderStatus(err error) error {
-	if code := contextCode(err); code != codes.OK {
-		return status.Error(code, "rendering took too long: "+err.Error())
+	code := codes.FailedPrecondition
+	switch {
+	case contextCode(err) != codes.OK:
+		return status.Errorf(contextCode(err), "rendering took too long: %v", err)
+	case errors.As(err, new(podError)):
+		code = codes.InvalidArgument
+	case errors.As(err, new(accountError)):
+		code = codes.ResourceExhausted
+	case errors.As(err, new(rendererError)):
+		code = codes.Unavailable
 	}
-	if errors.As(err, new(podError)) {
-		return status.Error(codes.InvalidArgument, err.Error())
-	}
-	return status.Error(codes.FailedPrecondition, err.Error())
+	return status.Error(code, err.Error())
 }
 
 func mountStatus(err error) error {

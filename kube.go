@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -28,20 +29,46 @@ const (
 	connectorsAPI = "/apis/connectors.alauda.io/v1alpha1"
 
 	requestTimeout = 15 * time.Second
-	requestsAtOnce = 16
-	maxAnswerBytes = 8 << 20 // etcd holds objects of at most about 1.5 MiB
+
+	// Requests under way: in all those that Pods cause, for the Pods of one namespace, and the driver's own.
+	maxRequests          = 16
+	maxNamespaceRequests = 4
+	maxOwnRequests       = 16
+
+	// etcd holds objects of at most about 1.5 MiB, which JSON can make longer.
+	maxObjectBytes = 3 << 20
+	// The objects of a volume together, those of the volumes under way for the Pods of one namespace, and in all.
+	maxVolumeObjectsBytes    = 4 << 20
+	maxNamespaceObjectsBytes = 8 << 20
+	maxObjectsBytes          = 16 << 20
+	// maxCacheBytes is what the cache keeps; what was used longest ago leaves first.
+	maxCacheBytes = 8 << 20
 )
 
 // kube reads from the Kubernetes API, for all volumes of the node.
 type kube struct {
 	server  string // https://host:port
 	client  *http.Client
-	slots   chan struct{} // a place for each request under way
 	refresh time.Duration // how old an object may be that a refresh takes from the cache
 	metrics *metrics
 
-	mu    sync.Mutex
-	cache map[cacheKey]*cached
+	places    chan struct{} // holds an element for each request under way that a Pod causes
+	ownPlaces chan struct{} // and for each of the driver's own
+
+	mu         sync.Mutex
+	namespaces map[string]*share // of those with calls under way
+	held       int               // bytes of objects that calls under way hold
+	cache      map[string]*cached
+	cacheBytes int
+	tidied     time.Time
+	reads      map[cacheKey]*reading // under way
+}
+
+// share is what the calls for the Pods of one namespace take at this moment.
+type share struct {
+	calls  int
+	held   int           // bytes of objects
+	places chan struct{} // holds an element for each request under way
 }
 
 // apiError is an answer of the API server that is not a success: the essence of its Status object.
@@ -75,7 +102,8 @@ func newKube(refresh time.Duration, m *metrics) (*kube, error) {
 	transport := &http.Transport{
 		TLSClientConfig:     &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
 		ForceAttemptHTTP2:   true,
-		MaxIdleConnsPerHost: requestsAtOnce,
+		MaxIdleConnsPerHost: maxRequests,
+		DisableCompression:  true, // what limits an answer's size counts what comes over the network
 		IdleConnTimeout:     5 * time.Minute,
 		TLSHandshakeTimeout: requestTimeout,
 		// Finds out that a connection is dead, which TCP alone may take a quarter of an hour for.
@@ -88,10 +116,13 @@ func newKube(refresh time.Duration, m *metrics) (*kube, error) {
 			Timeout:       requestTimeout,
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
-		slots:   make(chan struct{}, requestsAtOnce),
-		refresh: refresh,
-		metrics: m,
-		cache:   map[cacheKey]*cached{},
+		refresh:    refresh,
+		metrics:    m,
+		places:     make(chan struct{}, maxRequests),
+		ownPlaces:  make(chan struct{}, maxOwnRequests),
+		namespaces: map[string]*share{},
+		cache:      map[string]*cached{},
+		reads:      map[cacheKey]*reading{},
 	}, nil
 }
 
@@ -104,25 +135,90 @@ func ownToken() (string, error) {
 	return strings.TrimSpace(string(token)), nil
 }
 
+// call is one publish, as far as the API server and the memory of its objects are concerned.
+type call struct {
+	kube      *kube
+	namespace string // the Pod's
+	share     *share
+	held      int // bytes of objects
+}
+
+// begin begins a call for a Pod of the namespace. The caller ends it.
+func (k *kube) begin(namespace string) *call {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	s := k.namespaces[namespace]
+	if s == nil {
+		s = &share{places: make(chan struct{}, maxNamespaceRequests)}
+		k.namespaces[namespace] = s
+	}
+	s.calls++
+	return &call{kube: k, namespace: namespace, share: s}
+}
+
+func (c *call) end() {
+	k := c.kube
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.held -= c.held
+	c.share.held -= c.held
+	if c.share.calls--; c.share.calls == 0 {
+		delete(k.namespaces, c.namespace)
+	}
+}
+
+// sizeError is returned for objects that are too large, roomError where there is no room for one at this moment.
+type (
+	sizeError struct{ error }
+	roomError struct{ error }
+)
+
+// hold counts an object that the call keeps until its end.
+func (c *call) hold(o *apiObject) error {
+	k, size := c.kube, len(o.raw)
+	if c.held+size > maxVolumeObjectsBytes {
+		return sizeError{fmt.Errorf("it has %d KiB, with which the Connectors and ConnectorClasses of the volume have more than %d KiB together",
+			size>>10, maxVolumeObjectsBytes>>10)}
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if c.share.held+size > maxNamespaceObjectsBytes || k.held+size > maxObjectsBytes {
+		return roomError{fmt.Errorf("the volumes that are being published hold objects of %d KiB, those of namespace %q of %d KiB; "+
+			"there is room for %d and %d KiB", k.held>>10, c.namespace, c.share.held>>10, maxObjectsBytes>>10, maxNamespaceObjectsBytes>>10)}
+	}
+	c.held += size
+	c.share.held += size
+	k.held += size
+	return nil
+}
+
 // connector reads a Connector with the token of the Pod that mounts it, so that the API server decides whether
 // the Pod's ServiceAccount may.
-func (k *kube) connector(ctx context.Context, pod podIdentity, token string, ref reference, fresh bool) (object, error) {
+func (k *kube) connector(ctx context.Context, c *call, pod podIdentity, token string, ref reference, fresh bool) (*apiObject, error) {
 	path := connectorsAPI + "/namespaces/" + ref.namespace + "/connectors/" + ref.name
 	key := cacheKey{path: path, reader: pod.namespace + "/" + pod.serviceAccount}
-	return k.get(ctx, key, fresh, func(ctx context.Context) (object, error) {
-		return k.do(ctx, "connectors", http.MethodGet, path, token, nil)
+	return k.get(ctx, key, fresh, func(ctx context.Context) (*apiObject, error) {
+		data, err := k.do(ctx, []chan struct{}{c.share.places, k.places}, "connectors", http.MethodGet, path, token, nil)
+		if err != nil {
+			return nil, err
+		}
+		return parseObject(data)
 	})
 }
 
 // class reads a ConnectorClass with the driver's own token.
-func (k *kube) class(ctx context.Context, name string, fresh bool) (object, error) {
+func (k *kube) class(ctx context.Context, name string, fresh bool) (*apiObject, error) {
 	path := connectorsAPI + "/connectorclasses/" + name
-	return k.get(ctx, cacheKey{path: path}, fresh, func(ctx context.Context) (object, error) {
+	return k.get(ctx, cacheKey{path: path}, fresh, func(ctx context.Context) (*apiObject, error) {
 		token, err := ownToken()
 		if err != nil {
 			return nil, err
 		}
-		return k.do(ctx, "connectorclasses", http.MethodGet, path, token, nil)
+		data, err := k.do(ctx, []chan struct{}{k.ownPlaces}, "connectorclasses", http.MethodGet, path, token, nil)
+		if err != nil {
+			return nil, err
+		}
+		return parseObject(data)
 	})
 }
 
@@ -152,114 +248,227 @@ func (k *kube) requestToken(ctx context.Context, pod podIdentity, audiences []st
 	}
 	asked := time.Now()
 	path := "/api/v1/namespaces/" + url.PathEscape(pod.namespace) + "/serviceaccounts/" + url.PathEscape(pod.serviceAccount) + "/token"
-	answer, err := k.do(ctx, "serviceaccounts/token", http.MethodPost, path, own, body)
+	data, err := k.do(ctx, []chan struct{}{k.ownPlaces}, "serviceaccounts/token", http.MethodPost, path, own, body)
 	if err != nil {
 		return issuedToken{}, err
 	}
-	expires, err := time.Parse(time.RFC3339, stringAt(answer, "status", "expirationTimestamp"))
-	value := stringAt(answer, "status", "token")
-	if err != nil || value == "" {
+	var answer struct {
+		Status struct {
+			Token               string    `json:"token"`
+			ExpirationTimestamp time.Time `json:"expirationTimestamp"`
+		} `json:"status"`
+	}
+	if err := json.Unmarshal(data, &answer); err != nil || answer.Status.Token == "" {
 		return issuedToken{}, &apiError{http.StatusBadGateway, "the answer to the TokenRequest has no token"}
 	}
-	return issuedToken{value: value, renew: asked.Add(expires.Sub(asked) * 8 / 10)}, nil
+	return issuedToken{value: answer.Status.Token, renew: asked.Add(answer.Status.ExpirationTimestamp.Sub(asked) * 8 / 10)}, nil
+}
+
+// apiObject is an object as the API server sent it, with the few fields that the driver itself needs. It is never
+// decoded here: a small text can take fifty times its size then. Nobody may change it, since volumes share it.
+type apiObject struct {
+	raw             []byte
+	namespace, name string
+	uid, version    string // metadata.uid, metadata.resourceVersion
+	class           string // of a Connector: spec.connectorClassName
+	proxyAddress    string // status.proxyAddress
+	proxyURL        string // status.proxy.httpAddress.url
+	proxyAudience   string // status.proxy.httpAddress.audience
+	classAudience   string // of a class: spec.proxy.audience
+}
+
+// parseObject reads the fields of an object.
+func parseObject(raw []byte) (*apiObject, error) {
+	o := &apiObject{raw: raw}
+	wanted := fields{
+		"metadata": fields{"namespace": &o.namespace, "name": &o.name, "uid": &o.uid, "resourceVersion": &o.version},
+		"spec":     fields{"connectorClassName": &o.class, "proxy": fields{"audience": &o.classAudience}},
+		"status": fields{
+			"proxyAddress": &o.proxyAddress,
+			"proxy":        fields{"httpAddress": fields{"url": &o.proxyURL, "audience": &o.proxyAudience}},
+		},
+	}
+	if !json.Valid(raw) || scanFields(json.NewDecoder(bytes.NewReader(raw)), wanted) != nil || o.name == "" {
+		return nil, &apiError{http.StatusBadGateway, "the answer is not a Kubernetes object"}
+	}
+	return o, nil
+}
+
+// fields are the wanted ones of a JSON object by name: a *string for a string, fields for an object.
+type fields map[string]any
+
+// scanFields reads one value from a valid JSON text, and stores what is wanted of it. Names count to the letter, as
+// they do in templates; encoding/json would take "URL" for "url".
+func scanFields(d *json.Decoder, wanted any) error {
+	token, err := d.Token()
+	if err != nil {
+		return err
+	}
+	if text, ok := token.(string); ok {
+		if field, ok := wanted.(*string); ok {
+			*field = text
+		}
+		return nil
+	}
+	if token != json.Delim('{') && token != json.Delim('[') {
+		return nil
+	}
+	inObject, _ := wanted.(fields)
+	for d.More() {
+		var inner any
+		if token == json.Delim('{') {
+			name, err := d.Token()
+			if err != nil {
+				return err
+			}
+			inner = inObject[name.(string)]
+		}
+		if err := scanFields(d, inner); err != nil {
+			return err
+		}
+	}
+	_, err = d.Token() // the end of the object or the list
+	return err
 }
 
 // cacheKey names an object and who reads it: what one ServiceAccount may see, another may not.
 type cacheKey struct{ path, reader string }
 
-// cached is one object of the cache. Whoever holds its turn reads for everyone who waits.
+// cached is an object of the cache, once for all who read it.
 type cached struct {
-	turn    chan struct{} // holds one element, the turn
-	value   object
-	err     error
-	started time.Time // when the read began that gave value or err, or when this place was made
+	object  *apiObject
+	began   time.Time            // when the read began that gave it
+	used    time.Time            // when it was asked for last
+	readers map[string]time.Time // when the last read of each reader began that the API server allowed
+}
+
+// reading is a read under way, which everyone waits for who needs the object.
+type reading struct {
+	done     chan struct{}
+	object   *apiObject
+	err      error
+	abandons bool // the one who reads has given up
 }
 
 // get returns an object from the cache, or reads it:
 //
 //  1. a fresh read, for a first publish, asks the API server itself, whatever others do, so that this very
 //     token is checked and this very moment seen
-//  2. otherwise one at a time looks at the object, and takes it as it is while it is younger than the
-//     refresh interval, or if it was read since this call began, even if that failed
-//  3. or else reads it for all who wait
-//
-// Nobody may change the object: others share it.
-func (k *kube) get(ctx context.Context, key cacheKey, fresh bool, read func(context.Context) (object, error)) (object, error) {
+//  2. otherwise the cache serves while the reader's last read is younger than the refresh interval
+//  3. a read that is under way for the same reader is waited for
+//  4. or else this call reads, for all who wait
+func (k *kube) get(ctx context.Context, key cacheKey, fresh bool, read func(context.Context) (*apiObject, error)) (*apiObject, error) {
 	// 1. fresh
-	entry := k.entry(key)
 	if fresh {
-		started := time.Now()
-		value, err := read(ctx)
-		if err != nil {
-			return nil, err
+		return k.readAndKeep(ctx, key, read)
+	}
+	for {
+		// 2. cached
+		k.mu.Lock()
+		if c := k.cache[key.path]; c != nil && time.Since(c.readers[key.reader]) < k.refresh {
+			c.used = time.Now()
+			k.mu.Unlock()
+			return c.object, nil
 		}
-		select {
-		case <-entry.turn:
-			entry.store(value, nil, started)
-			entry.turn <- struct{}{}
-		default: // somebody reads it at this moment
+
+		// 3. under way
+		if r := k.reads[key]; r != nil {
+			k.mu.Unlock()
+			select {
+			case <-r.done:
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+			if !r.abandons {
+				return r.object, r.err
+			}
+			continue
 		}
-		return value, nil
-	}
 
-	// 2. shared
-	called := time.Now()
-	select {
-	case <-entry.turn:
-		defer func() { entry.turn <- struct{}{} }()
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	if entry.err == nil && entry.value != nil && time.Since(entry.started) < k.refresh || entry.started.After(called) {
-		return entry.value, entry.err
-	}
-
-	// 3. read
-	started := time.Now()
-	value, err := read(ctx)
-	if err != nil && ctx.Err() != nil {
-		return nil, err // of this call alone
-	}
-	entry.store(value, err, started)
-	return value, err
-}
-
-// store keeps the outcome of a read, unless a later one is kept already. The caller holds the turn.
-func (c *cached) store(value object, err error, started time.Time) {
-	if started.After(c.started) {
-		c.value, c.err, c.started = value, err, started
+		// 4. read
+		r := &reading{done: make(chan struct{})}
+		k.reads[key] = r
+		k.mu.Unlock()
+		r.object, r.err = k.readAndKeep(ctx, key, read)
+		r.abandons = r.err != nil && ctx.Err() != nil
+		k.mu.Lock()
+		delete(k.reads, key)
+		k.mu.Unlock()
+		close(r.done)
+		return r.object, r.err
 	}
 }
 
-// entry finds or makes the place of an object in the cache. Making one drops those that no volume has asked
-// for in a long time, so the cache follows the volumes of the node.
-func (k *kube) entry(key cacheKey) *cached {
+// readAndKeep reads an object and keeps it in the cache. Of two reads the one counts that began later, whichever
+// ends first: what is returned may be newer than what was read, and is never older than what was returned before.
+func (k *kube) readAndKeep(ctx context.Context, key cacheKey, read func(context.Context) (*apiObject, error)) (*apiObject, error) {
+	began := time.Now()
+	o, err := read(ctx)
+	if err != nil {
+		return nil, err
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if entry := k.cache[key]; entry != nil {
-		return entry
-	}
-	for key, entry := range k.cache {
-		select {
-		case <-entry.turn: // nobody is at it
-			if time.Since(entry.started) > 3*k.refresh+5*time.Minute {
-				delete(k.cache, key)
-			}
-			entry.turn <- struct{}{}
-		default:
+	k.tidy()
+	c := k.cache[key.path]
+	switch {
+	case c == nil:
+		c = &cached{object: o, began: began, readers: map[string]time.Time{}}
+		k.cache[key.path] = c
+		k.cacheBytes += len(o.raw)
+	case began.After(c.began):
+		c.began = began
+		if c.object.uid != o.uid || c.object.version != o.version {
+			k.cacheBytes += len(o.raw) - len(c.object.raw)
+			c.object = o
 		}
 	}
-	entry := &cached{turn: make(chan struct{}, 1), started: time.Now()}
-	entry.turn <- struct{}{}
-	k.cache[key] = entry
-	return entry
+	if c.used = time.Now(); began.After(c.readers[key.reader]) {
+		c.readers[key.reader] = began
+	}
+	o = c.object
+	k.evict()
+	return o, nil
 }
 
-// do sends one request and returns the object that the API server answers with. It waits as the API server
-// asks (429 and 503 with Retry-After) and tries again, for as long as ctx allows.
-func (k *kube) do(ctx context.Context, resource, method, path, token string, body []byte) (object, error) {
+// tidy drops, once a minute, what no volume has asked for in a long time, so that the cache follows the volumes of
+// the node. The caller holds the lock.
+func (k *kube) tidy() {
+	if time.Since(k.tidied) < time.Minute {
+		return
+	}
+	k.tidied = time.Now()
+	for path, c := range k.cache {
+		maps.DeleteFunc(c.readers, func(_ string, began time.Time) bool { return time.Since(began) > 3*k.refresh+5*time.Minute })
+		if len(c.readers) == 0 {
+			k.drop(path)
+		}
+	}
+}
+
+// evict keeps the cache within its limit. The caller holds the lock.
+func (k *kube) evict() {
+	for k.cacheBytes > maxCacheBytes {
+		oldest := ""
+		for path, c := range k.cache {
+			if oldest == "" || c.used.Before(k.cache[oldest].used) {
+				oldest = path
+			}
+		}
+		k.drop(oldest)
+	}
+}
+
+func (k *kube) drop(path string) {
+	k.cacheBytes -= len(k.cache[path].object.raw)
+	delete(k.cache, path)
+}
+
+// do sends one request and returns what the API server answers with. It takes a place in each of the channels for
+// it. It waits as the API server asks (429 and 503 with Retry-After) and tries again, for as long as ctx allows.
+func (k *kube) do(ctx context.Context, places []chan struct{}, resource, method, path, token string, body []byte) ([]byte, error) {
 	for {
-		answer, wait, err := k.once(ctx, resource, method, path, token, body)
+		answer, wait, err := k.once(ctx, places, resource, method, path, token, body)
 		if wait == 0 {
 			return answer, err
 		}
@@ -275,12 +484,14 @@ func (k *kube) do(ctx context.Context, resource, method, path, token string, bod
 }
 
 // once sends one request. A wait above zero means that the API server wants to be asked again after it.
-func (k *kube) once(ctx context.Context, resource, method, path, token string, body []byte) (_ object, wait time.Duration, _ error) {
-	select {
-	case k.slots <- struct{}{}:
-		defer func() { <-k.slots }()
-	case <-ctx.Done():
-		return nil, 0, ctx.Err()
+func (k *kube) once(ctx context.Context, places []chan struct{}, resource, method, path, token string, body []byte) (_ []byte, wait time.Duration, _ error) {
+	for _, p := range places {
+		select {
+		case p <- struct{}{}:
+			defer func() { <-p }()
+		case <-ctx.Done():
+			return nil, 0, ctx.Err()
+		}
 	}
 	request, err := http.NewRequestWithContext(ctx, method, k.server+path, bytes.NewReader(body))
 	if err != nil {
@@ -299,35 +510,32 @@ func (k *kube) once(ctx context.Context, resource, method, path, token string, b
 	}
 	defer response.Body.Close()
 	k.metrics.inc("connectors_csi_api_requests_total", "resource", resource, "code", strconv.Itoa(response.StatusCode))
-	data, err := io.ReadAll(io.LimitReader(response.Body, maxAnswerBytes))
-	if err != nil {
+	data, err := io.ReadAll(io.LimitReader(response.Body, maxObjectBytes+1))
+	switch {
+	case err != nil:
 		return nil, 0, err
+	case len(data) > maxObjectBytes:
+		return nil, 0, sizeError{fmt.Errorf("it has more than %d KiB", maxObjectBytes>>10)}
+	case response.StatusCode/100 == 2:
+		return data, 0, nil
 	}
-	return decodeAnswer(response, data)
+	wait, err = decodeFailure(response, data)
+	return nil, wait, err
 }
 
-// decodeAnswer takes the object, or the error and the time to wait, out of an answer. An answer that is not
-// Kubernetes' own is never quoted.
-func decodeAnswer(response *http.Response, data []byte) (object, time.Duration, error) {
-	value, err := decodeJSON(data)
-	answer, isObject := value.(object)
-	if response.StatusCode/100 == 2 {
-		if err != nil || !isObject {
-			return nil, 0, &apiError{http.StatusBadGateway, "the answer is not a Kubernetes object"}
-		}
-		return answer, 0, nil
+// decodeFailure takes the error and the time to wait out of an answer. One that is not Kubernetes' own is never
+// quoted.
+func decodeFailure(response *http.Response, data []byte) (wait time.Duration, _ error) {
+	var answer struct{ Kind, Message string }
+	if json.Unmarshal(data, &answer) != nil || answer.Kind != "Status" || answer.Message == "" {
+		answer.Message = http.StatusText(response.StatusCode)
 	}
-	message := stringAt(answer, "message")
-	if stringAt(answer, "kind") != "Status" || message == "" {
-		message = http.StatusText(response.StatusCode)
-	}
-	var wait time.Duration
 	if response.StatusCode == http.StatusTooManyRequests || response.StatusCode == http.StatusServiceUnavailable {
 		if seconds, err := strconv.ParseUint(response.Header.Get("Retry-After"), 10, 16); err == nil {
 			wait = time.Duration(max(seconds, 1)) * time.Second
 		}
 	}
-	return nil, wait, &apiError{response.StatusCode, message}
+	return wait, &apiError{response.StatusCode, answer.Message}
 }
 
 // podIdentity is whom a Pod's token belongs to.

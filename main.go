@@ -44,6 +44,9 @@ import (
 var version = "dev"
 
 func main() {
+	if len(os.Args) > 1 && (os.Args[1] == confineArgument || os.Args[1] == serveArgument) {
+		os.Exit(rendererMain(os.Args[1:]))
+	}
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	if err := run(); err != nil {
 		fmt.Fprintln(os.Stderr, "connectors-csi: "+err.Error())
@@ -81,7 +84,7 @@ func run() error {
 		return err
 	}
 	d := &driver{
-		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, kube: k, metrics: m,
+		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, kube: k, renderers: newRenderers("/proc/self/exe", m), metrics: m,
 		busy: map[string]bool{}, volumes: map[string]*volume{},
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
@@ -117,6 +120,7 @@ func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 	slog.Info("started", "version", version, "node", d.nodeName, "socket", socket, "http", listener.Addr().String())
 	err = r.watch(ctx)
 	server.GracefulStop()
+	d.renderers.close()
 	slog.Info("stopped")
 	return err
 }
@@ -348,6 +352,7 @@ func newMetrics(podsDir string) *metrics {
 	return &metrics{podsDir: podsDir, buckets: make([]uint64, len(durationBuckets)+1), counters: map[string]map[string]uint64{
 		"connectors_csi_api_requests_total":      {},
 		"connectors_csi_publish_total":           {},
+		"connectors_csi_renderer_limits_total":   {},
 		"connectors_csi_template_failures_total": {"": 0},
 		"connectors_csi_unpublish_total":         {},
 	}}

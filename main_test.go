@@ -36,6 +36,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -70,6 +71,9 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && (os.Args[1] == confineArgument || os.Args[1] == serveArgument) {
+		os.Exit(rendererMain(os.Args[1:]))
+	}
 	switch os.Getenv(roleKey) {
 	case roleDriver:
 		main()
@@ -556,7 +560,7 @@ func (n *node) start(change ...func(*driver)) {
 	m := newMetrics(n.podsDir())
 	k, err := newKube(time.Hour, m)
 	must(n.t, err)
-	n.driver = &driver{nodeName: "node-1", podsDir: n.podsDir(), kube: k, metrics: m, busy: map[string]bool{}, volumes: map[string]*volume{}}
+	n.driver = &driver{nodeName: "node-1", podsDir: n.podsDir(), kube: k, renderers: newRenderers(rendererBinary(), m), metrics: m, busy: map[string]bool{}, volumes: map[string]*volume{}}
 	for _, c := range change {
 		c(n.driver)
 	}
@@ -576,6 +580,22 @@ func (n *node) start(change ...func(*driver)) {
 	n.http = n.awaitStart(func() string { return logs.String()[logged:] })
 	n.t.Cleanup(n.stop)
 }
+
+// rendererBinary is what the drivers of the tests run as renderers: this program, linked as the released one is. A
+// dynamic one would not start in an empty root directory, and the race detector needs more memory than a renderer has.
+var rendererBinary = sync.OnceValue(func() string {
+	info, _ := debug.ReadBuildInfo()
+	if slices.Contains(info.Settings, debug.BuildSetting{Key: "CGO_ENABLED", Value: "0"}) {
+		return thisBinary
+	}
+	binary := filepath.Join(containerDir, "renderer.test")
+	build := exec.Command("go", "test", "-c", "-o", binary, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		panic(fmt.Sprintf("%v: %s", err, out))
+	}
+	return binary
+})
 
 var startedLine = regexp.MustCompile(`started .*http=([0-9.:]+)`)
 
@@ -628,10 +648,10 @@ func (n *node) socket() string  { return n.dir + "/plugins_registry/connectors-c
 func (n *node) age() {
 	n.driver.kube.mu.Lock()
 	defer n.driver.kube.mu.Unlock()
-	for _, entry := range n.driver.kube.cache {
-		<-entry.turn
-		entry.started = entry.started.Add(-n.driver.kube.refresh)
-		entry.turn <- struct{}{}
+	for _, c := range n.driver.kube.cache {
+		for reader, began := range c.readers {
+			c.readers[reader] = began.Add(-n.driver.kube.refresh)
+		}
 	}
 }
 
@@ -3408,12 +3428,10 @@ func FuzzRender(f *testing.F) {
 		if err != nil || !ok || slow.MatchString(text) || strings.Contains(text+data, "no value") {
 			return
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
 		mounted := []mountedConnector{{o, class("class", configuration("config", "file", text))}}
 		before, _ := json.Marshal(o)
 		for _, builtIn := range []bool{false, true} {
-			files, err := render(ctx, mounted, selection{configurations: []string{"config"}, builtIn: builtIn}, token)
+			files, err := render(mounted, selection{configurations: []string{"config"}, builtIn: builtIn}, token, func(string) {})
 			if err != nil {
 				if secret := secretIn(err.Error()); secret != "" {
 					t.Errorf("the error contains %s", secret)
@@ -3599,7 +3617,7 @@ func BenchmarkRender(b *testing.B) {
 	mounted := []mountedConnector{{connector("default", "git", "git"), gitClass()}}
 	token := issue("default", "default", nil, time.Hour, apiAudience)
 	for b.Loop() {
-		_, err := render(b.Context(), mounted, selection{configurations: []string{"config"}}, token)
+		_, err := render(mounted, selection{configurations: []string{"config"}}, token, func(string) {})
 		must(b, err)
 	}
 }

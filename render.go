@@ -1,23 +1,37 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/binary"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"net/url"
+	"os"
+	"os/exec"
+	"os/signal"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"syscall"
 	"text/template"
 	"text/template/parse"
+	"time"
+	"unicode"
+	"unsafe"
 
 	"github.com/Masterminds/sprig/v3"
+	"golang.org/x/sys/unix"
 )
 
 // object is an object of the Kubernetes API as decodeJSON returns it.
@@ -30,10 +44,10 @@ type mountedConnector struct {
 
 // selection is what a Pod wants of its Connectors' classes.
 type selection struct {
-	configurations []string                  // by name; files of later ones replace files of earlier ones
-	excluded       []string                  // file names
-	params         map[string]map[string]any // by configuration, then by parameter
-	builtIn        bool                      // the built-in files too
+	configurations []string                   // by name; files of later ones replace files of earlier ones
+	excluded       []string                   // file names
+	params         map[string]json.RawMessage // a JSON object of parameters by configuration
+	builtIn        bool                       // the built-in files too
 }
 
 // podError is an error that whoever wrote the Pod can repair. Every other error of this file is one of a
@@ -50,8 +64,14 @@ var errTooLarge = fmt.Errorf("a volume may hold %d KiB in %d files", maxVolumeBy
 //     each class, in the order in which the Connectors name the classes, with the Connectors of that class
 //  3. the exclusions
 //
-// It reads nothing but its arguments. No error it returns contains the token.
-func render(ctx context.Context, mounted []mountedConnector, want selection, token string) (files, error) {
+// It runs in the renderer, and says by announce what it is about to do, in case it does not return. No error it
+// returns contains the token.
+func render(mounted []mountedConnector, want selection, token string, announce func(step string)) (files, error) {
+	for _, m := range mounted {
+		if err := checkValues(m); err != nil {
+			return nil, err
+		}
+	}
 	out := &volumeFiles{files: files{}}
 	classes := groupByClass(mounted)
 
@@ -68,8 +88,10 @@ func render(ctx context.Context, mounted []mountedConnector, want selection, tok
 		for _, group := range classes {
 			for _, configuration := range configurationsOf(group[0].class, name) {
 				found = true
-				if err := renderConfiguration(ctx, out, group, configuration, want.params[name], token); err != nil {
-					return nil, fmt.Errorf("ConnectorClass %q, configuration %q: %w", nameOf(group[0].class), name, err)
+				where := fmt.Sprintf("ConnectorClass %q, configuration %q", nameOf(group[0].class), name)
+				step := func(file string) { announce(fmt.Sprintf("%s, file %q: rendering it", where, file)) }
+				if err := renderConfiguration(out, group, configuration, want.params[name], token, step); err != nil {
+					return nil, fmt.Errorf("%s: %w", where, err)
 				}
 			}
 		}
@@ -89,6 +111,68 @@ func render(ctx context.Context, mounted []mountedConnector, want selection, tok
 		delete(out.files, name)
 	}
 	return out.files, nil
+}
+
+// checkValues refuses addresses that could end the line or the quotes that a class puts them in, since whoever
+// writes a Connector shall not write other people's configuration, and keeps of CACerts just the certificates.
+func checkValues(m mountedConnector) error {
+	connector, class := fmt.Sprintf("Connector %q", fullName(m.connector)), fmt.Sprintf("ConnectorClass %q", nameOf(m.class))
+	for _, field := range []struct {
+		of   string
+		in   object
+		path []string
+	}{
+		{connector, m.connector, []string{"spec", "address"}},
+		{connector, m.connector, []string{"status", "proxyAddress"}},
+		{connector, m.connector, []string{"status", "proxy", "httpAddress", "url"}},
+		{class, m.class, []string{"status", "proxyAddress"}},
+		{class, m.class, []string{"status", "proxy", "httpAddress", "url"}},
+	} {
+		if err := checkAddress(field.of, strings.Join(field.path, "."), stringAt(field.in, field.path...)); err != nil {
+			return err
+		}
+	}
+	for _, extension := range objectList(m.connector, "spec", "addressExtensions") {
+		if err := checkAddress(connector, "spec.addressExtensions", stringAt(extension, "value")); err != nil {
+			return err
+		}
+	}
+	if err := keepCertificates(connector, m.connector); err != nil {
+		return err
+	}
+	return keepCertificates(class, m.class)
+}
+
+func checkAddress(of, field, address string) error {
+	bad := func(r rune) bool {
+		return unicode.IsControl(r) || unicode.IsSpace(r) || strings.ContainsRune("\"'\\`", r)
+	}
+	if i := strings.IndexFunc(address, bad); i >= 0 {
+		return fmt.Errorf("%s: %s holds %q at position %d: white space, control characters, quotes, backslashes and backticks "+
+			"are not allowed in an address", of, field, []rune(address[i:])[0], i+1)
+	}
+	return nil
+}
+
+// keepCertificates replaces status.proxy.httpAddress.CACerts by the certificates in it, encoded anew: bundles have
+// lines of comment between them, which would reach files.
+func keepCertificates(of string, o object) error {
+	address, _ := valueAt(o, "status", "proxy", "httpAddress").(object)
+	bundle := stringAt(address, "CACerts")
+	if bundle == "" {
+		return nil
+	}
+	var certificates []byte
+	for block, rest := pem.Decode([]byte(bundle)); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type == "CERTIFICATE" {
+			certificates = append(certificates, pem.EncodeToMemory(&pem.Block{Type: block.Type, Bytes: block.Bytes})...)
+		}
+	}
+	if certificates == nil {
+		return fmt.Errorf("%s: status.proxy.httpAddress.CACerts holds no certificate in PEM format", of)
+	}
+	address["CACerts"] = string(certificates)
+	return nil
 }
 
 // groupByClass groups the Connectors by class, keeping the order in which each class came first.
@@ -129,8 +213,13 @@ func unknownConfiguration(name string, classes [][]mountedConnector) error {
 }
 
 // renderConfiguration renders the files of one configuration of a class, with the Connectors of that class.
-func renderConfiguration(ctx context.Context, out *volumeFiles, group []mountedConnector, configuration object, supplied map[string]any, token string) error {
-	params, err := resolveParams(objectList(configuration, "params"), supplied)
+func renderConfiguration(out *volumeFiles, group []mountedConnector, configuration object, supplied json.RawMessage,
+	token string, announce func(file string)) error {
+	given, err := decodeParams(supplied)
+	if err != nil {
+		return podError{err}
+	}
+	params, err := resolveParams(objectList(configuration, "params"), given)
 	if err != nil {
 		return podError{err}
 	}
@@ -143,9 +232,11 @@ func renderConfiguration(ctx context.Context, out *volumeFiles, group []mountedC
 		if err := checkFileName(name); err != nil {
 			return err
 		}
-		content, err := renderFile(ctx, name, text, out.room(name), func(token string) any { return templateData(group, params, token) }, token)
+		announce(name)
+		data := func(token string) any { return templateData(group, params, token) }
+		content, err := renderFile(name, text, out.room(name), data, token)
 		if err != nil {
-			return fmt.Errorf("file %q: %w%s", name, err, hintNoProxy(text, group))
+			return fmt.Errorf("%w%s", err, hintNoProxy(text, group))
 		}
 		if err := out.add(name, content); err != nil {
 			return fmt.Errorf("file %q: %w", name, err)
@@ -211,16 +302,17 @@ func caCert(group []mountedConnector) string {
 	return stringAt(group[0].class, "status", "proxy", "httpAddress", "CACerts")
 }
 
-// proxyAudiences are the audiences that the proxies of the Connectors want in the token.
-func proxyAudiences(mounted []mountedConnector) []string {
-	var audiences []string
-	for _, m := range mounted {
-		a := cmp.Or(stringAt(m.connector, "status", "proxy", "httpAddress", "audience"), stringAt(m.class, "status", "proxy", "httpAddress", "audience"))
-		if a != "" && !slices.Contains(audiences, a) {
-			audiences = append(audiences, a)
-		}
+// decodeParams decodes the parameters that a Pod sets for one configuration.
+func decodeParams(text json.RawMessage) (object, error) {
+	if text == nil {
+		return nil, nil
 	}
-	return audiences
+	value, err := decodeJSON(text)
+	params, ok := value.(object)
+	if err != nil || !ok {
+		return nil, errors.New("configuration.params is not a JSON object of JSON objects")
+	}
+	return params, nil
 }
 
 // resolveParams checks the supplied parameters against the declared ones and adds the defaults. Parameters
@@ -356,44 +448,74 @@ func checkFileName(name string) error {
 //
 // The text of an error may come out of the template ({{ fail .context.token }}), so an error is reported as it
 // is without the token: from a second run that has a placeholder in its place.
-func renderFile(ctx context.Context, name, text string, limit int, data func(token string) any, token string) ([]byte, error) {
+func renderFile(name, text string, limit int, data func(token string) any, token string) ([]byte, error) {
 	t, err := parseTemplate(name, text)
 	if err != nil {
-		return nil, err
+		return nil, plainError(name, err)
 	}
-	content, err := execute(ctx, t, limit, data(token))
-	if err == nil || errors.Is(err, errTooLarge) || ctx.Err() != nil {
-		return content, cmp.Or(ctx.Err(), err)
+	content, err := execute(t, limit, data(token))
+	if err == nil || errors.Is(err, errTooLarge) {
+		return content, plainError(name, err)
 	}
-	if _, err := execute(ctx, t, limit, data("TOKEN")); err != nil {
-		return nil, err
+	if _, err := execute(t, limit, data("TOKEN")); err != nil {
+		return nil, plainError(name, err)
 	}
-	return nil, errors.New("the template fails because of the token's value")
+	return nil, fmt.Errorf("file %q fails because of the token's value", name)
 }
 
-func execute(ctx context.Context, t *template.Template, limit int, data any) ([]byte, error) {
-	out := &limitedBuffer{ctx: ctx, left: limit}
+func execute(t *template.Template, limit int, data any) ([]byte, error) {
+	out := &limitedBuffer{left: limit}
 	if err := t.Execute(out, data); err != nil {
 		return nil, err
 	}
 	return out.Bytes(), nil
 }
 
-// limitedBuffer takes what a template writes, until there is too much of it or the time is over.
+// limitedBuffer takes what a template writes, until there is too much of it.
 type limitedBuffer struct {
 	bytes.Buffer
-	ctx  context.Context
 	left int
 }
 
 func (b *limitedBuffer) Write(p []byte) (int, error) {
-	if err := b.ctx.Err(); err != nil {
-		return 0, err
-	}
 	if b.left -= len(p); b.left < 0 {
 		return 0, errTooLarge
 	}
 	return b.Buffer.Write(p)
+}
+
+// missingValue is the error of a template that prints something that is not there.
+type missingValue struct{ expression string }
+
+func (e missingValue) Error() string { return e.expression + " has no value" }
+
+// templateError is what text/template says of a template: its name, the line, the column, which may be missing,
+// and, where it was executed, what was being evaluated and which function failed.
+var templateError = regexp.MustCompile(
+	`(?s)^template: .*?:(\d+)(?::(\d+))?: (?:executing ".*?" at (<.*?>): )?(?:error calling \w+: )?(.*)$`)
+
+// plainError says where a template fails, and why, each once.
+func plainError(file string, err error) error {
+	if err == nil {
+		return nil
+	}
+	match := templateError.FindStringSubmatch(err.Error())
+	if match == nil {
+		return fmt.Errorf("file %q: %w", file, err)
+	}
+	line, column, at, text := match[1], match[2], match[3], match[4]
+	var missing missingValue
+	if errors.As(err, &missing) {
+		return fmt.Errorf("%s line %s: %w", file, line, missing)
+	}
+	where := file + " line " + line
+	if column != "" {
+		where += ", column " + column
+	}
+	if at != "" {
+		where += ", at " + at
+	}
+	return fmt.Errorf("%s: %s", where, text)
 }
 
 // checkValue is a function that guard puts into templates. It is added after parsing, so no template can name it.
@@ -425,12 +547,12 @@ func parseTemplate(name, text string) (*template.Template, error) {
 	}
 	t.Funcs(template.FuncMap{checkValue: func(expression string, value any) (any, error) {
 		if value == nil {
-			return nil, fmt.Errorf("%s has no value", expression)
+			return nil, missingValue{expression}
 		}
 		return value, nil
 	}})
 	for _, defined := range t.Templates() {
-		defined.Root = guard(defined.Root)
+		guard(defined.Root)
 	}
 	return t, nil
 }
@@ -457,18 +579,13 @@ func strict(print func(...any) string) func(...any) (string, error) {
 	}
 }
 
-// guard rewrites a parsed template, in the way of html/template's escapers:
-//
-//  1. whatever an action prints goes through checkValue, so that a missing value fails the mount instead of
-//     putting "<no value>" into somebody's configuration; conditions, assignments and arguments stay lenient
-//  2. every list of nodes, so the body of every loop, begins with an empty text: even that is written, and the
-//     writer ends an execution whose time is over
-func guard(list *parse.ListNode) *parse.ListNode {
+// guard rewrites a parsed template, in the way of html/template's escapers: whatever an action prints goes through
+// checkValue, so that a missing value fails the mount instead of putting "<no value>" into somebody's
+// configuration. Conditions, assignments and arguments stay lenient.
+func guard(list *parse.ListNode) {
 	if list == nil {
-		return nil
+		return
 	}
-	guarded := &parse.ListNode{NodeType: parse.NodeList, Pos: list.Pos}
-	guarded.Nodes = append(guarded.Nodes, &parse.TextNode{NodeType: parse.NodeText, Pos: list.Pos})
 	for _, node := range list.Nodes {
 		switch n := node.(type) {
 		case *parse.ActionNode:
@@ -476,20 +593,21 @@ func guard(list *parse.ListNode) *parse.ListNode {
 				n.Pipe.Cmds = append(n.Pipe.Cmds, checkCommand(n))
 			}
 		case *parse.IfNode:
-			n.List, n.ElseList = guard(n.List), guard(n.ElseList)
+			guard(n.List)
+			guard(n.ElseList)
 		case *parse.WithNode:
-			n.List, n.ElseList = guard(n.List), guard(n.ElseList)
+			guard(n.List)
+			guard(n.ElseList)
 		case *parse.RangeNode:
-			n.List, n.ElseList = guard(n.List), guard(n.ElseList)
+			guard(n.List)
+			guard(n.ElseList)
 		}
-		guarded.Nodes = append(guarded.Nodes, node)
 	}
-	return guarded
 }
 
 // checkCommand is the command that checks what the action prints.
 func checkCommand(n *parse.ActionNode) *parse.CommandNode {
-	expression := n.String()
+	expression := "{{ " + n.Pipe.String() + " }}"
 	return &parse.CommandNode{NodeType: parse.NodeCommand, Pos: n.Pos, Args: []parse.Node{
 		parse.NewIdentifier(checkValue).SetPos(n.Pos),
 		&parse.StringNode{NodeType: parse.NodeString, Pos: n.Pos, Quoted: strconv.Quote(expression), Text: expression},
@@ -583,3 +701,774 @@ func nameOf(o object) string { return stringAt(o, "metadata", "name") }
 
 // fullName is how the proxy and this driver's messages name a Connector.
 func fullName(o object) string { return stringAt(o, "metadata", "namespace") + "/" + nameOf(o) }
+
+// ---- The renderer: the process that runs render, and that nobody trusts ----
+//
+// Whoever writes a template, a Connector or a Pod's parameters can make render take all memory and time there is:
+// sprig allocates before anybody can look, and an endless recursion ends a Go process. So the driver runs it in a
+// child process of the same binary, in which the kernel limits memory and time, and which reaches nothing but the
+// pipes to its parent.
+//
+// The life of a renderer: start clones it into namespaces of its own; confine takes from it whatever it does not
+// need, and executes the binary once more, so that every thread is confined; serve answers one request after
+// another, each for one volume of the namespace that it was started for. It ends when it has been idle for
+// rendererIdle, when a Pod of another namespace needs its place, or when it hits a limit.
+
+const (
+	confineArgument = "renderer"          // the first argument of a process that is to call confine
+	serveArgument   = "confined-renderer" // and of one that is to call serve
+
+	maxRenderers = 2
+	rendererIdle = 10 * time.Second
+	rendererUID  = 65532 // user and group, where the driver may choose
+
+	// What rendering one volume may take. The kernel counts what the process maps beyond what it maps at its start;
+	// rendererMemory is for Go's own needs.
+	renderMemory        = 64 << 20
+	rendererMemory      = 8 << 20
+	renderProcessorTime = 2 * time.Second
+	renderTime          = 5 * time.Second
+
+	// lifeProcessorTime is what the kernel kills a renderer at. One that has had half of it is replaced.
+	lifeProcessorTime = 60 * time.Second
+	// exitProcessorTime is the exit code of a renderer whose request takes more than renderProcessorTime.
+	exitProcessorTime = 3
+
+	// The account of processor time that each namespace has. accountRefill is in seconds a second.
+	accountSize   = 10 * time.Second
+	accountRefill = 0.05
+)
+
+// source is a Connector that a volume mounts, with its class, as the API server sent them.
+type source struct{ connector, class *apiObject }
+
+// job is what a renderer needs to know: the files of one volume.
+type job struct {
+	sources   []source
+	selection selection
+	token     string
+}
+
+// renderers runs the renderers of the node, at most maxRenderers at a time. Whoever waits for one is served in the
+// order of the fullest account, so that one namespace's slow templates make nobody else wait for long.
+type renderers struct {
+	binary  string // this program
+	metrics *metrics
+	warn    sync.Once
+
+	mu       sync.Mutex
+	free     int                 // places for renderers that no call holds
+	idle     []*renderer         // in some of them; the longest idle first
+	waiting  []*turn             // for a place
+	accounts map[string]*account // by namespace; those that are not full
+}
+
+// turn is a call that waits for a place.
+type turn struct {
+	namespace string
+	granted   chan error // has room for the answer
+}
+
+// account is what a namespace has left of its processor time.
+type account struct {
+	left   time.Duration // at that time; below zero after an expensive rendering
+	at     time.Time
+	most   time.Duration // what the most expensive rendering took, since the account was full
+	mostBy string        // the step at which that ended
+}
+
+// accountError is returned while a namespace's account is empty, rendererError when a renderer ended for no reason
+// that lies in its request.
+type (
+	accountError  struct{ error }
+	rendererError struct{ error }
+)
+
+func newRenderers(binary string, m *metrics) *renderers {
+	return &renderers{binary: binary, metrics: m, free: maxRenderers, accounts: map[string]*account{}}
+}
+
+// render has the files of a volume rendered for a Pod of the namespace:
+//
+//  1. wait for a place, unless the namespace's account is empty
+//  2. take the namespace's idle renderer, or start one
+//  3. ask it
+//  4. charge the account, and let the next call in
+//
+// It returns a podError, an accountError, a rendererError, the error of ctx, or one of a class or a Connector.
+func (p *renderers) render(ctx context.Context, namespace string, j job) (files, error) {
+	// 1. wait
+	if err := p.wait(ctx, namespace); err != nil {
+		return nil, err
+	}
+
+	// 2. take
+	r, err := p.take(namespace)
+	if err != nil {
+		p.leave(nil, namespace, 0)
+		return nil, rendererError{fmt.Errorf("no renderer could be started: %w", err)}
+	}
+
+	// 3. ask
+	before := r.used
+	f, err := r.ask(ctx, j)
+	if r.limit != "" {
+		p.metrics.inc("connectors_csi_renderer_limits_total", "limit", r.limit)
+	}
+
+	// 4. charge
+	p.leave(r, namespace, r.used-before)
+	return f, err
+}
+
+// wait returns once the caller holds a place, or with the reason why it gets none.
+func (p *renderers) wait(ctx context.Context, namespace string) error {
+	t := &turn{namespace, make(chan error, 1)}
+	p.mu.Lock()
+	p.waiting = append(p.waiting, t)
+	p.admit()
+	p.mu.Unlock()
+	select {
+	case err := <-t.granted:
+		return err
+	case <-ctx.Done():
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if i := slices.Index(p.waiting, t); i >= 0 {
+		p.waiting = slices.Delete(p.waiting, i, i+1)
+	} else if <-t.granted == nil { // at this very moment
+		p.free++
+		p.admit()
+	}
+	return ctx.Err()
+}
+
+// admit gives the free places to those who wait, the fullest account first, and refuses those whose account is
+// empty. The caller holds the lock.
+func (p *renderers) admit() {
+	p.waiting = slices.DeleteFunc(p.waiting, func(t *turn) bool {
+		err := p.refusal(t.namespace)
+		if err != nil {
+			t.granted <- err
+		}
+		return err != nil
+	})
+	for ; p.free > 0 && len(p.waiting) > 0; p.free-- {
+		next := slices.MaxFunc(p.waiting, func(a, b *turn) int { return cmp.Compare(p.left(a.namespace), p.left(b.namespace)) })
+		p.waiting = slices.DeleteFunc(p.waiting, func(t *turn) bool { return t == next })
+		next.granted <- nil
+	}
+}
+
+// left is what the namespace's account holds now. The caller holds the lock.
+func (p *renderers) left(namespace string) time.Duration {
+	a := p.accounts[namespace]
+	if a == nil {
+		return accountSize
+	}
+	return min(accountSize, a.left+time.Duration(accountRefill*float64(time.Since(a.at))))
+}
+
+// refusal is an error while the namespace's account is empty. The caller holds the lock.
+func (p *renderers) refusal(namespace string) error {
+	left := p.left(namespace)
+	if left > 0 {
+		return nil
+	}
+	a := p.accounts[namespace]
+	return accountError{fmt.Errorf("rendering for namespace %q has used up its %v of processor time, of which %v come back each minute, "+
+		"enough for the next try in %v; what took most, %v, is %s", namespace, accountSize, time.Duration(accountRefill*float64(time.Minute)),
+		time.Duration(float64(-left)/accountRefill).Truncate(time.Second)+time.Second, a.most.Round(10*time.Millisecond), a.mostBy)}
+}
+
+// take returns a renderer for the namespace to a caller that holds a place.
+func (p *renderers) take(namespace string) (*renderer, error) {
+	p.mu.Lock()
+	var other *renderer
+	if i := slices.IndexFunc(p.idle, func(r *renderer) bool { return r.namespace == namespace }); i >= 0 {
+		r := p.idle[i]
+		p.idle = slices.Delete(p.idle, i, i+1)
+		p.mu.Unlock()
+		r.retirement.Stop()
+		return r, nil
+	} else if len(p.idle) > p.free { // one of them is in the caller's place
+		other = p.idle[0]
+		p.idle = slices.Delete(p.idle, 0, 1)
+	}
+	p.mu.Unlock()
+	if other != nil {
+		other.end()
+	}
+	return p.start(namespace)
+}
+
+// leave gives the caller's place back, with the renderer in it if that can go on, and charges the namespace.
+func (p *renderers) leave(r *renderer, namespace string, used time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if r != nil {
+		a := account{most: used, mostBy: r.step}
+		if old := p.accounts[namespace]; old != nil && old.most > used {
+			a = *old
+		}
+		a.left, a.at = p.left(namespace)-used, time.Now()
+		p.accounts[namespace] = &a
+		if !r.ended {
+			p.idle = append(p.idle, r)
+			r.retirement = time.AfterFunc(rendererIdle, func() { p.retire(r) })
+		}
+	}
+	maps.DeleteFunc(p.accounts, func(namespace string, _ *account) bool { return p.left(namespace) == accountSize })
+	p.free++
+	p.admit()
+}
+
+// retire ends a renderer if it is idle.
+func (p *renderers) retire(r *renderer) {
+	p.mu.Lock()
+	i := slices.Index(p.idle, r)
+	if i >= 0 {
+		p.idle = slices.Delete(p.idle, i, i+1)
+	}
+	p.mu.Unlock()
+	if i >= 0 {
+		r.end()
+	}
+}
+
+// close ends the idle renderers.
+func (p *renderers) close() {
+	p.mu.Lock()
+	idle := slices.Clone(p.idle)
+	p.mu.Unlock()
+	for _, r := range idle {
+		p.retire(r)
+	}
+}
+
+// renderer is a child process as its parent sees it. One call at a time holds it.
+type renderer struct {
+	namespace  string
+	process    *exec.Cmd
+	requests   io.WriteCloser
+	answers    *bufio.Reader
+	retirement *time.Timer
+	used       time.Duration // processor time, since its start
+	step       string        // what it has last said that it was about to do
+	limit      string        // that it has hit: "memory", "processor" or "time"
+	ended      bool
+}
+
+const otherNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWIPC
+
+// confinements are the ways to confine a renderer, best first. A kernel, or a container around this one, may refuse
+// namespaces, and only root may choose another user.
+var confinements = []struct {
+	name    string // tells confine which one it is
+	flags   uintptr
+	uid     int // user and group of the renderer outside of its user namespace
+	missing string
+}{
+	{"user", unix.CLONE_NEWUSER | otherNamespaces, rendererUID, ""},
+	{"user", unix.CLONE_NEWUSER | otherNamespaces, os.Getuid(), "a user of its own"},
+	{"root", otherNamespaces, 0, "a user namespace"},
+	{"bare", 0, 0, "namespaces (user, mount, network, pid, ipc) and an empty root directory"},
+}
+
+// start starts a renderer, confined as well as the kernel allows. What is missing then is logged once.
+func (p *renderers) start(namespace string) (*renderer, error) {
+	var refusals []error
+	for _, c := range confinements {
+		r, err := p.startConfined(namespace, c.name, c.flags, c.uid)
+		if err != nil {
+			refusals = append(refusals, err)
+			continue
+		}
+		if c.missing != "" {
+			p.warn.Do(func() {
+				slog.Warn("renderers are less confined than they could be; all limits hold", "missing", c.missing, "error", errors.Join(refusals...))
+			})
+		}
+		return r, nil
+	}
+	return nil, errors.Join(refusals...)
+}
+
+func (p *renderers) startConfined(namespace, confinement string, flags uintptr, uid int) (*renderer, error) {
+	cmd := exec.Command(p.binary, confineArgument, confinement)
+	cmd.Env = []string{"GOMAXPROCS=1", fmt.Sprintf("GOMEMLIMIT=%d", renderMemory*3/4), "GOTRACEBACK=none"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags}
+	if flags&unix.CLONE_NEWUSER != 0 {
+		ids := []syscall.SysProcIDMap{{HostID: uid, Size: 1}}
+		// As root of its namespace it has the capabilities to empty its root directory with, until confine ends.
+		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings = ids, ids
+		cmd.SysProcAttr.Credential = &syscall.Credential{NoSetGroups: true}
+	}
+	requests, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	answers, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	r := &renderer{namespace: namespace, process: cmd, requests: requests, answers: bufio.NewReader(answers)}
+	late := time.AfterFunc(renderTime, r.kill)
+	defer late.Stop()
+	kind, text, err := readFrame(r.answers, maxTextBytes)
+	if err == nil && kind == frameDone {
+		return r, nil
+	}
+	r.end()
+	return nil, cmp.Or(err, fmt.Errorf("confining a renderer (%s): %s", confinement, text))
+}
+
+func (r *renderer) kill() { r.process.Process.Kill() }
+
+// end ends the process, unless it has ended by itself, and waits for it.
+func (r *renderer) end() {
+	r.ended = true
+	r.kill()
+	r.process.Wait()
+}
+
+// ask has one volume rendered:
+//
+//  1. write the request
+//  2. read the answer, of which everything is checked again
+//  3. note the processor time that it took
+//  4. if there is no answer, say why, from the renderer's last step and from how it ended
+//
+// After step 4 the renderer has ended.
+func (r *renderer) ask(ctx context.Context, j job) (files, error) {
+	watchdog := time.AfterFunc(renderTime, r.kill)
+	stop := context.AfterFunc(ctx, r.kill)
+	r.step = "a request"
+
+	// 1. write
+	err := j.write(r.requests)
+
+	// 2. read
+	var f files
+	var failure error
+	if err == nil {
+		f, failure, err = r.readAnswer(j.token)
+	}
+	inTime, wanted := watchdog.Stop(), stop()
+
+	// 3. note
+	if err != nil || !inTime || !wanted || r.processorTime() > lifeProcessorTime/2 {
+		r.end()
+	}
+	r.used = r.processorTime()
+	if err == nil {
+		return f, failure
+	}
+
+	// 4. say why
+	state := r.process.ProcessState
+	switch {
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	case !inTime:
+		r.limit = "time"
+		return nil, fmt.Errorf("%s takes more than %v", r.step, renderTime)
+	case state.ExitCode() == exitProcessorTime:
+		r.limit = "processor"
+		return nil, fmt.Errorf("%s takes more than %v of processor time", r.step, renderProcessorTime)
+	case state.ExitCode() == 2: // Go's own, after a fatal error
+		r.limit = "memory"
+		return nil, fmt.Errorf("%s takes more than %d MiB of memory", r.step, renderMemory>>20)
+	}
+	return nil, rendererError{fmt.Errorf("the renderer ended (%v, %v); it was at %s", state, err, r.step)}
+}
+
+// processorTime is what the process has used since its start.
+func (r *renderer) processorTime() time.Duration {
+	if r.ended {
+		return r.process.ProcessState.UserTime() + r.process.ProcessState.SystemTime()
+	}
+	var t unix.Timespec
+	clock := int32(^r.process.Process.Pid<<3 | 2) // clock_getcpuclockid(3)
+	if err := unix.ClockGettime(clock, &t); err != nil {
+		return r.used
+	}
+	return time.Duration(t.Nano())
+}
+
+// readAnswer reads the files of a volume, or the failure that the renderer reports. An error means that the answer
+// is none.
+func (r *renderer) readAnswer(token string) (_ files, failure, err error) {
+	out := &volumeFiles{files: files{}}
+	name := ""
+	for {
+		kind, content, err := readFrame(r.answers, maxVolumeBytes)
+		if err != nil {
+			return nil, nil, err
+		}
+		text := strings.ToValidUTF8(strings.ReplaceAll(cut(string(content), maxTextBytes), token, "TOKEN"), "?")
+		switch kind {
+		case frameStep:
+			r.step = text
+		case frameName:
+			name = string(content)
+			err = checkFileName(name)
+		case frameContent:
+			err = out.add(name, content)
+		case frameDone:
+			return out.files, nil, nil
+		case frameFailure:
+			return nil, errors.New(text), nil
+		case framePodFailure:
+			return nil, podError{errors.New(text)}, nil
+		default:
+			err = fmt.Errorf("unexpected frame %q", kind)
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+	}
+}
+
+func cut(text string, n int) string { return text[:min(len(text), n)] }
+
+// A frame is a kind, a length in four bytes, and as many bytes. A request is a frameJob, whose JSON says how many
+// frameObjects follow it; an answer is any number of frameSteps and of pairs of frameName and frameContent, and then
+// a frameDone, a frameFailure or a framePodFailure. A renderer begins with a frameDone, or with a frameFailure.
+const (
+	frameJob        = 'J'
+	frameObject     = 'O'
+	frameStep       = 'S'
+	frameName       = 'N'
+	frameContent    = 'C'
+	frameDone       = 'D'
+	frameFailure    = 'F'
+	framePodFailure = 'P'
+
+	maxTextBytes  = 2000    // of a step or a failure
+	maxFrameBytes = 4 << 20 // of a request
+)
+
+func writeFrame(w io.Writer, kind byte, content []byte) error {
+	header := binary.BigEndian.AppendUint32([]byte{kind}, uint32(len(content)))
+	if _, err := w.Write(header); err != nil {
+		return err
+	}
+	_, err := w.Write(content)
+	return err
+}
+
+func readFrame(r io.Reader, limit int) (kind byte, content []byte, err error) {
+	var header [5]byte
+	if _, err := io.ReadFull(r, header[:]); err != nil {
+		return 0, nil, err
+	}
+	length := binary.BigEndian.Uint32(header[1:])
+	if int64(length) > int64(limit) {
+		return 0, nil, fmt.Errorf("a frame of %d bytes", length)
+	}
+	content = make([]byte, length)
+	_, err = io.ReadFull(r, content)
+	return header[0], content, err
+}
+
+// jobHeader is the first frame of a request. The objects follow it: the Connectors, then the classes.
+type jobHeader struct {
+	Connectors     []string // namespace/name
+	Classes        []string
+	ClassOf        []int // an index into Classes for each Connector
+	Configurations []string
+	Excluded       []string
+	Params         map[string]json.RawMessage
+	BuiltIn        bool
+	Token          string
+}
+
+// write sends the job to a renderer.
+func (j job) write(w io.Writer) error {
+	h := jobHeader{Configurations: j.selection.configurations, Excluded: j.selection.excluded,
+		Params: j.selection.params, BuiltIn: j.selection.builtIn, Token: j.token}
+	var objects, classes []*apiObject
+	for _, s := range j.sources {
+		i := slices.Index(classes, s.class)
+		if i < 0 {
+			i = len(classes)
+			classes = append(classes, s.class)
+			h.Classes = append(h.Classes, s.class.name)
+		}
+		objects = append(objects, s.connector)
+		h.Connectors, h.ClassOf = append(h.Connectors, s.connector.namespace+"/"+s.connector.name), append(h.ClassOf, i)
+	}
+	header, err := json.Marshal(h)
+	if err != nil {
+		return err
+	}
+	out := bufio.NewWriter(w)
+	if err := writeFrame(out, frameJob, header); err != nil {
+		return err
+	}
+	for _, o := range append(objects, classes...) {
+		if err := writeFrame(out, frameObject, o.raw); err != nil {
+			return err
+		}
+	}
+	return out.Flush()
+}
+
+// confine is the first half of a renderer's life:
+//
+//  1. set the limits: they are the kernel's, and nothing of what follows is without them
+//  2. replace the root directory by an empty one, and move into a chroot there, from which user_namespaces(7)
+//     cannot be created
+//  3. give up the user, where the user namespace has not done it, and all capabilities
+//  4. execute this program again: of all threads only this one is left then, with what it has given up
+//
+// It returns only if one of them fails.
+func confine(confinement string) error {
+	runtime.LockOSThread()
+	self, err := unix.Open("/proc/self/exe", unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open /proc/self/exe: %w", err)
+	}
+
+	// 1. limits
+	if err := setLimits(); err != nil {
+		return err
+	}
+
+	// 2. root directory
+	if confinement != "bare" {
+		if err := emptyRoot(); err != nil {
+			return err
+		}
+	}
+
+	// 3. user and capabilities
+	if err := dropPrivileges(confinement != "user" && os.Geteuid() == 0); err != nil {
+		return err
+	}
+
+	// 4. execute. There is no path to the file any more.
+	arguments, err := syscall.SlicePtrFromStrings([]string{driverName, serveArgument})
+	if err != nil {
+		return err
+	}
+	environment, err := syscall.SlicePtrFromStrings(os.Environ())
+	if err != nil {
+		return err
+	}
+	noPath := []byte{0}
+	_, _, errno := unix.Syscall6(unix.SYS_EXECVEAT, uintptr(self), uintptr(unsafe.Pointer(&noPath[0])),
+		uintptr(unsafe.Pointer(&arguments[0])), uintptr(unsafe.Pointer(&environment[0])), unix.AT_EMPTY_PATH, 0)
+	return fmt.Errorf("execveat: %w", errno)
+}
+
+// setLimits sets the limits of this process, which hold for what it executes as well, and makes it the one that
+// yields to all others.
+func setLimits() error {
+	mapped, err := mappedData()
+	if err != nil {
+		return err
+	}
+	for _, limit := range []struct {
+		name     string
+		resource int
+		max      uint64
+	}{
+		{"DATA", unix.RLIMIT_DATA, mapped + renderMemory + rendererMemory},
+		{"CPU", unix.RLIMIT_CPU, uint64(lifeProcessorTime / time.Second)},
+		{"FSIZE", unix.RLIMIT_FSIZE, 0},
+		{"NOFILE", unix.RLIMIT_NOFILE, 16},
+		{"CORE", unix.RLIMIT_CORE, 0},
+		{"MEMLOCK", unix.RLIMIT_MEMLOCK, 0},
+	} {
+		if err := unix.Setrlimit(limit.resource, &unix.Rlimit{Cur: limit.max, Max: limit.max}); err != nil {
+			return fmt.Errorf("setrlimit RLIMIT_%s: %w", limit.name, err)
+		}
+	}
+	// These are kindness, not limits.
+	unix.Setpriority(unix.PRIO_PROCESS, 0, 19)
+	const ioprioWhoProcess, ioprioIdle = 1, 3 << 13 // ioprio_set(2)
+	unix.Syscall(unix.SYS_IOPRIO_SET, ioprioWhoProcess, 0, ioprioIdle)
+	os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0)
+	return nil
+}
+
+// mappedData is the memory that RLIMIT_DATA counts for this process, in bytes: proc_pid_status(5).
+func mappedData() (uint64, error) {
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return 0, err
+	}
+	_, after, _ := strings.Cut(string(status), "\nVmData:")
+	line, _, _ := strings.Cut(after, " kB\n")
+	kilobytes, err := strconv.ParseUint(strings.TrimSpace(line), 10, 32)
+	return kilobytes << 10, err
+}
+
+// emptyRoot makes an empty directory that cannot be written the root directory, and forgets the old one.
+func emptyRoot() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make / private: %w", err)
+	}
+	root, err := newTmpfs(access{})
+	if err != nil {
+		return err
+	}
+	if err := unix.Mkdirat(root, "empty", 0o555); err != nil {
+		return fmt.Errorf("mkdir: %w", err)
+	}
+	if err := setReadOnly(root, true); err != nil {
+		return err
+	}
+	// It has to be mounted somewhere to become the root directory: over /proc, which is always there.
+	if err := unix.MoveMount(root, "", unix.AT_FDCWD, "/proc", unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("move_mount: %w", err)
+	}
+	if err := unix.Fchdir(root); err != nil {
+		return fmt.Errorf("fchdir: %w", err)
+	}
+	if err := unix.PivotRoot(".", "."); err != nil {
+		return fmt.Errorf("pivot_root: %w", err)
+	}
+	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("umount the old root: %w", err)
+	}
+	if err := errors.Join(unix.Chroot("/empty"), unix.Chdir("/"), unix.Close(root)); err != nil {
+		return fmt.Errorf("chroot: %w", err)
+	}
+	return nil
+}
+
+// dropPrivileges gives up, for this thread, every capability for ever, and the user root if it is to change.
+func dropPrivileges(changeUser bool) error {
+	for capability := range uintptr(64) {
+		err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0)
+		if err != nil && !errors.Is(err, unix.EINVAL) && os.Geteuid() == 0 {
+			return fmt.Errorf("drop capability %d: %w", capability, err)
+		}
+	}
+	if changeUser {
+		for _, call := range [][4]uintptr{
+			{unix.SYS_SETGROUPS}, {unix.SYS_SETRESGID, rendererUID, rendererUID, rendererUID}, {unix.SYS_SETRESUID, rendererUID, rendererUID, rendererUID},
+		} {
+			// Go's own Setuid is one for all threads, which are about to end.
+			if _, _, errno := unix.RawSyscall(call[0], call[1], call[2], call[3]); errno != 0 {
+				return fmt.Errorf("change user: %w", errno)
+			}
+		}
+	}
+	none := [2]unix.CapUserData{}
+	if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); err != nil {
+		return fmt.Errorf("capset: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("no_new_privs: %w", err)
+	}
+	return nil
+}
+
+// rendererMain is what a process does that was started as a renderer; the first argument says with which half.
+func rendererMain(arguments []string) (exitCode int) {
+	if arguments[0] == serveArgument {
+		return serveJobs(os.Stdin, os.Stdout)
+	}
+	err := confine(arguments[len(arguments)-1])
+	writeFrame(os.Stdout, frameFailure, []byte(cut(err.Error(), maxTextBytes)))
+	return 1
+}
+
+// serveJobs is the second half of a renderer's life: it answers requests until the driver closes the pipe.
+func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
+	// Nobody of the same user reads its memory, and nobody what Go prints when it dies.
+	if err := errors.Join(unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0), unix.Close(2)); err != nil {
+		return 1
+	}
+	processorTimeOver := make(chan os.Signal, 1)
+	signal.Notify(processorTimeOver, unix.SIGXCPU)
+	go func() {
+		<-processorTimeOver
+		os.Exit(exitProcessorTime)
+	}()
+	requests, answers := bufio.NewReader(in), bufio.NewWriter(out)
+	writeFrame(answers, frameDone, nil)
+	for answers.Flush() == nil {
+		kind, header, err := readFrame(requests, maxFrameBytes)
+		if err != nil || kind != frameJob || limitProcessorTime() != nil {
+			return 1
+		}
+		f, err := serveJob(requests, header, func(step string) {
+			writeFrame(answers, frameStep, []byte(cut(step, maxTextBytes)))
+			answers.Flush()
+		})
+		for name, content := range f {
+			writeFrame(answers, frameName, []byte(name))
+			writeFrame(answers, frameContent, content)
+		}
+		switch {
+		case err == nil:
+			writeFrame(answers, frameDone, nil)
+		case errors.As(err, new(podError)):
+			writeFrame(answers, framePodFailure, []byte(cut(err.Error(), maxTextBytes)))
+		default:
+			writeFrame(answers, frameFailure, []byte(cut(err.Error(), maxTextBytes)))
+		}
+	}
+	return 1
+}
+
+// limitProcessorTime lets SIGXCPU come when this process has used renderProcessorTime from now on, to the next
+// whole second.
+func limitProcessorTime() error {
+	var used unix.Rusage
+	var limit unix.Rlimit
+	if err := errors.Join(unix.Getrusage(unix.RUSAGE_SELF, &used), unix.Getrlimit(unix.RLIMIT_CPU, &limit)); err != nil {
+		return err
+	}
+	seconds := time.Duration(used.Utime.Nano()+used.Stime.Nano()) + renderProcessorTime + time.Second - 1
+	limit.Cur = uint64(seconds / time.Second)
+	return unix.Setrlimit(unix.RLIMIT_CPU, &limit)
+}
+
+// serveJob reads the objects of a job, decodes them and renders.
+func serveJob(requests io.Reader, header []byte, announce func(step string)) (f files, err error) {
+	defer func() {
+		if cause := recover(); cause != nil { // a panic is no reason to end, and its text may hold anything
+			f, err = nil, fmt.Errorf("rendering failed with a panic of type %T", cause)
+		}
+	}()
+	var h jobHeader
+	if err := json.Unmarshal(header, &h); err != nil {
+		return nil, err
+	}
+	raw := make([][]byte, len(h.Connectors)+len(h.Classes))
+	for i := range raw {
+		if _, raw[i], err = readFrame(requests, maxFrameBytes); err != nil {
+			return nil, err
+		}
+	}
+	objects := make([]object, len(raw))
+	for i := range raw {
+		what := fmt.Sprintf("Connector %q", slices.Concat(h.Connectors, h.Classes)[i])
+		if i >= len(h.Connectors) {
+			what = fmt.Sprintf("ConnectorClass %q", h.Classes[i-len(h.Connectors)])
+		}
+		announce(what + ": decoding it")
+		value, err := decodeJSON(raw[i])
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", what, err)
+		}
+		objects[i], _ = value.(object)
+		raw[i] = nil
+	}
+	mounted := make([]mountedConnector, len(h.Connectors))
+	for i := range mounted {
+		mounted[i] = mountedConnector{objects[i], objects[len(h.Connectors)+h.ClassOf[i]]}
+	}
+	want := selection{configurations: h.Configurations, excluded: h.Excluded, params: h.Params, builtIn: h.BuiltIn}
+	return render(mounted, want, h.Token, announce)
+}
