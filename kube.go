@@ -288,7 +288,8 @@ func parseObject(raw []byte) (*apiObject, error) {
 			"proxy":        fields{"httpAddress": fields{"url": &o.proxyURL, "audience": &o.proxyAudience}},
 		},
 	}
-	if !json.Valid(raw) || scanFields(json.NewDecoder(bytes.NewReader(raw)), wanted) != nil || o.name == "" {
+	isObject := bytes.HasPrefix(bytes.TrimSpace(raw), []byte("{"))
+	if !isObject || !json.Valid(raw) || scanFields(json.NewDecoder(bytes.NewReader(raw)), wanted) != nil {
 		return nil, &apiError{http.StatusBadGateway, "the answer is not a Kubernetes object"}
 	}
 	return o, nil

@@ -1016,6 +1016,11 @@ func param(name string, fields ...any) any {
 	return p
 }
 
+// certificate makes a PEM block as a certificate is one, with the text in place of the certificate.
+func certificate(text string) string {
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte(text)}))
+}
+
 func gitClass() object {
 	return class("git",
 		configuration("config",
@@ -1302,17 +1307,17 @@ func TestObjectErrors(t *testing.T) {
 			[]string{`configuration "config"`, `ConnectorClass "git" has: one, two`}},
 		"no configuration at all": {func(n *node) { n.api.put(class("git")) }, codes.InvalidArgument, []string{`ConnectorClass "git" has: none`}},
 		"template does not parse": {func(n *node) { n.api.put(class("git", configuration("config", "a", "ok\n{{ if }}"))) }, codes.FailedPrecondition,
-			[]string{`ConnectorClass "git"`, `configuration "config"`, `file "a"`, "a:2", "missing value for if"}},
+			[]string{`ConnectorClass "git", configuration "config": a line 2: missing value for if`}},
 		"unknown function": {func(n *node) { n.api.put(class("git", configuration("config", "a", "{{ getHostByName \"x\" }}"))) }, codes.FailedPrecondition,
 			[]string{`"getHostByName" not defined`}},
 		"template fails": {func(n *node) { n.api.put(class("git", configuration("config", "a", "1\n2\n{{ fail \"sorry\" }}"))) }, codes.FailedPrecondition,
-			[]string{`file "a"`, "a:3", "sorry"}},
+			[]string{`a line 3, column 3, at <fail "sorry">: sorry`}},
 		"missing value": {func(n *node) {
 			n.api.put(class("git", configuration("config", "a", "x\n{{ .connector.spec.project }}")))
 		}, codes.FailedPrecondition,
-			[]string{`file "a"`, "a:2", "{{.connector.spec.project}}", "has no value"}},
+			[]string{`ConnectorClass "git", configuration "config": a line 2: {{ .connector.spec.project }} has no value`}},
 		"no proxy address": {func(n *node) { n.api.put(connector("default", "git", "git", with(nil, "status"))) }, codes.FailedPrecondition,
-			[]string{`file ".gitconfig"`, "Connector default/git has no proxy address yet", "status.proxy.httpAddress.url", "wait"}},
+			[]string{".gitconfig line 3: {{ .connector.status.proxyAddress }} has no value", "Connector default/git has no proxy address yet", "status.proxy.httpAddress.url", "wait"}},
 		"bad file name": {func(n *node) { n.api.put(class("git", configuration("config", "../a", ""))) }, codes.FailedPrecondition,
 			[]string{`file name "../a" is not allowed`, "must not begin with '..'"}},
 		"too large": {func(n *node) { n.api.put(class("git", configuration("config", "a", "{{ repeat 1048577 \"x\" }}"))) }, codes.FailedPrecondition,
@@ -1325,11 +1330,11 @@ func TestObjectErrors(t *testing.T) {
 			[]string{`file "a"`, "not a string"}},
 		"token request forbidden": {func(n *node) {
 			n.api.set(func() { n.api.noTokens = true })
-			n.api.put(connector("default", "git", "git", with("http://proxy", "status", "proxy", "httpAddress", "audience")))
+			n.api.put(connector("default", "git", "git", with("http://c-git.default.svc.cluster.local", "status", "proxy", "httpAddress", "audience")))
 		}, codes.PermissionDenied, []string{"may not request a token for ServiceAccount default/default", "ClusterRole connectors-csi-token", "token.expiration"}},
 		"Pod gone": {func(n *node) {
 			n.api.set(func() { clear(n.api.podUIDs) })
-			n.api.put(connector("default", "git", "git", with("http://proxy", "status", "proxy", "httpAddress", "audience")))
+			n.api.put(connector("default", "git", "git", with("http://c-git.default.svc.cluster.local", "status", "proxy", "httpAddress", "audience")))
 		}, codes.Aborted, []string{"does not match the UID in record"}},
 	} {
 		t.Run(what, func(t *testing.T) {
@@ -1401,7 +1406,7 @@ func TestAPIServerErrors(t *testing.T) {
 		"half an object":   {200, `{"metadata":{`, nil, codes.Unavailable, "not a Kubernetes object"},
 		"nothing":          {200, "", nil, codes.Unavailable, "not a Kubernetes object"},
 		"null":             {200, "null", nil, codes.Unavailable, "not a Kubernetes object"},
-		"too much":         {200, `{"a":"` + strings.Repeat("x", 9<<20) + `"}`, nil, codes.Unavailable, "not a Kubernetes object"},
+		"too much":         {200, `{"a":"` + strings.Repeat("x", 3<<20) + `"}`, nil, codes.FailedPrecondition, "more than 3072 KiB"},
 		"no class in it":   {200, "{}", nil, codes.FailedPrecondition, "spec.connectorClassName"},
 		"long message":     {500, statusBody(500, "InternalError", "%s", strings.Repeat("ü", 2000)), nil, codes.Unavailable, "…"},
 	} {
@@ -1613,21 +1618,44 @@ func TestPublishesOfDifferentTargetsRunInParallel(t *testing.T) {
 	}
 }
 
+// At most 16 requests of Pods are under way, four of them for one namespace, and the driver's own have places beside them.
 func TestRequestsAtOnceAreBounded(t *testing.T) {
 	n := startNode(t)
 	gate := n.api.hold("/connectors/")
 	results := make(chan error)
-	for range 40 {
-		go func(v *podVolume) { results <- v.publish() }(n.volume())
+	count := 0
+	publish := func(serviceAccount string, volumes int) {
+		t.Helper()
+		for range volumes {
+			go func(v *podVolume) { results <- v.publish() }(n.pod(serviceAccount).volume("config", attrs{"connector.namespace": "default"}))
+		}
+		count += volumes
+		n.awaitCalls(count)
 	}
-	n.awaitCalls(40)
-	eventually(t, "16 requests are under way", func() bool { return gate.waiting.Load() == 16 })
-	if got := n.api.count(""); got != 16 {
-		t.Errorf("%d requests have come", got)
+	wantRequests := func(want int32) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("%d requests are under way", want), func() bool { return gate.waiting.Load() == want })
+		if got := n.api.count(""); got != int(want) {
+			t.Errorf("%d requests have come", got)
+		}
+	}
+	publish("team-a/default", 40)
+	wantRequests(4)
+	publish("team-b/default", 5) // does not wait for team-a
+	wantRequests(8)
+	publish("team-c/default", 5)
+	publish("team-d/default", 5)
+	publish("team-e/default", 5)
+	wantRequests(16)
+	if _, err := n.driver.kube.class(t.Context(), "git", false); err != nil {
+		t.Errorf("the driver's own request waits for those of Pods: %v", err)
 	}
 	gate.open()
-	for range 40 {
+	for range count {
 		must(t, <-results)
+	}
+	if k := n.driver.kube; len(k.namespaces) != 0 || k.held != 0 || len(k.places) != 0 {
+		t.Errorf("nobody is at it, and yet: %v, %d, %d", k.namespaces, k.held, len(k.places))
 	}
 }
 
@@ -2359,27 +2387,60 @@ func TestRenewalThatFailsKeepsTheToken(t *testing.T) {
 
 func TestAudience(t *testing.T) {
 	n := startNode(t)
-	n.api.put(connector("default", "git", "git", with("http://c-git", "status", "proxy", "httpAddress", "audience")),
-		connector("default", "same", "git", with("http://c-git", "status", "proxy", "httpAddress", "audience")),
-		connector("default", "other", "other"))
-	other := class("other", configuration("config", "other", "x"))
-	with("http://c-other", "status", "proxy", "httpAddress", "audience")(other)
-	n.api.put(other)
-	v := n.volume(attrs{"connector.name": "-", "connectors": "git,same,other"})
+	proxy := []string{"status", "proxy", "httpAddress", "audience"}
+	git, other := gitClass(), class("other", configuration("config", "other", "x"))
+	with("http://c-git", "spec", "proxy", "audience")(git)
+	with("http://c-other", proxy...)(other)
+	n.api.put(git, other, connector("default", "git", "git", with("http://c-git", proxy...)), connector("default", "same", "git", with("http://c-git", proxy...)),
+		connector("default", "address", "git", with("http://c-address.default.svc.cluster.local", proxy...)), connector("default", "other", "other"))
+	v := n.volume(attrs{"connector.name": "-", "connectors": "git,same,address,other"})
 	v.mustPublish()
 	c, _ := decodeClaims(v.file("token"))
-	if want := []string{apiAudience, "http://c-git", "http://c-other"}; !slices.Equal(c.Audience, want) {
+	if want := []string{apiAudience, "http://c-git", "http://c-address.default.svc.cluster.local", "http://c-other"}; !slices.Equal(c.Audience, want) {
 		t.Errorf("audiences %v, not %v", c.Audience, want)
 	}
 	if got := valueAt(n.api.lastRequest[tokenPath("default", "default")], "spec", "expirationSeconds"); got != 1800. {
 		t.Errorf("expirationSeconds is %v", got)
 	}
 
-	n.api.put(connector("default", "git", "git", with("http://moved", "status", "proxy", "httpAddress", "audience")))
+	with("http://moved", "spec", "proxy", "audience")(git)
+	n.api.put(git, connector("default", "git", "git", with("http://moved", proxy...)), connector("default", "same", "git"))
 	n.age()
 	v.mustPublish()
-	if c, _ := decodeClaims(v.file("token")); !slices.Contains(c.Audience, "http://moved") {
+	if c, _ := decodeClaims(v.file("token")); !slices.Contains(c.Audience, "http://moved") || slices.Contains(c.Audience, "http://c-git") {
 		t.Errorf("the audience has changed, but the token's are %v", c.Audience)
+	}
+}
+
+// Whoever writes a Connector's status decides where tokens go. That must not be a way to have them made for another service.
+func TestAudienceOfSomebodyElse(t *testing.T) {
+	n := startNode(t)
+	httpAddress := func(fields object) func(object) { return with(fields, "status", "proxy", "httpAddress") }
+	for _, c := range []struct {
+		what   string
+		status func(object)
+	}{
+		{"another service", httpAddress(object{"url": "http://proxy", "audience": "vault"})},
+		{"no proxy", httpAddress(object{"audience": "vault"})},
+		{"a part of the proxy's address", httpAddress(object{"url": "http://proxy", "audience": "http://prox"})},
+		{"the address in another spelling", httpAddress(object{"url": "http://proxy", "URL": "vault", "audience": "vault"})},
+		{"an address that is not used", with(object{"proxyAddress": "http://evil", "proxy": object{"httpAddress": object{"url": "vault", "audience": "vault"}}}, "status")},
+		{"an address in a list", with(object{"proxy": []any{object{"httpAddress": object{"url": "vault"}}, object{"httpAddress": object{"audience": "vault"}}}}, "status")},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			n.api.put(connector("default", "git", "git", c.status))
+			v := n.volume()
+			v.t = t
+			if c.what == "an address in a list" { // which is none, and no audience
+				v.attributes["configuration.names"] = "first"
+				v.mustPublish()
+			} else {
+				v.mustRefuse(codes.FailedPrecondition, `Connector "default/git": the audience "`, `ConnectorClass "git"`)
+			}
+			if got := n.api.count(tokenPath("default", "default")); got != 0 {
+				t.Errorf("%d tokens were asked for", got)
+			}
+		})
 	}
 }
 
@@ -2781,10 +2842,10 @@ func TestTemplatesThatFail(t *testing.T) {
 	missing := "no value"
 	for template, word := range map[string]string{
 		// Printing a missing value
-		`{{ .connector.spec.none }}`:                                        `file:1:3: executing "file" at <printedValue`,
-		"\n\n  {{ .connector.spec.none }}":                                  "{{.connector.spec.none}} has no value",
-		`{{ .connector.spec.null }}`:                                        "{{.connector.spec.null}} has no value",
-		`{{ .connector.spec.none.of.this }}`:                                "{{.connector.spec.none.of.this}} has no value",
+		`{{ .connector.spec.none }}`:                                        "file line 1: {{ .connector.spec.none }} has no value",
+		"\n\n  {{ .connector.spec.none }}":                                  "file line 3: {{ .connector.spec.none }} has no value",
+		`{{.connector.spec.null}}`:                                          "file line 1: {{ .connector.spec.null }} has no value",
+		`{{ .connector.spec.none.of.this }}`:                                "{{ .connector.spec.none.of.this }} has no value",
 		`{{ index .connector.spec "none" }}`:                                missing,
 		`{{ get .connector.spec "none" | default nil }}`:                    missing,
 		`{{ $x := .connector.spec.none }}{{ $x }}`:                          missing,
@@ -2813,23 +2874,24 @@ func TestTemplatesThatFail(t *testing.T) {
 		`{{ env "NODE_NAME" }}`:           `"env" not defined`,
 		`{{ expandenv "$NODE_NAME" }}`:    `"expandenv" not defined`,
 		`{{ getHostByName "localhost" }}`: `"getHostByName" not defined`,
-		`{{ printedValue "x" nil }}`:      `"printedValue" not defined`,
 		`{{ timeLeft }}`:                  `"timeLeft" not defined`,
 
 		// Other failures
 		`{{ required "x" .none }}`:        `"required" not defined`,
-		`{{ fail "on purpose" }}`:         "on purpose",
+		`{{ fail "on purpose" }}`:         `file line 1, column 3, at <fail "on purpose">: on purpose`,
 		`{{ template "none" }}`:           `"none" not defined`,
 		`{{ .connector.spec.address.x }}`: "can't evaluate field x",
 		`{{ index .connectors 1 }}`:       "out of range",
 		`{{ end }}`:                       "unexpected {{end}}",
-		`{{ define "r" }}{{ template "r" . }}{{ end }}{{ template "r" . }}`: "exceeded maximum template depth",
 	} {
 		got, err := n.rendered(template)
 		if got != "" {
 			t.Errorf("%s\n\tis %q", template, got)
 		}
-		wantError(t, err, codes.FailedPrecondition, `ConnectorClass "class", configuration "config": file "file": `, word)
+		wantError(t, err, codes.FailedPrecondition, `ConnectorClass "class", configuration "config": file line `, word)
+		if text := err.Error(); strings.Contains(text, checkValue) || strings.Contains(text, "executing") || strings.Contains(text, "error calling") {
+			t.Errorf("not in plain words: %v", err)
+		}
 	}
 }
 
@@ -2873,25 +2935,6 @@ func TestTemplatesThatWantToTellTheToken(t *testing.T) {
 	}
 	if _, err := n.rendered("{{ .connector.metadata.annotations.mark }}{{ .connector.none }}"); err == nil {
 		t.Error("half a file was published")
-	}
-}
-
-func TestTemplatesThatDoNotEnd(t *testing.T) {
-	n := startNode(t)
-	for _, template := range []string{
-		`{{ range 9000000000000 }}{{ end }}`,
-		`{{ range 9000000000000 }}{{ else }}x{{ end }}`,
-		`{{ range $i := until 1000 }}{{ range until 1000 }}{{ range until 1000 }}{{ range until 1000 }}{{ end }}{{ end }}{{ end }}{{ end }}`,
-		`{{ define "two" }}{{ if gt . 0 }}{{ template "two" (sub . 1) }}{{ template "two" (sub . 1) }}{{ end }}{{ end }}{{ template "two" 60 }}`,
-	} {
-		n.api.put(class("git", configuration("config", "file", template)))
-		v := n.volume()
-		wantError(t, v.publishWithin(50*time.Millisecond), codes.DeadlineExceeded)
-		n.awaitCalls(0) // the driver gives up too
-		v.wantNothing()
-	}
-	if !strings.Contains(logs.String(), "rendering took too long") {
-		t.Error("the log does not say why")
 	}
 }
 
@@ -3104,11 +3147,11 @@ func TestDocumentedNPMClass(t *testing.T) {
 	n := startNode(t)
 	n.api.put(class("npm", configuration("npmrc", "ca.cert", "{{ .context.proxy.caCert }}", ".npmrc", npmrc),
 		configuration("yarnrc", "ca.cert", "{{ .context.proxy.caCert }}", ".yarnrc.yml", yarnrc)),
-		connector("default", "npm", "npm", with("https://nexus.example.com:8443/repository/npm/", "spec", "address"), with("the CA", "status", "proxy", "httpAddress", "CACerts")))
+		connector("default", "npm", "npm", with("https://nexus.example.com:8443/repository/npm/", "spec", "address"), with(certificate("the CA"), "status", "proxy", "httpAddress", "CACerts")))
 	v := n.volume(attrs{"connector.name": "npm", "configuration.names": "npmrc, yarnrc"})
 	v.mustPublish()
 	v.wantFiles(".npmrc", ".yarnrc.yml", "ca.cert")
-	v.want("ca.cert", "the CA")
+	v.want("ca.cert", certificate("the CA"))
 	proxy := "http://default%2Fnpm:" + v.pod.token + "@c-npm.default.svc.cluster.local"
 	if u, err := url.Parse(proxy); err != nil || u.User.Username() != "default/npm" {
 		t.Fatal(err)
@@ -3241,7 +3284,7 @@ func builtInFiles(d *driver) { d.builtInFiles = true }
 
 func TestBuiltInFilesOfOneConnector(t *testing.T) {
 	n := startNode(t, builtInFiles)
-	n.api.put(connector("default", "git", "git", with("the CA\n", "status", "proxy", "httpAddress", "CACerts")))
+	n.api.put(connector("default", "git", "git", with(certificate("the CA"), "status", "proxy", "httpAddress", "CACerts")))
 	v := n.volume(attrs{"configuration.names": "-"})
 	v.mustPublish()
 	v.wantFiles(".curlrc", ".env", "ca.cert", "ca.crt", "connector.status.proxyAddress", "context.proxy.caCert", "context.token", "http.proxy", "https.proxy")
@@ -3249,7 +3292,7 @@ func TestBuiltInFilesOfOneConnector(t *testing.T) {
 	for name, want := range map[string]string{
 		"context.token": v.pod.token, "connector.status.proxyAddress": "http://c-git.default.svc.cluster.local",
 		"http.proxy": proxy, "https.proxy": proxy, ".curlrc": "proxy = " + proxy + "\n",
-		"ca.crt": "the CA\n", "ca.cert": "the CA\n", "context.proxy.caCert": "the CA\n",
+		"ca.crt": certificate("the CA"), "ca.cert": certificate("the CA"), "context.proxy.caCert": certificate("the CA"),
 	} {
 		v.want(name, want)
 	}
@@ -3263,7 +3306,7 @@ func TestBuiltInFilesOfOneConnector(t *testing.T) {
 	v = n.volume()
 	v.mustPublish()
 	v.want("ca.crt", "the class's own")
-	v.want("ca.cert", "the CA\n")
+	v.want("ca.cert", certificate("the CA"))
 }
 
 // wantEnvironment sources the file .env as people do, and looks at the environment of a process.
@@ -3288,14 +3331,14 @@ func TestBuiltInFilesOfSeveralConnectors(t *testing.T) {
 	a, b := class("a"), class("b")
 	with("http://proxy-a", "status", "proxy", "httpAddress", "url")(a)
 	with("https://proxy-b:8443/ignored", "status", "proxy", "httpAddress", "url")(b)
-	with("CA of b", "status", "proxy", "httpAddress", "CACerts")(b)
+	with(certificate("CA of b"), "status", "proxy", "httpAddress", "CACerts")(b)
 	n.api.put(a, b, connector("default", "a1", "a"), connector("team-a", "b1", "b"))
 	v := n.volume(attrs{"connector.name": "-", "connectors": "a1,team-a/b1", "configuration.names": ""})
 	v.mustPublish()
 	proxy := "https://default%2Fa1,team-a%2Fb1:" + v.pod.token + "@proxy-b:8443"
 	v.want("http.proxy", proxy)
 	v.want("connector.status.proxyAddress", "https://proxy-b:8443/ignored")
-	v.want("ca.crt", "CA of b")
+	v.want("ca.crt", certificate("CA of b"))
 	v.wantEnvironment(proxy)
 	if u, err := url.Parse(v.file("https.proxy")); err != nil || u.User.Username() != "default/a1,team-a/b1" {
 		t.Error(u, err)
@@ -3318,7 +3361,7 @@ func TestBuiltInFilesWithoutValues(t *testing.T) {
 			t.Errorf("%s: %s", address, got)
 		}
 	}
-	for _, address := range []string{"proxy:80", "ftp://proxy", "http://", "http:///path", "http://a$(id)", "http://a;id", "http://a'b", "http://a b", "http://%41", "//proxy", "http://a\nb"} {
+	for _, address := range []string{"proxy:80", "ftp://proxy", "http://", "http:///path", "http://a$(id)", "http://a;id", "http://%41", "//proxy"} {
 		n.api.put(connector("default", "git", "git", with(address, "status", "proxy", "httpAddress", "url")))
 		n.volume(attrs{"configuration.names": "-"}).mustRefuse(codes.FailedPrecondition, "is not an http or https URL")
 	}
@@ -3326,7 +3369,7 @@ func TestBuiltInFilesWithoutValues(t *testing.T) {
 
 func TestCA(t *testing.T) {
 	n := startNode(t)
-	ofConnector, ofClass := with("CA of the Connector", "status", "proxy", "httpAddress", "CACerts"), with("CA of the class", "status", "proxy", "httpAddress", "CACerts")
+	ofConnector, ofClass := with(certificate("CA of the Connector"), "status", "proxy", "httpAddress", "CACerts"), with(certificate("CA of the class"), "status", "proxy", "httpAddress", "CACerts")
 	plain, withCA := class("git", configuration("config", "ca", "{{ .context.proxy.caCert }}")), class("git", configuration("config", "ca", "{{ .context.proxy.caCert }}"))
 	ofClass(withCA)
 	for _, c := range []struct {
@@ -3334,19 +3377,19 @@ func TestCA(t *testing.T) {
 		want             string
 	}{
 		{plain, connector("default", "git", "git"), ""},
-		{plain, connector("default", "git", "git", ofConnector), "CA of the Connector"},
-		{withCA, connector("default", "git", "git"), "CA of the class"},
-		{withCA, connector("default", "git", "git", ofConnector), "CA of the Connector"},
+		{plain, connector("default", "git", "git", ofConnector), certificate("CA of the Connector")},
+		{withCA, connector("default", "git", "git"), certificate("CA of the class")},
+		{withCA, connector("default", "git", "git", ofConnector), certificate("CA of the Connector")},
 	} {
 		n.api.put(c.class, c.connector)
 		v := n.volume()
 		v.mustPublish()
 		v.want("ca", c.want)
 	}
-	n.api.put(connector("default", "last", "git", with("CA of the last", "status", "proxy", "httpAddress", "CACerts")), connector("default", "none", "git"))
+	n.api.put(connector("default", "last", "git", with(certificate("CA of the last"), "status", "proxy", "httpAddress", "CACerts")), connector("default", "none", "git"))
 	v := n.volume(attrs{"connector.name": "-", "connectors": "git,last,none"})
 	v.mustPublish()
-	v.want("ca", "CA of the last")
+	v.want("ca", certificate("CA of the last"))
 }
 
 func TestProxyAddress(t *testing.T) {

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -41,6 +42,10 @@ var errNotOurs = errors.New("the target path holds something that connectors-csi
 
 // files are the contents of a volume by file name.
 type files map[string][]byte
+
+// writing is held, shared, while a new volume's files are written, and alone while a child process is started: until
+// that executes its program, it has copies of all descriptors, and a mount that has a writer cannot be made read-only.
+var writing sync.RWMutex
 
 // access says who may read a volume: everyone, or only root and the Pod's fsGroup.
 type access struct {
@@ -86,13 +91,13 @@ func mountVolume(target string, f files, who access) error {
 	}
 	defer unix.Close(mount)
 
-	// 2. write
-	if _, err := writeGeneration(mount, f, who); err != nil {
-		return err
+	writing.RLock()
+	_, err = writeGeneration(mount, f, who) // 2. write
+	if err == nil {
+		err = setReadOnly(mount, true) // 3. read-only
 	}
-
-	// 3. read-only
-	if err := setReadOnly(mount, true); err != nil {
+	writing.RUnlock()
+	if err != nil {
 		return err
 	}
 

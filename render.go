@@ -1013,7 +1013,10 @@ func (p *renderers) startConfined(namespace, confinement string, flags uintptr, 
 	if err != nil {
 		return nil, err
 	}
-	if err := cmd.Start(); err != nil {
+	writing.Lock()
+	err = cmd.Start()
+	writing.Unlock()
+	if err != nil {
 		return nil, err
 	}
 	r := &renderer{namespace: namespace, process: cmd, requests: requests, answers: bufio.NewReader(answers)}
