@@ -512,22 +512,30 @@ func versionsOf(sources []source) []string {
 
 // readObjects reads the Connectors, with the Pod's token, and their classes, with the driver's own.
 func (d *driver) readObjects(ctx context.Context, c *call, p *publication, fresh bool) ([]source, error) {
+	connector := func(ref reference) (*apiObject, error) { return d.kube.connector(ctx, c, p.pod, p.token, ref, fresh) }
+	class := func(name string) (*apiObject, error) { return d.kube.class(ctx, name, fresh) }
+	return collectSources(c, p.pod, p.attributes.connectors, connector, class)
+}
+
+// collectSources gets the Connectors of a volume and their classes, each class once, and counts what the call holds.
+func collectSources(c *call, pod podIdentity, refs []reference, getConnector func(reference) (*apiObject, error),
+	getClass func(name string) (*apiObject, error)) ([]source, error) {
 	var sources []source
 	classes := map[string]*apiObject{}
-	for _, ref := range p.attributes.connectors {
-		connector, err := d.kube.connector(ctx, c, p.pod, p.token, ref, fresh)
+	for _, ref := range refs {
+		connector, err := getConnector(ref)
 		if err == nil {
 			err = c.hold(connector)
 		}
 		if err != nil {
-			return nil, connectorStatus(err, ref, p.pod)
+			return nil, connectorStatus(err, ref, pod)
 		}
 		name := connector.class
 		if !isDNSName(name) {
 			return nil, status.Errorf(codes.FailedPrecondition, "Connector %q: spec.connectorClassName %q is not the name of a ConnectorClass", ref, cut(name, 200))
 		}
 		if classes[name] == nil {
-			class, err := d.kube.class(ctx, name, fresh)
+			class, err := getClass(name)
 			if err == nil {
 				err = c.hold(class)
 			}
@@ -627,7 +635,7 @@ func tokenStatus(err error, p *publication) error {
 func apiStatus(err error) (codes.Code, error) {
 	var answer *apiError
 	switch {
-	case errors.As(err, new(sizeError)):
+	case errors.As(err, new(objectError)):
 		return codes.FailedPrecondition, err
 	case errors.As(err, new(roomError)):
 		return codes.ResourceExhausted, err

@@ -167,17 +167,17 @@ func (c *call) end() {
 	}
 }
 
-// sizeError is returned for objects that are too large, roomError where there is no room for one at this moment.
+// objectError is returned for an object that is refused as it is, roomError where there is no room for one at this moment.
 type (
-	sizeError struct{ error }
-	roomError struct{ error }
+	objectError struct{ error }
+	roomError   struct{ error }
 )
 
 // hold counts an object that the call keeps until its end.
 func (c *call) hold(o *apiObject) error {
 	k, size := c.kube, len(o.raw)
 	if c.held+size > maxVolumeObjectsBytes {
-		return sizeError{fmt.Errorf("it has %d KiB, with which the Connectors and ConnectorClasses of the volume have more than %d KiB together",
+		return objectError{fmt.Errorf("it has %d KiB, with which the Connectors and ConnectorClasses of the volume have more than %d KiB together",
 			size>>10, maxVolumeObjectsBytes>>10)}
 	}
 	k.mu.Lock()
@@ -516,7 +516,7 @@ func (k *kube) once(ctx context.Context, places []chan struct{}, resource, metho
 	case err != nil:
 		return nil, 0, err
 	case len(data) > maxObjectBytes:
-		return nil, 0, sizeError{fmt.Errorf("it has more than %d KiB", maxObjectBytes>>10)}
+		return nil, 0, objectError{fmt.Errorf("it has more than %d KiB", maxObjectBytes>>10)}
 	case response.StatusCode/100 == 2:
 		return data, 0, nil
 	}

@@ -11,11 +11,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -38,6 +41,7 @@ import (
 	"google.golang.org/grpc/encoding"
 	_ "google.golang.org/grpc/encoding/proto" // the codec that kubelet's messages come in
 	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
 )
 
 // version is set by the linker.
@@ -48,19 +52,42 @@ func main() {
 		os.Exit(rendererMain(os.Args[1:]))
 	}
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, nil)))
-	if err := run(); err != nil {
+	var err error
+	if len(os.Args) > 1 && os.Args[1] == "render" {
+		err = preview(os.Args[2:], os.Stdin, os.Stdout)
+	} else {
+		err = run()
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "connectors-csi: "+err.Error())
 		os.Exit(1)
 	}
 }
+
+const usage = `connectors-csi [flags]
+  is the CSI driver: it serves kubelet on a node of a cluster.
+connectors-csi render [flags]
+  prints the files that a Pod would get, without a cluster: from the ConnectorClasses and Connectors on standard
+  input, as "kubectl get -o json" prints them. Its flags: connectors-csi render --help
+
+The flags of the driver:
+`
+
+const builtInUsage = "mount the built-in files (.env, context.token, ca.crt, …) in every volume, and make configuration.names optional"
 
 func run() error {
 	nodeName := flag.String("node-name", os.Getenv("NODE_NAME"), "name of this node; default: $NODE_NAME")
 	kubeletDir := flag.String("kubelet-dir", "/var/lib/kubelet", "kubelet's --root-dir")
 	httpAddress := flag.String("http-address", ":9808", "address for /healthz, /readyz and /metrics")
 	refresh := flag.Duration("refresh-interval", time.Minute, "how old a Connector or ConnectorClass may be when a mounted volume is refreshed")
-	builtIn := flag.Bool("builtin-files", false, "mount the built-in files (.env, context.token, ca.crt, …) in every volume, and make configuration.names optional")
+	builtIn := flag.Bool("builtin-files", false, builtInUsage)
+	showVersion := flag.Bool("version", false, "print the version and exit")
+	flag.Usage = func() { fmt.Fprint(os.Stderr, usage); flag.PrintDefaults() }
 	flag.Parse()
+	if *showVersion {
+		fmt.Println(version)
+		return nil
+	}
 
 	// Start-up checks: each ends with one line that names the remedy.
 	podsDir := filepath.Join(*kubeletDir, "pods")
@@ -90,6 +117,189 @@ func run() error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	return serve(ctx, d, filepath.Join(*kubeletDir, "plugins_registry", driverName+"-reg.sock"), *httpAddress)
+}
+
+// preview is the command render:
+//
+//  1. read the objects
+//  2. validate the attributes, which are flags here
+//  3. find the Connectors and their classes
+//  4. render, with the limits and the messages of a publish
+//  5. print the files
+func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
+	flags := flag.NewFlagSet("connectors-csi render", flag.ExitOnError)
+	attributes := map[string]string{}
+	for _, name := range knownAttributes {
+		flags.Func(name, "as in the Pod's volumeAttributes", func(value string) error { attributes[name] = value; return nil })
+	}
+	namespace := flags.String("namespace", "", "the Pod's namespace (default: that of the first Connector)")
+	builtIn := flags.Bool("builtin-files", false, builtInUsage)
+	tokenFile := flags.String("token-file", "", "a file with the token to render (default: the word TOKEN)")
+	outputDir := flags.String("output-dir", "", "write the files into this directory, instead of printing them")
+	flags.Parse(arguments)
+	if flags.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	}
+	slog.SetDefault(slog.New(slog.DiscardHandler)) // what a renderer lacks here is not worth a word
+	token := "TOKEN"
+	if *tokenFile != "" {
+		text, err := os.ReadFile(*tokenFile)
+		if err != nil {
+			return err
+		}
+		token = strings.TrimSpace(string(text))
+	}
+
+	// 1. read
+	input, err := readInput(stdin, *namespace)
+	if err != nil {
+		return err
+	}
+
+	// 2. validate
+	podNamespace := cmp.Or(*namespace, input.namespace)
+	if attributes[attrName] == "" && attributes[attrConnectors] == "" {
+		attributes[attrConnectors] = strings.Join(input.order, ",")
+	}
+	a, err := parseAttributes(attributes, podNamespace, *builtIn)
+	if err != nil {
+		return err
+	}
+
+	// 3. find
+	c := (&kube{namespaces: map[string]*share{}}).begin(podNamespace)
+	sources, err := collectSources(c, podIdentity{}, a.connectors, input.connector, input.class)
+	if err == nil {
+		_, err = proxyAudiences(sources)
+	}
+	if err != nil {
+		return errors.New(status.Convert(err).Message())
+	}
+
+	// 4. render
+	p := newRenderers("/proc/self/exe", newMetrics(""))
+	defer p.close()
+	f, err := p.render(context.Background(), podNamespace, job{sources, a.selection, token})
+	if err != nil {
+		return err
+	}
+
+	// 5. print
+	return printFiles(f, *outputDir, stdout)
+}
+
+// input is what was read from standard input.
+type input struct {
+	namespace  string // of the first Connector
+	order      []string
+	connectors map[string]*apiObject // by namespace/name
+	classes    map[string]*apiObject
+}
+
+func (in *input) connector(ref reference) (*apiObject, error) {
+	if o := in.connectors[ref.String()]; o != nil {
+		return o, nil
+	}
+	return nil, objectError{errors.New("it is not in the input")}
+}
+
+func (in *input) class(name string) (*apiObject, error) {
+	if o := in.classes[name]; o != nil {
+		return o, nil
+	}
+	return nil, objectError{errors.New("it is not in the input")}
+}
+
+// readInput reads objects, lists of objects, or several of either one after the other. Kinds that have nothing to do
+// with rendering are passed over. A Connector without a namespace is one of the given namespace, or of "default".
+func readInput(stdin io.Reader, namespace string) (*input, error) {
+	in := &input{connectors: map[string]*apiObject{}, classes: map[string]*apiObject{}}
+	for d := json.NewDecoder(stdin); ; {
+		var value json.RawMessage
+		if err := d.Decode(&value); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			return nil, fmt.Errorf("standard input is not JSON, as kubectl get -o json prints it: %w", err)
+		}
+		if err := in.add(value, cmp.Or(namespace, "default")); err != nil {
+			return nil, err
+		}
+	}
+	if len(in.order) == 0 {
+		return nil, errors.New("there is no Connector on standard input")
+	}
+	return in, nil
+}
+
+func (in *input) add(raw json.RawMessage, namespace string) error {
+	var list struct {
+		Kind  string            `json:"kind"`
+		Items []json.RawMessage `json:"items"`
+	}
+	if err := json.Unmarshal(raw, &list); err != nil {
+		return fmt.Errorf("standard input holds something that is no Kubernetes object: %w", err)
+	}
+	for _, item := range list.Items {
+		if err := in.add(item, namespace); err != nil {
+			return err
+		}
+	}
+	if list.Kind != "Connector" && list.Kind != "ConnectorClass" {
+		return nil
+	}
+	o, err := parseObject(raw)
+	if err != nil {
+		return fmt.Errorf("standard input: %s %w", list.Kind, err)
+	}
+	switch {
+	case o.name == "":
+		return fmt.Errorf("a %s on standard input has no metadata.name", list.Kind)
+	case list.Kind == "ConnectorClass":
+		in.classes[o.name] = o
+		return nil
+	case o.namespace == "":
+		value, err := decodeJSON(raw)
+		if err != nil {
+			return err
+		}
+		value.(object)["metadata"].(object)["namespace"] = namespace // it has a name
+		text, err := json.Marshal(value)
+		if err != nil {
+			return err
+		}
+		return in.add(text, namespace)
+	}
+	in.namespace = cmp.Or(in.namespace, o.namespace)
+	full := o.namespace + "/" + o.name
+	if in.connectors[full] == nil {
+		in.order = append(in.order, full)
+	}
+	in.connectors[full] = o
+	return nil
+}
+
+// printFiles prints one file as it is, and several in the way of tail(1); or it writes them into a directory.
+func printFiles(f files, dir string, stdout io.Writer) error {
+	if dir != "" {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	for i, name := range slices.Sorted(maps.Keys(f)) {
+		switch {
+		case dir != "":
+			if err := os.WriteFile(filepath.Join(dir, name), f[name], 0o600); err != nil {
+				return err
+			}
+		case len(f) == 1:
+			fmt.Fprintf(stdout, "%s", f[name])
+		case i == 0:
+			fmt.Fprintf(stdout, "==> %s <==\n%s", name, f[name])
+		default:
+			fmt.Fprintf(stdout, "\n==> %s <==\n%s", name, f[name])
+		}
+	}
+	return nil
 }
 
 // serve runs the driver until ctx ends. Then it finishes the calls under way, each of which ends by itself
