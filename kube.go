@@ -301,6 +301,9 @@ type fields map[string]any
 // scanFields reads one value from a valid JSON text, and stores what is wanted of it. Names count to the letter, as
 // they do in templates; encoding/json would take "URL" for "url".
 func scanFields(d *json.Decoder, wanted any) error {
+	if wanted == nil {
+		return d.Decode(&skipped{})
+	}
 	token, err := d.Token()
 	if err != nil {
 		return err
@@ -309,7 +312,6 @@ func scanFields(d *json.Decoder, wanted any) error {
 		if field, ok := wanted.(*string); ok {
 			*field = text
 		}
-		return nil
 	}
 	if token != json.Delim('{') && token != json.Delim('[') {
 		return nil
@@ -331,6 +333,11 @@ func scanFields(d *json.Decoder, wanted any) error {
 	_, err = d.Token() // the end of the object or the list
 	return err
 }
+
+// skipped is a JSON value that is of no interest.
+type skipped struct{}
+
+func (*skipped) UnmarshalJSON([]byte) error { return nil }
 
 // cacheKey names an object and who reads it: what one ServiceAccount may see, another may not.
 type cacheKey struct{ path, reader string }
