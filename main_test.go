@@ -2208,6 +2208,162 @@ func TestReadsThatFailAreShared(t *testing.T) {
 	}
 }
 
+// padded makes a Connector larger by so many bytes.
+func padded(bytes int) func(object) { return with(strings.Repeat("x", bytes), "spec", "padding") }
+
+func TestObjectsOfAVolumeAreLimited(t *testing.T) {
+	n := startNode(t)
+	large := class("git", configuration("config", "token", "x", "padding", "{{/*"+strings.Repeat("x", 100<<10)+"*/}}"))
+	n.api.put(large)
+	var names []string
+	for i := range 5 {
+		name := fmt.Sprintf("large-%d", i)
+		n.api.put(connector("default", name, "git", padded(1<<20-20_000)))
+		names = append(names, name)
+	}
+	v := n.volume(attrs{"connector.name": "-", "connectors": strings.Join(names[:4], ",")})
+	v.mustRefuse(codes.FailedPrecondition, `Connector "default/large-3"`, "more than 4096 KiB together") // the class counts once
+	n.api.put(connector("default", "large-3", "git", padded(1<<20-60_000)))
+	v.mustPublish()
+	n.volume(attrs{"connector.name": "-", "connectors": strings.Join(names, ",")}).mustRefuse(codes.FailedPrecondition,
+		`Connector "default/large-4"`, "it has 1004 KiB", "more than 4096 KiB together")
+	n.api.put(connector("default", "larger", "git", padded(3<<20)))
+	n.volume(attrs{"connector.name": "larger"}).mustRefuse(codes.FailedPrecondition, `Connector "default/larger"`, "more than 3072 KiB")
+}
+
+// What the calls under way hold is bounded for each namespace and for all; what is beyond has to come again.
+func TestObjectsUnderWayAreLimited(t *testing.T) {
+	n := startNode(t)
+	n.api.put(connector("team-a", "git", "git"))
+	k := n.driver.kube
+	large := &apiObject{raw: make([]byte, 4<<20)}
+	hold := func(namespace string, times int) (calls []*call) {
+		for range times {
+			c := k.begin(namespace)
+			must(t, c.hold(large))
+			calls = append(calls, c)
+		}
+		return calls
+	}
+	full := hold("default", 2)
+	n.volume().mustRefuse(codes.ResourceExhausted, `Connector "default/git" cannot be read`, "8192 KiB", `namespace "default"`)
+	n.pod("team-a/default").volume("config").mustPublish()
+	rest := hold("team-b", 2)
+	n.pod("team-a/default").volume("config").mustRefuse(codes.ResourceExhausted, "16384 KiB")
+	for _, c := range rest {
+		c.end()
+	}
+	n.pod("team-a/default").volume("config").mustPublish()
+	for _, c := range full {
+		c.end()
+	}
+	n.volume().mustPublish()
+	if k.held != 0 || len(k.namespaces) != 0 {
+		t.Errorf("%d bytes are held, by %v", k.held, k.namespaces)
+	}
+}
+
+// The cache has each object once, whoever reads it, keeps to its limit by what was used longest ago, and has nothing
+// of reads that failed.
+func TestCache(t *testing.T) {
+	n := startNode(t)
+	k, volumes := n.driver.kube, []*podVolume{}
+	for i := range 3 {
+		n.pod(fmt.Sprintf("default/reader-%d", i)).volume("config").mustPublish()
+	}
+	if git := k.cache[connectorPath("default", "git")]; len(k.cache) != 2 || len(git.readers) != 3 {
+		t.Errorf("the cache has %d objects; one has the readers %v", len(k.cache), git.readers)
+	}
+	for i := range 10 {
+		name := fmt.Sprintf("large-%d", i)
+		n.api.put(connector("default", name, "git", padded(1<<20)))
+		volumes = append(volumes, n.volume(attrs{"connector.name": name}))
+		volumes[i].settle()
+		volumes[0].mustPublish() // so that it is not the one used longest ago
+	}
+	size := 0
+	for _, c := range k.cache {
+		size += len(c.object.raw)
+	}
+	if k.cacheBytes != size || size > 8<<20 || size < 7<<20 {
+		t.Errorf("the cache has %d bytes and counts %d", size, k.cacheBytes)
+	}
+	has := func(name string) bool { return k.cache[connectorPath("default", name)] != nil }
+	if !has("large-0") || has("large-1") || !has("large-9") {
+		t.Errorf("it has %v", slices.Sorted(maps.Keys(k.cache)))
+	}
+	volumes[1].mustPublish() // reads again
+
+	objects := len(k.cache)
+	for i := range 100 {
+		n.volume(attrs{"connector.name": fmt.Sprintf("none-%d", i)}).mustRefuse(codes.NotFound)
+	}
+	if len(k.cache) != objects || len(k.reads) != 0 {
+		t.Errorf("failed reads left %d objects and %d reads", len(k.cache)-objects, len(k.reads))
+	}
+
+	n.age()
+	n.age()
+	for _, c := range k.cache {
+		for reader, began := range c.readers {
+			c.readers[reader] = began.Add(-2 * k.refresh)
+		}
+	}
+	k.tidied = time.Time{}
+	n.volume().mustPublish()
+	if len(k.cache) != 2 {
+		t.Errorf("long after, the cache has %v", slices.Sorted(maps.Keys(k.cache)))
+	}
+}
+
+// Of two reads the one counts that began later, whichever ends first: no file goes back to an older content.
+func TestSlowReadDoesNotRollBack(t *testing.T) {
+	for _, fresh := range []bool{true, false} {
+		t.Run(fmt.Sprintf("the slow one is fresh: %v", fresh), func(t *testing.T) {
+			n := startNode(t)
+			path, held, open := connectorPath("default", "git"), make(chan bool), make(chan bool)
+			slow, quick := n.volume(), n.volume()
+			if !fresh {
+				slow.settle()
+				n.age()
+			}
+			first := true
+			n.api.set(func() {
+				n.api.intercept = func(w http.ResponseWriter, r *http.Request) bool {
+					if r.URL.Path != path {
+						return false
+					}
+					n.api.mu.Lock()
+					old, slow := n.api.objects[path], first
+					first = false
+					n.api.mu.Unlock()
+					if slow {
+						close(held)
+						<-open
+						w.Write(old)
+					}
+					return slow
+				}
+			})
+			result := make(chan error)
+			go func() { result <- slow.publish() }()
+			<-held
+			n.api.put(connector("default", "git", "git", with("https://new", "spec", "address")))
+			quick.mustPublish()
+			close(open)
+			must(t, <-result)
+			for range 2 {
+				for _, v := range []*podVolume{slow, quick} {
+					if !strings.Contains(v.file(".gitconfig"), "https://new") {
+						t.Errorf("the file is %q", v.file(".gitconfig"))
+					}
+					v.mustPublish()
+				}
+			}
+		})
+	}
+}
+
 // Callers that give up do not spoil the read for the one that waits behind them.
 func TestCallersThatGiveUp(t *testing.T) {
 	n := startNode(t)
@@ -3390,6 +3546,60 @@ func TestCA(t *testing.T) {
 	v := n.volume(attrs{"connector.name": "-", "connectors": "git,last,none"})
 	v.mustPublish()
 	v.want("ca", certificate("CA of the last"))
+}
+
+// Classes print addresses as they are; whoever writes a Connector shall not add lines to other people's configuration.
+func TestInjection(t *testing.T) {
+	n := startNode(t)
+	address := func(value string) func(object) { return with(value, "spec", "address") }
+	extension := func(value string) func(object) {
+		return with([]any{object{"name": "a", "value": 1}, object{"name": "b", "value": value}}, "spec", "addressExtensions")
+	}
+	url := func(value string) func(object) { return with(value, "status", "proxy", "httpAddress", "url") }
+	proxyAddress := func(value string) func(object) { return with(value, "status", "proxyAddress") }
+	for _, field := range []struct {
+		name string
+		of   func(value string) func(object)
+	}{{"spec.address", address}, {"spec.addressExtensions", extension}, {"status.proxy.httpAddress.url", url}, {"status.proxyAddress", proxyAddress}} {
+		for _, value := range []string{"https://x\n[core]\n\tfsmonitor = id", "https://x\r", "https://x y", "\thttps://x", `https://x"`, "https://x'", `https://x\y`, "https://x`id`",
+			"https://x\x00", "https://x\u0085", "https://x\u2028y", "https://x\u00a0", "https://x\x1b[31m"} {
+			n.api.put(connector("default", "git", "git", field.of(value)))
+			n.volume(attrs{"configuration.names": "first"}).mustRefuse(codes.FailedPrecondition, `Connector "default/git": `+field.name, "not allowed in an address")
+		}
+		n.api.put(connector("default", "git", "git", field.of("https://user@[fd00::1]:8443/päth;x/?a=b&c=%20#d,~!*()$")))
+		n.volume(attrs{"configuration.names": "first"}).mustPublish()
+	}
+	for _, path := range [][]string{{"status", "proxyAddress"}, {"status", "proxy", "httpAddress", "url"}} {
+		git := gitClass()
+		with("https://x\n", path...)(git)
+		n.api.put(git, connector("default", "git", "git"))
+		n.volume().mustRefuse(codes.FailedPrecondition, `ConnectorClass "git": `+strings.Join(path, "."))
+	}
+}
+
+// A bundle of certificates may have lines between them that say what they are, or something else.
+func TestOnlyCertificatesOfABundleReachFiles(t *testing.T) {
+	n := startNode(t)
+	n.api.put(class("git", configuration("config", "ca", "{{ .context.proxy.caCert }}{{ .connector.status.proxy.httpAddress.CACerts }}")))
+	one, two := certificate("one"), certificate("two")
+	key := string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: []byte("key")}))
+	withHeader := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Headers: map[string]string{"X": "evil"}, Bytes: []byte("two")}))
+	for _, c := range []struct{ bundle, want string }{
+		{one + two, one + two},
+		{"# evil\n" + one + "[core]\n\tfsmonitor = id\n" + two + "evil", one + two},
+		{key + one, one},
+		{one + withHeader, one + two},
+		{strings.ReplaceAll(one, "\n", "\r\n"), one},
+	} {
+		n.api.put(connector("default", "git", "git", with(c.bundle, "status", "proxy", "httpAddress", "CACerts")))
+		v := n.volume()
+		v.mustPublish()
+		v.want("ca", c.want+c.want)
+	}
+	for _, bundle := range []string{"evil", key, "-----BEGIN CERTIFICATE-----\nevil", strings.ReplaceAll(one, "-----END", "-----BACK")} {
+		n.api.put(connector("default", "git", "git", with(bundle, "status", "proxy", "httpAddress", "CACerts")))
+		n.volume().mustRefuse(codes.FailedPrecondition, `Connector "default/git": status.proxy.httpAddress.CACerts holds no certificate`)
+	}
 }
 
 func TestProxyAddress(t *testing.T) {
