@@ -173,9 +173,14 @@ type (
 	roomError   struct{ error }
 )
 
+var errObjectSize = objectError{fmt.Errorf("it has more than %d KiB", maxObjectBytes>>10)}
+
 // hold counts an object that the call keeps until its end.
 func (c *call) hold(o *apiObject) error {
 	k, size := c.kube, len(o.raw)
+	if size > maxObjectBytes {
+		return errObjectSize
+	}
 	if c.held+size > maxVolumeObjectsBytes {
 		return objectError{fmt.Errorf("it has %d KiB, with which the Connectors and ConnectorClasses of the volume have more than %d KiB together",
 			size>>10, maxVolumeObjectsBytes>>10)}
@@ -198,11 +203,7 @@ func (k *kube) connector(ctx context.Context, c *call, pod podIdentity, token st
 	path := connectorsAPI + "/namespaces/" + ref.namespace + "/connectors/" + ref.name
 	key := cacheKey{path: path, reader: pod.namespace + "/" + pod.serviceAccount}
 	return k.get(ctx, key, fresh, func(ctx context.Context) (*apiObject, error) {
-		data, err := k.do(ctx, []chan struct{}{c.share.places, k.places}, "connectors", http.MethodGet, path, token, nil)
-		if err != nil {
-			return nil, err
-		}
-		return parseObject(data)
+		return k.getObject(ctx, []chan struct{}{c.share.places, k.places}, "connectors", path, token)
 	})
 }
 
@@ -214,12 +215,19 @@ func (k *kube) class(ctx context.Context, name string, fresh bool) (*apiObject, 
 		if err != nil {
 			return nil, err
 		}
-		data, err := k.do(ctx, []chan struct{}{k.ownPlaces}, "connectorclasses", http.MethodGet, path, token, nil)
-		if err != nil {
-			return nil, err
-		}
-		return parseObject(data)
+		return k.getObject(ctx, []chan struct{}{k.ownPlaces}, "connectorclasses", path, token)
 	})
+}
+
+func (k *kube) getObject(ctx context.Context, places []chan struct{}, resource, path, token string) (*apiObject, error) {
+	data, err := k.do(ctx, places, resource, http.MethodGet, path, token, nil)
+	switch {
+	case err != nil:
+		return nil, err
+	case len(data) > maxObjectBytes:
+		return nil, errObjectSize
+	}
+	return parseObject(data)
 }
 
 // issuedToken is a token that the driver asked for.
@@ -519,13 +527,8 @@ func (k *kube) once(ctx context.Context, places []chan struct{}, resource, metho
 	defer response.Body.Close()
 	k.metrics.inc("connectors_csi_api_requests_total", "resource", resource, "code", strconv.Itoa(response.StatusCode))
 	data, err := io.ReadAll(io.LimitReader(response.Body, maxObjectBytes+1))
-	switch {
-	case err != nil:
-		return nil, 0, err
-	case len(data) > maxObjectBytes:
-		return nil, 0, objectError{fmt.Errorf("it has more than %d KiB", maxObjectBytes>>10)}
-	case response.StatusCode/100 == 2:
-		return data, 0, nil
+	if err != nil || response.StatusCode/100 == 2 {
+		return data, 0, err
 	}
 	wait, err = decodeFailure(response, data)
 	return nil, wait, err

@@ -2236,11 +2236,11 @@ func TestObjectsUnderWayAreLimited(t *testing.T) {
 	n := startNode(t)
 	n.api.put(connector("team-a", "git", "git"))
 	k := n.driver.kube
-	large := &apiObject{raw: make([]byte, 4<<20)}
+	large := &apiObject{raw: make([]byte, 2<<20)}
 	hold := func(namespace string, times int) (calls []*call) {
 		for range times {
 			c := k.begin(namespace)
-			must(t, c.hold(large))
+			must(t, errors.Join(c.hold(large), c.hold(large)))
 			calls = append(calls, c)
 		}
 		return calls
@@ -3609,6 +3609,161 @@ func TestProxyAddress(t *testing.T) {
 	v := n.volume()
 	v.mustPublish()
 	v.want("file", "http://as-it-is http://c-git.default.svc.cluster.local")
+}
+
+// ---- The command render ----
+
+// runRender runs the released program with the objects on standard input, one after the other.
+func runRender(t *testing.T, objects []object, arguments ...string) (stdout, stderr string, exitCode int) {
+	t.Helper()
+	return runPreview(t, exec.Command(rendererBinary(), append([]string{"render"}, arguments...)...), objects)
+}
+
+func runPreview(t *testing.T, cmd *exec.Cmd, objects []object) (stdout, stderr string, exitCode int) {
+	t.Helper()
+	var in, out, errors bytes.Buffer
+	for _, o := range objects {
+		must(t, json.NewEncoder(&in).Encode(o))
+	}
+	cmd.Env = []string{roleKey + "=" + roleDriver}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = &in, &out, &errors
+	cmd.Run()
+	return out.String(), errors.String(), cmd.ProcessState.ExitCode()
+}
+
+func TestPreview(t *testing.T) {
+	git := class("git", configuration("config", ".gitconfig", "{{ .connector.spec.address }} {{ .context.token }}\n"), configuration("two", "a", "A", "b", "B\n"),
+		configuration("params", "p", "{{ .configurations.x }}"), configuration("names", "n", "{{ range .connectors }}{{ .metadata.namespace }}/{{ .name }} {{ end }}"))
+	one, two := connector("team-a", "one", "git"), connector("team-b", "two", "git")
+	unnamed := connector("", "unnamed", "git")
+	delete(unnamed["metadata"].(object), "namespace")
+	list := func(objects ...any) object { return object{"kind": "List", "apiVersion": "v1", "items": objects} }
+	tokenFile := filepath.Join(t.TempDir(), "token")
+	must(t, os.WriteFile(tokenFile, []byte("the-token\n"), 0o600))
+	for _, c := range []struct {
+		what      string
+		objects   []object
+		arguments []string
+		stdout    string
+	}{
+		{"one file", []object{git, one}, []string{"--configuration.names=config"}, "https://one.example.com TOKEN\n"},
+		{"a list", []object{list(git, one)}, []string{"--configuration.names", "config"}, "https://one.example.com TOKEN\n"},
+		{"a list of lists, and other kinds", []object{list(list(git), one), {"kind": "Pod", "metadata": object{"name": "x"}}}, []string{"--configuration.names=config"}, "https://one.example.com TOKEN\n"},
+		{"several files", []object{git, one}, []string{"--configuration.names=two"}, "==> a <==\nA\n==> b <==\nB\n"},
+		{"a token", []object{one, git}, []string{"--configuration.names=config", "--token-file", tokenFile}, "https://one.example.com the-token\n"},
+		{"all Connectors in their order", []object{two, git, one, two}, []string{"--configuration.names=names"}, "team-b/two team-a/one "},
+		{"a Connector of the first one's namespace", []object{two, git, one}, []string{"--configuration.names=names", "--connector.name=two"}, "team-b/two "},
+		{"a Connector of the Pod's namespace", []object{two, git, one}, []string{"--configuration.names=names", "--connector.name=one", "--namespace=team-a"}, "team-a/one "},
+		{"Connectors", []object{two, git, one}, []string{"--configuration.names=names", "--connectors=team-a/one"}, "team-a/one "},
+		{"a Connector without a namespace", []object{git, unnamed}, []string{"--configuration.names=names"}, "default/unnamed "},
+		{"and with the Pod's", []object{git, unnamed}, []string{"--configuration.names=names", "--namespace=team-c"}, "team-c/unnamed "},
+		{"parameters", []object{git, one}, []string{"--configuration.names=params", `--configuration.params={"params":{"x":"y"}}`}, "y"},
+		{"built-in files", []object{git, one}, []string{"--builtin-files", "--configuration.names=!.curlrc,!.env,!connector.status.proxyAddress,!http.proxy,!https.proxy"}, "TOKEN"},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			if stdout, stderr, code := runRender(t, c.objects, c.arguments...); stdout != c.stdout || stderr != "" || code != 0 {
+				t.Errorf("exit code %d, %q, and on standard error %q", code, stdout, stderr)
+			}
+		})
+	}
+
+	dir := filepath.Join(t.TempDir(), "new")
+	if stdout, stderr, code := runRender(t, []object{git, one}, "--configuration.names=two", "--output-dir", dir); stdout+stderr != "" || code != 0 {
+		t.Errorf("exit code %d, %q, %q", code, stdout, stderr)
+	}
+	for name, want := range map[string]string{"a": "A", "b": "B\n"} {
+		if text, err := os.ReadFile(filepath.Join(dir, name)); string(text) != want {
+			t.Errorf("%s is %q, %v", name, text, err)
+		}
+	}
+
+	for _, c := range []struct {
+		what      string
+		objects   []object
+		arguments []string
+		stderr    string
+	}{
+		{"no input", nil, []string{"--configuration.names=config"}, "there is no Connector on standard input"},
+		{"no Connector", []object{git}, []string{"--configuration.names=config"}, "there is no Connector on standard input"},
+		{"no class", []object{one}, []string{"--configuration.names=config"}, `ConnectorClass "git" of Connector "team-a/one" cannot be read: it is not in the input`},
+		{"another Connector", []object{git, one}, []string{"--configuration.names=config", "--connector.name=none"}, `Connector "team-a/none" cannot be read: it is not in the input`},
+		{"no name", []object{git, {"kind": "Connector", "metadata": object{}}}, []string{"--configuration.names=config"}, "a Connector on standard input has no metadata.name"},
+		{"no configuration", []object{git, one}, nil, "configuration.names is missing"},
+		{"an attribute too much", []object{git, one}, []string{"--configuration.names=config", "--connectors=a", "--connector.name=b"}, "cannot be combined"},
+		{"an argument too much", []object{git, one}, []string{"--configuration.names=config", "more"}, `unexpected argument "more"`},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			if stdout, stderr, code := runRender(t, c.objects, c.arguments...); !strings.HasPrefix(stderr, "connectors-csi: ") || !strings.Contains(stderr, c.stderr) || stdout != "" || code != 1 {
+				t.Errorf("exit code %d, %q, and on standard error %q", code, stdout, stderr)
+			}
+		})
+	}
+}
+
+// The command says what a Pod's events would say.
+func TestPreviewRefusesAsAPublishDoes(t *testing.T) {
+	n := startNode(t)
+	for what, change := range map[string]struct{ class, connector object }{
+		"a missing value":   {class("git", configuration("config", "a", "x\n{{ .connector.spec.typo }}")), connector("default", "git", "git")},
+		"no configuration":  {class("git", configuration("other")), connector("default", "git", "git")},
+		"too much memory":   {class("git", configuration("config", "a", `{{ repeat 1000000000 "x" }}`)), connector("default", "git", "git")},
+		"an address":        {gitClass(), connector("default", "git", "git", with("a b", "spec", "address"))},
+		"an audience":       {gitClass(), connector("default", "git", "git", with("vault", "status", "proxy", "httpAddress", "audience"))},
+		"no class name":     {gitClass(), connector("default", "git", "")},
+		"too large":         {gitClass(), connector("default", "git", "git", padded(4<<20))},
+		"a bad file name":   {class("git", configuration("config", "../a", "x")), connector("default", "git", "git")},
+		"a large volume":    {class("git", configuration("config", "a", `{{ repeat 1048577 "x" }}`)), connector("default", "git", "git")},
+		"no configurations": {class("git"), connector("default", "git", "git")},
+	} {
+		t.Run(what, func(t *testing.T) {
+			n.api.put(change.class, change.connector)
+			published := status.Convert(n.volume().publish()).Message()
+			_, stderr, code := runRender(t, []object{change.class, change.connector}, "--configuration.names=config")
+			if said := strings.TrimSuffix(strings.TrimPrefix(stderr, "connectors-csi: "), "\n"); published == "" || code != 1 || said != published {
+				t.Errorf("exit code %d\nthe command:  %s\nthe publish: %s", code, said, published)
+			}
+		})
+	}
+}
+
+// Where a container's rules or the kernel refuse namespaces, the limits hold all the same.
+func TestWithoutNamespaces(t *testing.T) {
+	git, one := class("git", configuration("config", "a", "A"), configuration("large", "a", `{{ repeat 1000000000 "x" }}`)), connector("default", "one", "git")
+	preview := func(name string) (stdout, stderr string, code int) {
+		script := `for n in user mnt net pid ipc; do echo 0 > /proc/sys/user/max_${n}_namespaces || exit 9; done; exec "$@"`
+		cmd := exec.Command("sh", "-c", script, "sh", rendererBinary(), "render", "--configuration.names="+name)
+		ids := []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: ids, GidMappings: ids}
+		return runPreview(t, cmd, []object{git, one})
+	}
+	if stdout, stderr, code := preview("config"); stdout != "A" || stderr != "" || code != 0 {
+		t.Errorf("exit code %d, %q, and on standard error %q", code, stdout, stderr)
+	}
+	if _, stderr, code := preview("large"); !strings.Contains(stderr, "rendering it takes more than 64 MiB of memory") || code != 1 {
+		t.Errorf("exit code %d, and on standard error %q", code, stderr)
+	}
+}
+
+func TestVersionAndHelp(t *testing.T) {
+	run := func(argument ...string) string {
+		cmd := exec.Command(rendererBinary(), argument...)
+		cmd.Env = []string{roleKey + "=" + roleDriver}
+		out, _ := cmd.CombinedOutput()
+		return string(out)
+	}
+	if got := run("--version"); got != "dev\n" {
+		t.Errorf("--version prints %q", got)
+	}
+	for _, want := range []string{"connectors-csi [flags]", "connectors-csi render [flags]", "-kubelet-dir"} {
+		if got := run("--help"); !strings.Contains(got, want) {
+			t.Errorf("--help does not say %q: %s", want, got)
+		}
+	}
+	for _, want := range []string{"-configuration.names", "-connectors", "-namespace", "-token-file", "-output-dir", "-builtin-files"} {
+		if got := run("render", "--help"); !strings.Contains(got, want) {
+			t.Errorf("render --help does not say %q: %s", want, got)
+		}
+	}
 }
 
 // ---- Random input ----

@@ -1251,7 +1251,7 @@ func confine(confinement string) error {
 	}
 
 	// 3. user and capabilities
-	if err := dropPrivileges(confinement != "user" && os.Geteuid() == 0); err != nil {
+	if err := dropPrivileges(confinement); err != nil {
 		return err
 	}
 
@@ -1347,20 +1347,20 @@ func emptyRoot() error {
 	return nil
 }
 
-// dropPrivileges gives up, for this thread, every capability for ever, and the user root if it is to change.
-func dropPrivileges(changeUser bool) error {
+// dropPrivileges gives up, for this thread, every capability for ever, and the user root, which is none of the node's
+// where there is a user namespace. Without namespaces it may be refused another user.
+func dropPrivileges(confinement string) error {
 	for capability := range uintptr(64) {
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0)
 		if err != nil && !errors.Is(err, unix.EINVAL) && os.Geteuid() == 0 {
 			return fmt.Errorf("drop capability %d: %w", capability, err)
 		}
 	}
-	if changeUser {
-		for _, call := range [][4]uintptr{
-			{unix.SYS_SETGROUPS}, {unix.SYS_SETRESGID, rendererUID, rendererUID, rendererUID}, {unix.SYS_SETRESUID, rendererUID, rendererUID, rendererUID},
-		} {
-			// Go's own Setuid is one for all threads, which are about to end.
-			if _, _, errno := unix.RawSyscall(call[0], call[1], call[2], call[3]); errno != 0 {
+	if confinement != "user" && os.Geteuid() == 0 {
+		// The system calls, since Go's own functions would change all threads, which are about to end.
+		const id = rendererUID
+		for _, call := range [][4]uintptr{{unix.SYS_SETGROUPS}, {unix.SYS_SETRESGID, id, id, id}, {unix.SYS_SETRESUID, id, id, id}} {
+			if _, _, errno := unix.RawSyscall(call[0], call[1], call[2], call[3]); errno != 0 && confinement != "bare" {
 				return fmt.Errorf("change user: %w", errno)
 			}
 		}
