@@ -1064,6 +1064,7 @@ func (r *renderer) ask(ctx context.Context, j job) (files, error) {
 	inTime, wanted := watchdog.Stop(), stop()
 
 	// 3. note
+	before := r.used
 	if err != nil || !inTime || !wanted || r.processorTime() > lifeProcessorTime/2 {
 		r.end()
 	}
@@ -1077,6 +1078,8 @@ func (r *renderer) ask(ctx context.Context, j job) (files, error) {
 	switch {
 	case ctx.Err() != nil:
 		return nil, ctx.Err()
+	case !inTime && r.used-before < renderProcessorTime/4: // no template waits for anything but the processor
+		return nil, rendererError{fmt.Errorf("the node is too busy: %s had %v of processor time in %v", r.step, r.used-before, renderTime)}
 	case !inTime:
 		r.limit = "time"
 		return nil, fmt.Errorf("%s takes more than %v", r.step, renderTime)
