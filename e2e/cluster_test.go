@@ -29,6 +29,10 @@ const limit = 3 * time.Minute
 var node *Node
 
 func TestMain(m *testing.M) {
+	if err := buildOldDriver(); err != nil {
+		fmt.Fprintln(os.Stderr, "e2e:", err)
+		os.Exit(1)
+	}
 	os.Exit(onNode(func(n *Node) int {
 		node = n
 		return m.Run()
@@ -56,18 +60,19 @@ func installDriver(t *testing.T, args ...string) string {
 
 func applyDriver(t *testing.T, args ...string) string {
 	t.Helper()
-	content, err := os.ReadFile("../deploy.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	manifest := driverArgsList.ReplaceAllStringFunc(string(content), func(list string) string {
+	return applyManifest(t, readFile(t, "../deploy.yaml"), args...)
+}
+
+func applyManifest(t *testing.T, content string, args ...string) string {
+	t.Helper()
+	manifest := driverArgsList.ReplaceAllStringFunc(content, func(list string) string {
 		indent := driverArgsList.FindStringSubmatch(list)[1]
 		for _, arg := range args {
 			list += indent + "- " + arg + "\n"
 		}
 		return list
 	})
-	if len(args) > 0 && manifest == string(content) {
+	if len(args) > 0 && manifest == content {
 		t.Fatal("deploy.yaml has no list args to add to")
 	}
 	applied, err := kubectlStdin(manifest, "apply", "-f", "-")

@@ -110,7 +110,7 @@ func runNode(dir, tools string) (code int, err error) {
 	if err := os.Symlink(tools, filepath.Join(dir, "bin")); err != nil {
 		return 0, err
 	}
-	if err := buildDriver(dir); err != nil {
+	if err := buildDriver("..", filepath.Join(dir, "connectors-csi")); err != nil {
 		return 0, err
 	}
 	init, release, err := startInit(dir)

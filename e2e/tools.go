@@ -203,10 +203,10 @@ func lock(path string) (unlock func() error, err error) {
 	return file.Close, nil
 }
 
-// buildDriver builds the driver's static binary as its Dockerfile does.
-func buildDriver(dir string) error {
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(dir, "connectors-csi"), ".")
-	cmd.Dir = ".."
+// buildDriver builds a static binary from the driver's sources in a directory, as its Dockerfile does.
+func buildDriver(sources, binary string) error {
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", binary, ".")
+	cmd.Dir = sources
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("go build of the driver: %w\n%s", err, out)
