@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -292,6 +293,43 @@ func (ns namespace) running(pods ...string) {
 	}
 }
 
+// deploy runs Pods like that of podManifest, as a Deployment, and returns how long it took until all were ready.
+func (ns namespace) deploy(name string, pods int, attributes string) time.Duration {
+	ns.Helper()
+	_, spec, _ := strings.Cut(podManifest(name, attributes), "\nspec:\n")
+	began := time.Now()
+	ns.apply(fmt.Sprintf(`
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: %s}
+spec:
+  replicas: %d
+  selector: {matchLabels: {app: %s}}
+  template:
+    metadata: {labels: {app: %s}}
+    spec:
+    %s
+`, name, pods, name, name, strings.ReplaceAll(spec, "\n", "\n    ")))
+	ns.kubectl("wait", fmt.Sprintf("--for=jsonpath={.status.readyReplicas}=%d", pods), "deployment/"+name, "--timeout=5m")
+	return time.Since(began)
+}
+
+// deleteDeployment deletes a Deployment, which has all of the namespace's Pods, and waits until nothing is left of them.
+func (ns namespace) deleteDeployment(name string) {
+	ns.Helper()
+	uids := ns.uids()
+	ns.kubectl("delete", "deployment", name, "--cascade=foreground", "--timeout=5m")
+	for _, uid := range uids {
+		ns.gone(uid)
+	}
+}
+
+// uids returns those of the namespace's Pods.
+func (ns namespace) uids() []string {
+	ns.Helper()
+	return strings.Fields(ns.kubectl("get", "pods", "--output=jsonpath={.items[*].metadata.uid}"))
+}
+
 // deletePod deletes a Pod and waits until the API server has forgotten it.
 func (ns namespace) deletePod(name string) {
 	ns.Helper()
@@ -500,28 +538,110 @@ func restartKubelet(ns namespace) {
 	})
 }
 
+// freshDriver replaces the driver's Pod by a new one, whose log and cgroup begin anew.
+func freshDriver(t *testing.T) {
+	t.Helper()
+	driverNamespace(t).kubectl("delete", "pod", driverPods, "--timeout=2m")
+	awaitDriver(t)
+}
+
+// wantNoRestart checks that the driver's container is the first of its Pod.
+func wantNoRestart(t *testing.T) {
+	t.Helper()
+	if restarts := driverPod(t, ".status.containerStatuses[0].restartCount"); restarts != "0" {
+		t.Errorf("the driver was restarted %s times", restarts)
+	}
+}
+
 // driverMemory returns the most memory that the driver's container has had, and its limit, in bytes.
 func driverMemory(t *testing.T) (peak, most int64) {
 	t.Helper()
-	id := strings.TrimPrefix(driverPod(t, ".status.containerStatuses[0].containerID"), "containerd://")
-	root, peakFile, limitFile := cgroupRoot+"/memory", "memory.max_usage_in_bytes", "memory.limit_in_bytes"
-	if v2, err := isCgroup2(); err != nil {
-		t.Fatal(err)
-	} else if v2 {
-		root, peakFile, limitFile = cgroupRoot, "memory.peak", "memory.max"
+	return driverCgroup(t, "memory/memory.max_usage_in_bytes", "memory.peak"), driverCgroup(t, "memory/memory.limit_in_bytes", "memory.max")
+}
+
+// driverProcessorTime returns the processor time that the processes of the driver's container have used.
+func driverProcessorTime(t *testing.T) time.Duration {
+	t.Helper()
+	if v2, _ := isCgroup2(); v2 {
+		return time.Duration(driverCgroup(t, "", "cpu.stat")) * time.Microsecond
 	}
-	read := func(file string) int64 {
-		paths, _ := filepath.Glob(filepath.Join(root, filepath.Base(node.dir), "kubepods/*/*", id, file))
-		if len(paths) != 1 {
-			t.Fatalf("the cgroup of container %s: %q", id, paths)
-		}
-		value, err := strconv.ParseInt(strings.TrimSpace(readFile(t, paths[0])), 10, 64)
+	return time.Duration(driverCgroup(t, "cpuacct/cpuacct.usage", ""))
+}
+
+// driverCgroup returns the first number in a file of the driver's container: one below a controller's hierarchy with
+// cgroup v1, or one of v2.
+func driverCgroup(t *testing.T, v1, v2 string) (value int64) {
+	t.Helper()
+	id := strings.TrimPrefix(driverPod(t, ".status.containerStatuses[0].containerID"), "containerd://")
+	root, file := filepath.Join(cgroupRoot, filepath.Dir(v1)), filepath.Base(v1)
+	if isV2, err := isCgroup2(); err != nil {
+		t.Fatal(err)
+	} else if isV2 {
+		root, file = cgroupRoot, v2
+	}
+	paths, _ := filepath.Glob(filepath.Join(root, filepath.Base(node.dir), "kubepods/*/*", id, file))
+	if len(paths) != 1 {
+		t.Fatalf("the cgroup of container %s: %q", id, paths)
+	}
+	number := regexp.MustCompile(`\d+`).FindString(readFile(t, paths[0])) // "123", or "usage_usec 123" and more
+	value, err := strconv.ParseInt(number, 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return value
+}
+
+// metric returns the sum of the driver's metrics whose name and labels match a pattern.
+func metric(t *testing.T, pattern string) (sum float64) {
+	t.Helper()
+	page, err := httpGet(driverURL(t) + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`(?m)^`+pattern+` (.*)$`).FindAllStringSubmatch(page, -1)
+	if found == nil {
+		t.Fatalf("the driver has no metric %s:\n%s", pattern, page)
+	}
+	for _, match := range found {
+		value, err := strconv.ParseFloat(match[len(match)-1], 64)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return value
+		sum += value
 	}
-	return read(peakFile), read(limitFile)
+	return sum
+}
+
+// publish is what a line of the driver's log says of a NodePublishVolume that failed or changed something.
+type publish struct {
+	namespace string
+	took      time.Duration
+	code, err string // empty where it succeeded
+}
+
+var publishLine = regexp.MustCompile(`msg=publish pod=([^ /]+)/\S+ .*?duration=(\S+)(?: code=(\S+) error=(.*))?\n`)
+
+// publishes returns those that the driver has logged since its start.
+func publishes(t *testing.T) (all []publish) {
+	t.Helper()
+	log := driverNamespace(t).kubectl("logs", driverPods, "--tail=-1")
+	for _, line := range publishLine.FindAllStringSubmatch(log, -1) {
+		took, err := time.ParseDuration(line[2])
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, publish{line[1], took, line[3], line[4]})
+	}
+	return all
+}
+
+// percentile99 returns the time within which 99 of 100 of these publishes ended.
+func percentile99(of []publish) time.Duration {
+	if len(of) == 0 {
+		return 0
+	}
+	sorted := slices.SortedFunc(slices.Values(of), func(a, b publish) int { return cmp.Compare(a.took, b.took) })
+	return sorted[(len(sorted)*99+99)/100-1].took
 }
 
 // claims are those of a ServiceAccount's token that the tests look at.

@@ -383,30 +383,8 @@ func TestHundredPodsAtOnce(t *testing.T) {
 	ns := begin(t)
 	ns.target("load", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
 	const pods = 100
-	began := time.Now()
-	ns.apply(fmt.Sprintf(`
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: load}
-spec:
-  replicas: %d
-  selector: {matchLabels: {app: load}}
-  template:
-    metadata: {labels: {app: load}}
-    spec:
-      terminationGracePeriodSeconds: 1
-      containers:
-      - name: main
-        image: %s
-        command: [sleep, infinity]
-        volumeMounts: [{name: volume, mountPath: /volume}]
-      volumes:
-      - {name: volume, csi: {driver: connectors-csi, readOnly: true, volumeAttributes: %s}}
-`, pods, clientImage, mountTarget))
-	ns.kubectl("wait", fmt.Sprintf("--for=jsonpath={.status.readyReplicas}=%d", pods), "deployment/load", "--timeout=5m")
-	created := time.Since(began)
-
-	uids := strings.Fields(ns.kubectl("get", "pods", "--output=jsonpath={.items[*].metadata.uid}"))
+	created := ns.deploy("load", pods, mountTarget)
+	uids := ns.uids()
 	if len(uids) != pods {
 		t.Errorf("there are %d Pods, not %d", len(uids), pods)
 	}
@@ -421,20 +399,15 @@ spec:
 		}
 	}
 
-	began = time.Now()
-	ns.kubectl("delete", "deployment", "load", "--cascade=foreground", "--timeout=5m")
-	for _, uid := range uids {
-		ns.gone(uid)
-	}
+	began := time.Now()
+	ns.deleteDeployment("load")
 	peak, most := driverMemory(t)
 	t.Logf("%d Pods ran after %v and were gone after %v; the driver had at most %d MiB of memory, its limit is %d MiB",
 		pods, created.Round(time.Second), time.Since(began).Round(time.Second), peak>>20, most>>20)
 	if peak > most/2 { // there is to be room for ten times as many
 		t.Errorf("with %d Pods the driver needed %d MiB, more than half of its limit", pods, peak>>20)
 	}
-	if restarts := driverPod(t, ".status.containerStatuses[0].restartCount"); restarts != "0" {
-		t.Errorf("the driver was restarted %s times", restarts)
-	}
+	wantNoRestart(t)
 }
 
 // The tests below need to see several refreshes, so they shorten the interval of a minute.

@@ -416,7 +416,7 @@ cgroupRoot: /%s
 failCgroupV1: false
 failSwapOn: false
 evictionHard: {memory.available: 50Mi, nodefs.available: 1%%, nodefs.inodesFree: 1%%, imagefs.available: 1%%}
-maxPods: 150
+maxPods: 240
 podLogsDir: %s
 resolvConf: ""
 syncFrequency: 5s

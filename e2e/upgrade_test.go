@@ -122,8 +122,12 @@ func TestUpgradeAndRollback(t *testing.T) {
 		t.Fatal("the driver was not upgraded")
 	}
 	follow("https://three.example.com")
-	ns.apply(podOfVolumes("many-again", 20, mountTarget))
+	// What a Connector's author must not do is refused; what he did before stays in the Pod, and in the API server.
+	ns.failedMount("injected", "code = FailedPrecondition", "spec.address")
+	ns.want("injected", "/volume/address", "https://one.example.com\n[core]")
 	ns.kubectl("label", "connector", "injection", "kept=yes")
+	ns.apply(podOfVolumes("many-again", 20, mountTarget))
+	ns.failedMount("many-again", "code = ResourceExhausted", "volumes")
 	installOldDriver(t, quickRefresh)
 	ns.running("many-again")
 	follow("https://four.example.com")
@@ -136,9 +140,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 		}
 	}
 	installDriver(t)
-	for _, pod := range pods {
-		ns.kubectl("delete", "pod", pod, "--wait=false")
-	}
+	ns.kubectl("delete", "pods", "--all", "--timeout=2m")
 	for _, uid := range uids {
 		ns.gone(uid)
 	}

@@ -1,0 +1,328 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// What people who may write Pods and Connectors in their own namespaces can do to the driver, which serves everybody:
+// little. The figures are printed; the bounds are those that README.md promises.
+
+// hostileClass is an honest one: what is hostile are the parameters that Pods set.
+var hostileClass = configurations{
+	"until":   {"until": "{{ range until (int .configurations.count) }}x{{ end }}"},
+	"repeat":  {"repeat": `{{ repeat (int .configurations.count) "x" }}`},
+	"address": {"address": "{{ .connector.spec.address }}"},
+	"many":    manyFiles(255),
+}
+
+func manyFiles(count int) map[string]string {
+	files := map[string]string{}
+	for i := range count {
+		files[fmt.Sprintf("file-%d", i)] = ""
+	}
+	return files
+}
+
+// withCount are the attributes of a volume with a configuration of hostileClass and its parameter.
+func withCount(configuration string, count int) string {
+	return fmt.Sprintf(`{connector.name: target, configuration.names: %s, configuration.params: '{"%s": {"count": %d}}'}`,
+		configuration, configuration, count)
+}
+
+func TestOnePodsTemplateOrConnectorDoesNotStopTheDriver(t *testing.T) {
+	ns := begin(t)
+	freshDriver(t)
+	ns.class("one", hostileClass)
+	ns.connector("target", "one", "https://one.example.com")
+	ns.allow("default", ns)
+	ns.pod("until", withCount("until", 1000000000))
+	ns.refused("until", "code = FailedPrecondition", `ConnectorClass "one", configuration "until", file "until": rendering it takes more than`)
+
+	// 1.4 MB, of which decoded copies are many times as large.
+	lists := strings.TrimSuffix(strings.Repeat("[],", 466_000), ",")
+	ns.create(fmt.Sprintf(`{"apiVersion": "connectors.alauda.io/v1alpha1", "kind": "Connector", "metadata": {"name": "large"},
+		"spec": {"connectorClassName": "one", "address": "https://large.example.com", "lists": [%s]}}`, lists))
+	created := ns.deploy("large", 16, `{connector.name: large, configuration.names: address}`)
+	wantNoRestart(t)
+	peak, most := driverMemory(t)
+	t.Logf("sixteen Pods with a Connector of %d KiB ran after %v; the driver had at most %d MiB of memory, its limit is %d MiB",
+		len(lists)>>10, created.Round(time.Second), peak>>20, most>>20)
+}
+
+func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
+	honest := begin(t)
+	freshDriver(t)
+	honest.target("honest", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
+	// round starts 30 honest Pods, says what their calls took, and deletes them.
+	round := func(name string) time.Duration {
+		t.Helper()
+		before := len(publishes(t))
+		created := honest.deploy(name, 30, mountTarget)
+		calls := slices.DeleteFunc(publishes(t)[before:], func(p publish) bool { return p.namespace != honest.name })
+		failed := slices.IndexFunc(calls, func(p publish) bool { return p.code != "" })
+		p99 := percentile99(calls)
+		t.Logf("%s: 30 honest Pods ran after %v; the 99th percentile of their %d NodePublishVolume is %v",
+			name, created.Round(100*time.Millisecond), len(calls), p99)
+		if len(calls) < 30 || failed >= 0 {
+			t.Errorf("%s: there are %d calls for 30 volumes, and one failed: %v", name, len(calls), failed >= 0)
+		}
+		honest.deleteDeployment(name)
+		return p99
+	}
+	round("alone")
+
+	hostile := []namespace{newNamespace(t), newNamespace(t)}
+	honest.class("hundred", hostileClass)
+	for i, ns := range hostile {
+		ns.connector("target", "hundred", "https://one.example.com")
+		ns.allow("default", ns)
+		var pods []string
+		for j := range 50 {
+			pods = append(pods, podManifest(fmt.Sprintf("hostile-%d", j), withCount("until", 1000000000+100*i+j)))
+		}
+		ns.apply(strings.Join(pods, "---"))
+	}
+	if p99 := round("beside"); p99 > 5*time.Second {
+		t.Errorf("while hostile Pods start, the 99th percentile of NodePublishVolume of honest ones is %v", p99)
+	}
+
+	// Steady is what comes when each has been refused, and each namespace has used up what it had.
+	honest.eventually(func() error {
+		for _, ns := range hostile {
+			tried := ns.pending()
+			if tried != 50 {
+				return fmt.Errorf("of the 50 Pods of namespace %s %d are known to be refused", ns.name, tried)
+			}
+			if !slices.ContainsFunc(publishes(t), func(p publish) bool { return p.namespace == ns.name && p.code == "ResourceExhausted" }) {
+				return fmt.Errorf("namespace %s has not used up its processor time", ns.name)
+			}
+		}
+		return nil
+	})
+	round("after")
+	began, used := time.Now(), driverProcessorTime(t)
+	before := len(publishes(t))
+	time.Sleep(time.Minute) // the time over which is measured
+	used = driverProcessorTime(t) - used
+	share := used.Seconds() / time.Since(began).Seconds()
+	peak, most := driverMemory(t)
+	t.Logf("steady: with %d hostile calls in a minute the driver and its renderers use %.1f %% of a core; they had at most %d MiB of memory, the limit is %d MiB",
+		len(publishes(t))-before, 100*share, peak>>20, most>>20)
+	if share > 0.25 {
+		t.Errorf("hostile Pods keep the driver busy for %.2f of a core", share)
+	}
+	wantNoRestart(t)
+	for _, p := range publishes(t) {
+		limit := p.code == "FailedPrecondition" && strings.Contains(p.err, "rendering it takes more than")
+		if p.namespace != honest.name && !limit && !(p.code == "ResourceExhausted" && strings.Contains(p.err, "processor time")) {
+			t.Errorf("a hostile Pod was refused with %s: %s", p.code, p.err)
+		}
+	}
+	for _, ns := range hostile {
+		uids := ns.uids()
+		ns.kubectl("delete", "pods", "--all", "--timeout=3m")
+		for _, uid := range uids {
+			ns.gone(uid)
+		}
+	}
+}
+
+// pending returns how many of the namespace's Pods have an event that a volume could not be mounted, and do not run.
+func (ns namespace) pending() int {
+	ns.Helper()
+	refused := map[string]bool{}
+	for pod := range strings.FieldsSeq(ns.kubectl("get", "events", "--field-selector=reason=FailedMount",
+		"--output=jsonpath={.items[*].involvedObject.name}")) {
+		refused[pod] = true
+	}
+	for pod := range strings.FieldsSeq(ns.kubectl("get", "pods", "--field-selector=status.phase!=Pending",
+		"--output=jsonpath={.items[*].metadata.name}")) {
+		delete(refused, pod)
+	}
+	return len(refused)
+}
+
+// A tenant who has no right on classes does all at once that Pods, ServiceAccounts and Connectors are good for: he fills
+// the memory for files and objects, uses up processor time, asks for what does not exist, and scrapes the metrics.
+func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
+	honest := begin(t)
+	freshDriver(t)
+	honest.target("neighbour", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
+	alone := honest.fastest("alone")
+
+	tenant := newNamespace(t)
+	tenant.class("tenant", hostileClass)
+	tenant.connector("target", "tenant", "https://one.example.com")
+	tenant.allow("default", tenant)
+	stop := scrape(driverURL(t)+"/metrics", 64)
+	defer stop()
+	// Kubelet's own limit is 110 Pods: 20 are the neighbour's, one is the driver's.
+	const full = 65
+	tenant.fill(0, full)
+	honest.eventually(func() error {
+		mounted := 0
+		for _, uid := range tenant.uids() {
+			mounted += len(mounts(uid))
+		}
+		if mounted < 2*full {
+			return fmt.Errorf("of %d volumes %d are mounted", 2*full, mounted)
+		}
+		return nil
+	})
+	tenant.objects(8)
+	var pods []string
+	for i := range 8 {
+		pods = append(pods, podManifest(fmt.Sprintf("until-%d", i), withCount("until", 1000000000+i)),
+			podOfVolumes(fmt.Sprintf("many-%d", i), 17, `{connector.name: target, configuration.names: many}`))
+	}
+	tenant.apply(strings.Join(pods, "---"))
+
+	beside := honest.fastest("beside")
+	t.Logf("20 Pods of a neighbour run after %v alone, and after %v beside the tenant", alone, beside)
+	if beside > alone*3/2 {
+		t.Errorf("beside the tenant a neighbour's Pods take %.1f times as long", beside.Seconds()/alone.Seconds())
+	}
+	honest.deploy("running", 20, mountTarget)
+	honest.quickRepublishes()
+
+	// With more Pods than kubelet allows by default he fills the node's budget too. That stops new volumes, not those there are.
+	tenant.fill(full, full+60)
+	honest.eventually(func() error {
+		used, budget := metric(t, "connectors_csi_volumes_bytes"), metric(t, "connectors_csi_volumes_budget_bytes")
+		if used < 0.95*budget || used > budget {
+			return fmt.Errorf("the volumes use %.0f of %.0f bytes", used, budget)
+		}
+		return nil
+	})
+	tenant.failedMount(fmt.Sprintf("full-%d", full+59), "code = ResourceExhausted", "--volumes-budget")
+	honest.kubectl("patch", "connector", "target", "--type=merge", "--patch", `{"spec": {"address": "https://two.example.com"}}`)
+	for _, uid := range honest.uids() {
+		honest.eventually(func() error {
+			if address := readFile(t, volumeDir(uid, "volume")+"/address"); address != "https://two.example.com" {
+				return fmt.Errorf("Pod %s has the address %q", uid, address)
+			}
+			return nil
+		})
+	}
+	wantNoRestart(t)
+	peak, most := driverMemory(t)
+	t.Logf("with every budget full the driver had at most %d MiB of memory, its limit is %d MiB", peak>>20, most>>20)
+
+	tenant.kubectl("delete", "pods", "--all", "--timeout=5m")
+	honest.eventually(func() error {
+		if used := metric(t, "connectors_csi_volumes_bytes"); used > 20*1024*1024 {
+			return fmt.Errorf("the tenant's Pods are deleted, and the volumes use %.0f bytes", used)
+		}
+		return nil
+	})
+}
+
+// fill creates Pods whose volumes are as large as a Pod's may be. A volume that cannot be mounted keeps their
+// containers from being started, which would cost the node more than the driver.
+func (ns namespace) fill(from, to int) {
+	ns.Helper()
+	var pods []string
+	for i := from; i < to; i++ {
+		pod := podOfVolumes(fmt.Sprintf("full-%d", i), 3, "ATTRIBUTES")
+		for _, attributes := range []string{
+			withCount("repeat", 1000000-i), withCount("repeat", 1003000-i), `{connector.name: nobody, configuration.names: address}`,
+		} {
+			pod = strings.Replace(pod, "ATTRIBUTES", attributes, 1)
+		}
+		pods = append(pods, pod)
+	}
+	ns.apply(strings.Join(pods, "---"))
+}
+
+// objects creates 32 Connectors of 100 KiB, and as many Pods as given, each with a ServiceAccount of its own, that
+// mount all of them.
+func (ns namespace) objects(pods int) {
+	ns.Helper()
+	var names []string
+	for i := range 32 {
+		name := fmt.Sprintf("large-%d", i)
+		names = append(names, name)
+		ns.create(fmt.Sprintf(`{"apiVersion": "connectors.alauda.io/v1alpha1", "kind": "Connector", "metadata": {"name": %q},
+			"spec": {"connectorClassName": "tenant", "address": "https://large.example.com", "text": "%s"}}`, name, strings.Repeat("x", 100<<10)))
+	}
+	for i := range pods {
+		account := fmt.Sprintf("objects-%d", i)
+		ns.kubectl("create", "serviceaccount", account)
+		ns.allow(account, ns)
+		ns.pod(account, `{configuration.names: address, connectors: "`+strings.Join(names, ",")+`"}`, "serviceAccountName: "+account)
+	}
+}
+
+// create creates an object that is too large for kubectl apply.
+func (ns namespace) create(manifest string) {
+	ns.Helper()
+	if _, err := kubectlStdin(manifest, "--namespace", ns.name, "create", "-f", "-"); err != nil {
+		ns.Fatal(err)
+	}
+}
+
+// quickRepublishes checks the calls of a while that changed nothing and so are not in the log, but in the metrics: their
+// 99th percentile is below 50 ms.
+func (ns namespace) quickRepublishes() {
+	ns.Helper()
+	const name = "connectors_csi_publish_duration_seconds"
+	count := func() (all, quick, logged, loggedQuick int) {
+		for _, p := range publishes(ns.T) {
+			logged++
+			if p.took <= 50*time.Millisecond {
+				loggedQuick++
+			}
+		}
+		return int(metric(ns.T, name+"_count")), int(metric(ns.T, name+`_bucket{le="0.05"}`)), logged, loggedQuick
+	}
+	all, quick, logged, loggedQuick := count()
+	var republishes, slow int
+	ns.eventually(func() error {
+		all2, quick2, logged2, loggedQuick2 := count()
+		republishes = (all2 - all) - (logged2 - logged)
+		slow = republishes - ((quick2 - quick) - (loggedQuick2 - loggedQuick))
+		if republishes < 500 {
+			return fmt.Errorf("there were %d republishes", republishes)
+		}
+		return nil
+	})
+	ns.Logf("of %d republishes beside the tenant, %d took more than 50 ms", republishes, slow)
+	if slow > republishes/100 {
+		ns.Errorf("of %d republishes, %d took more than 50 ms", republishes, slow)
+	}
+}
+
+// fastest starts 20 Pods twice and returns the shorter time.
+func (ns namespace) fastest(name string) time.Duration {
+	ns.Helper()
+	var times []time.Duration
+	for range 2 {
+		times = append(times, ns.deploy(name, 20, mountTarget).Round(100*time.Millisecond))
+		ns.deleteDeployment(name)
+	}
+	return slices.Min(times)
+}
+
+// scrape gets a page every second, many times at once, until stop is called.
+func scrape(url string, times int) (stop func()) {
+	ended := make(chan struct{})
+	var scrapers sync.WaitGroup
+	for range times {
+		scrapers.Go(func() {
+			for {
+				select {
+				case <-ended:
+					return
+				case <-time.After(time.Second):
+					httpGet(url)
+				}
+			}
+		})
+	}
+	return func() { close(ended); scrapers.Wait() }
+}
