@@ -3,6 +3,8 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -33,8 +35,18 @@ const (
 	// that wants no other lifetime uses the token that kubelet passes.
 	kubeletTokenLifetime = 30 * time.Minute
 	minTokenLifetime     = 10 * time.Minute // the API server's own limit for a TokenRequest
+	maxTokenLifetime     = 24 * time.Hour
+	extendedLifetime     = 3607 * time.Second // the API server makes a year of it, for old clients
 
 	maxMessageBytes = 1000 // an event holds 1,024
+	maxQuotedBytes  = 200  // of any one thing that a user wrote, in a message or a log line
+	maxKeyBytes     = 63   // of a quoted key
+
+	// What the volumeAttributes of a new volume may hold.
+	maxAttributeBytes = 32 << 10 // keys and values together
+	maxConnectors     = 32
+	maxConfigurations = 64  // and as many exclusions
+	maxNameBytes      = 253 // as Kubernetes has it for names of objects
 
 	kubeletKeyPrefix = "csi.storage.k8s.io/" // keys of volume_context and secrets that are kubelet's
 	tokensKey        = kubeletKeyPrefix + "serviceAccount.tokens"
@@ -194,9 +206,10 @@ func (d *driver) NodeUnpublishVolume(_ context.Context, request *csi.NodeUnpubli
 	return &csi.NodeUnpublishVolumeResponse{}, nil
 }
 
-// publication is a validated request to publish.
+// publication is a validated request to publish. It is kept as long as the volume, so it holds nothing more of the
+// request than is needed.
 type publication struct {
-	request    *csi.NodePublishVolumeRequest
+	digest     [sha256.Size]byte // of the request
 	target     string
 	pod        podIdentity
 	token      string // the Pod's, from kubelet
@@ -204,21 +217,33 @@ type publication struct {
 	who        access
 }
 
-// sameAs tells whether a request would be validated with the same result.
-func (p *publication) sameAs(request *csi.NodePublishVolumeRequest) bool {
-	last, mount, lastMount := p.request, request.VolumeCapability.GetMount(), p.request.VolumeCapability.GetMount()
-	return request.VolumeId == last.VolumeId && request.TargetPath == last.TargetPath && request.Readonly == last.Readonly &&
-		mount != nil && mount.VolumeMountGroup == lastMount.VolumeMountGroup &&
-		maps.Equal(request.VolumeContext, last.VolumeContext) && maps.Equal(request.Secrets, last.Secrets)
+// digestOf identifies all of a request that validate looks at. The length stands before each text, and the number
+// before several of them, so that no two different requests give the same bytes.
+func digestOf(request *csi.NodePublishVolumeRequest) [sha256.Size]byte {
+	var data []byte
+	add := func(texts ...string) {
+		data = binary.AppendUvarint(data, uint64(len(texts)))
+		for _, text := range texts {
+			data = append(binary.AppendUvarint(data, uint64(len(text))), text...)
+		}
+	}
+	capability, mount := request.VolumeCapability, request.VolumeCapability.GetMount()
+	add(request.VolumeId, request.TargetPath, request.Secrets[tokensKey], mount.GetFsType(), mount.GetVolumeMountGroup(),
+		fmt.Sprint(request.Readonly, mount != nil, int32(capability.GetAccessMode().GetMode())))
+	add(mount.GetMountFlags()...)
+	for _, key := range slices.Sorted(maps.Keys(request.VolumeContext)) {
+		add(key, request.VolumeContext[key])
+	}
+	return sha256.Sum256(data)
 }
 
 // validate checks all that can be checked without reading anything. For a republish with the same request it
 // returns the volume's publication itself. With an error it returns as much as is known of the Pod.
 func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, error) {
-	if known := d.recall(request.TargetPath); known != nil && known.publication.sameAs(request) {
+	p := &publication{digest: digestOf(request), target: request.TargetPath}
+	if known := d.recall(p.target); known != nil && known.publication.digest == p.digest {
 		return known.publication, nil
 	}
-	p := &publication{request: request, target: request.TargetPath}
 	// Until the token's claims are known, for the log only.
 	p.pod.namespace, p.pod.name = request.VolumeContext[kubeletKeyPrefix+"pod.namespace"], request.VolumeContext[kubeletKeyPrefix+"pod.name"]
 	fail := func(format string, a ...any) (*publication, error) {
@@ -235,10 +260,16 @@ func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, 
 	case !request.Readonly:
 		return fail("the volume must be read-only: set csi.readOnly: true in the Pod's volume")
 	}
+	isNew := !isPublished(p.target) // a mounted one goes on with what was allowed when it was new
+	if isNew {
+		if err := checkNew(request); err != nil {
+			return fail("%v", err)
+		}
+	}
 	if group := request.VolumeCapability.GetMount().VolumeMountGroup; group != "" {
 		gid, err := strconv.ParseUint(group, 10, 31)
 		if err != nil {
-			return fail("volume_mount_group %q is not a group ID", group)
+			return fail("volume_mount_group %q is not a group ID", cut(group, maxQuotedBytes))
 		}
 		p.who = access{gid: int(gid), hasGroup: true}
 	}
@@ -253,10 +284,49 @@ func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, 
 	if err := checkIdentity(p.pod, uid, request.VolumeContext); err != nil {
 		return p, err
 	}
-	if p.attributes, err = parseAttributes(request.VolumeContext, p.pod.namespace, d.builtInFiles); err != nil {
+	p.attributes, err = parseAttributes(request.VolumeContext, p.pod.namespace, d.builtInFiles)
+	if err == nil && isNew {
+		err = p.attributes.check()
+	}
+	if err != nil {
 		return fail("%v", err)
 	}
+	p.attributes.lifetime = min(p.attributes.lifetime, maxTokenLifetime)
 	return p, nil
+}
+
+// checkNew refuses for a new volume what would be ignored without a word, and too many bytes of attributes.
+func checkNew(request *csi.NodePublishVolumeRequest) error {
+	mount, mode := request.VolumeCapability.GetMount(), request.VolumeCapability.GetAccessMode().GetMode()
+	ephemeral, ok := request.VolumeContext[kubeletKeyPrefix+"ephemeral"]
+	switch {
+	case mode == csi.VolumeCapability_AccessMode_UNKNOWN:
+		return errors.New("volume_capability has no access_mode; the CSI specification requires one, and kubelet sends it")
+	case mount.FsType != "" && mount.FsType != "tmpfs":
+		return fmt.Errorf("fs_type %q: the volume is a tmpfs; leave csi.fsType out of the Pod's volume",
+			cut(mount.FsType, maxQuotedBytes))
+	case len(mount.MountFlags) > 0:
+		return fmt.Errorf("mount_flags %q: mount options are not supported; leave mountOptions out",
+			cut(mount.MountFlags[0], maxQuotedBytes))
+	case ok && ephemeral != "true":
+		return fmt.Errorf("%sephemeral is %q: only inline volumes can be mounted; write csi: in the Pod's volumes, "+
+			"not persistentVolumeClaim:", kubeletKeyPrefix, cut(ephemeral, maxQuotedBytes))
+	}
+	sum, largest, size := 0, "", 0
+	for key, value := range request.VolumeContext {
+		if strings.HasPrefix(key, kubeletKeyPrefix) {
+			continue
+		}
+		bytes := len(key) + len(value)
+		if sum += bytes; bytes > size {
+			largest, size = key, bytes
+		}
+	}
+	if sum > maxAttributeBytes {
+		return fmt.Errorf("volumeAttributes may have %d bytes, not %d; the largest is %q with %d: make it smaller, "+
+			"or use several volumes", maxAttributeBytes, sum, cut(largest, maxKeyBytes), size)
+	}
+	return nil
 }
 
 // checkTarget makes sure that the target path is one that kubelet makes,
@@ -273,7 +343,7 @@ func (d *driver) checkTarget(target string) (podUID string, err error) {
 	if !ok || filepath.Clean(target) != target || len(parts) != 5 ||
 		parts[1] != "volumes" || parts[2] != "kubernetes.io~csi" || parts[4] != "mount" {
 		return "", status.Errorf(codes.InvalidArgument, "target_path %q is not %s/<Pod uid>/volumes/kubernetes.io~csi/<volume>/mount; "+
-			"if kubelet has another --root-dir, set --kubelet-dir to it", target, d.podsDir)
+			"if kubelet has another --root-dir, set --kubelet-dir to it", cut(target, maxQuotedBytes), d.podsDir)
 	}
 	return parts[0], nil
 }
@@ -302,7 +372,8 @@ func checkIdentity(pod podIdentity, targetUID string, volumeContext map[string]s
 	}
 	for key, claim := range claims {
 		if said, ok := volumeContext[kubeletKeyPrefix+key]; ok && said != claim {
-			return status.Errorf(codes.PermissionDenied, "%s%s is %q, but the token is that of %q", kubeletKeyPrefix, key, said, claim)
+			return status.Errorf(codes.PermissionDenied, "%s%s is %q, but the token is that of %q",
+				kubeletKeyPrefix, key, cut(said, maxQuotedBytes), claim)
 		}
 	}
 	if pod.uid != targetUID {
@@ -314,7 +385,8 @@ func checkIdentity(pod podIdentity, targetUID string, volumeContext map[string]s
 // reference names a Connector.
 type reference struct{ namespace, name string }
 
-func (r reference) String() string { return r.namespace + "/" + r.name }
+// String is for messages and the log.
+func (r reference) String() string { return cut(r.namespace+"/"+r.name, maxQuotedBytes) }
 
 // attributes are the volumeAttributes of a Pod's volume.
 type attributes struct {
@@ -336,9 +408,10 @@ const (
 var knownAttributes = []string{attrConfigurations, attrParams, attrName, attrNamespace, attrConnectors, attrExpiration}
 
 func parseAttributes(volumeContext map[string]string, podNamespace string, builtIn bool) (attributes, error) {
-	a := attributes{lifetime: kubeletTokenLifetime, selection: selection{builtIn: builtIn}}
+	a := attributes{selection: selection{builtIn: builtIn}}
 	for key := range volumeContext {
 		if !slices.Contains(knownAttributes, key) && !strings.HasPrefix(key, kubeletKeyPrefix) {
+			key = cut(key, maxKeyBytes) // the search for the nearest takes time in proportion to it
 			return a, fmt.Errorf("unknown attribute %q in volumeAttributes: did you mean %q? Known are: %s",
 				key, nearest(key, knownAttributes), strings.Join(knownAttributes, ", "))
 		}
@@ -360,12 +433,37 @@ func parseAttributes(volumeContext map[string]string, podNamespace string, built
 	if a.selection.params, err = parseParams(volumeContext[attrParams], a.selection.configurations); err != nil {
 		return a, err
 	}
-	if text := volumeContext[attrExpiration]; text != "" {
-		if a.lifetime, err = time.ParseDuration(text); err != nil || a.lifetime < minTokenLifetime {
-			return a, fmt.Errorf("%s %q is not a duration of at least %v, such as 30m or 1h30m", attrExpiration, text, minTokenLifetime)
+	a.lifetime, err = parseLifetime(volumeContext[attrExpiration])
+	return a, err
+}
+
+// check refuses for a new volume more than a volume may have.
+func (a attributes) check() error {
+	if len(a.connectors) > maxConnectors {
+		return fmt.Errorf("%s may name %d Connectors, not %d: use several volumes",
+			attrConnectors, maxConnectors, len(a.connectors))
+	}
+	for _, names := range [][]string{a.selection.configurations, a.selection.excluded} {
+		if len(names) > maxConfigurations {
+			return fmt.Errorf("%s may have %d configurations and as many exclusions, not %d: use several volumes",
+				attrConfigurations, maxConfigurations, len(names))
+		}
+		seen := map[string]bool{}
+		for _, name := range names {
+			if len(name) > maxNameBytes {
+				return fmt.Errorf("%s: a name may have %d bytes, not %d as %q has",
+					attrConfigurations, maxNameBytes, len(name), cut(name, maxQuotedBytes))
+			}
+			if seen[name] {
+				return fmt.Errorf("%s has %q twice: name it once", attrConfigurations, cut(name, maxQuotedBytes))
+			}
+			seen[name] = true
 		}
 	}
-	return a, nil
+	if a.lifetime > maxTokenLifetime {
+		return fmt.Errorf("%s may be at most %v, not %v", attrExpiration, maxTokenLifetime, a.lifetime)
+	}
+	return nil
 }
 
 func parseConnectors(volumeContext map[string]string, podNamespace string) ([]reference, error) {
@@ -386,44 +484,73 @@ func parseConnectors(volumeContext map[string]string, podNamespace string) ([]re
 		}
 		references = append(references, reference{namespace, name})
 	}
-	for i, r := range references {
+	seen := map[reference]bool{}
+	for _, r := range references {
 		if !isDNSLabel(r.namespace) || !isDNSName(r.name) {
 			return nil, fmt.Errorf("%q is not a valid Connector: name and namespace must be DNS names of lower-case letters, digits and '-'", r)
 		}
-		if slices.Contains(references[:i], r) {
+		if seen[r] {
 			return nil, fmt.Errorf("%s names the Connector %q twice", attrConnectors, r)
 		}
+		seen[r] = true
 	}
 	return references, nil
 }
 
-// parseParams reads {"<configuration>": {"<parameter>": value, …}, …}.
+// parseParams reads {"<configuration>": {"<parameter>": value, …}, …} and leaves the parameters undecoded.
 func parseParams(text string, configurations []string) (map[string]json.RawMessage, error) {
 	if text == "" {
 		return nil, nil
 	}
 	var params map[string]json.RawMessage
 	if err := json.Unmarshal([]byte(text), &params); err != nil || params == nil {
-		return nil, fmt.Errorf(`%s is not a JSON object such as {"config": {"param": "value"}}`, attrParams)
+		hint := ""
+		if syntax := new(json.SyntaxError); errors.As(err, &syntax) { // any other error is in Go's words
+			hint = fmt.Sprintf(" (%v at byte %d)", err, syntax.Offset)
+		}
+		return nil, fmt.Errorf(`%s is not a JSON object such as {"config": {"param": "value"}}%s`, attrParams, hint)
+	}
+	known := map[string]bool{}
+	for _, name := range configurations {
+		known[name] = true
 	}
 	for name, value := range params {
 		switch {
-		case string(value) == "null":
+		case string(value) == "null": // the same as missing
 			delete(params, name)
-		case !slices.Contains(configurations, name):
-			return nil, fmt.Errorf("%s has parameters for %q, which is not in %s: %s", attrParams, name, attrConfigurations, strings.Join(configurations, ", "))
+		case !known[name]:
+			return nil, fmt.Errorf("%s has parameters for %q, which is not in %s: %s", attrParams,
+				cut(name, maxQuotedBytes), attrConfigurations, cut(strings.Join(configurations, ", "), maxQuotedBytes))
 		case value[0] != '{':
-			return nil, fmt.Errorf("%s: the value of %q is not a JSON object", attrParams, name)
+			return nil, fmt.Errorf("%s: the value of %q is not a JSON object", attrParams, cut(name, maxQuotedBytes))
 		}
 	}
 	return params, nil
 }
 
+func parseLifetime(text string) (time.Duration, error) {
+	if text == "" {
+		return kubeletTokenLifetime, nil
+	}
+	lifetime, err := time.ParseDuration(text)
+	lifetime = lifetime.Truncate(time.Second) // a TokenRequest has whole seconds
+	switch {
+	case err != nil || lifetime < minTokenLifetime:
+		return 0, fmt.Errorf("%s %q is not a duration of at least %v, such as 30m or 1h30m",
+			attrExpiration, cut(text, maxQuotedBytes), minTokenLifetime)
+	case lifetime == extendedLifetime:
+		return 0, fmt.Errorf("%s may not be %v: the API server takes %d seconds as a sign to extend a token to a year; use 1h",
+			attrExpiration, lifetime, lifetime/time.Second)
+	}
+	return lifetime, nil
+}
+
+// splitList returns copies, so that what is kept of the text is no more than its items.
 func splitList(text string) []string {
 	var items []string
-	for _, item := range strings.Split(text, ",") {
+	for item := range strings.SplitSeq(text, ",") {
 		if item = strings.TrimSpace(item); item != "" {
-			items = append(items, item)
+			items = append(items, strings.Clone(item))
 		}
 	}
 	return items
@@ -436,7 +563,7 @@ func isDNSLabel(s string) bool { return len(s) <= 63 && dnsLabel.MatchString(s) 
 
 // isDNSName tells whether s can be the name of an object: labels, here of any length, with dots between them.
 func isDNSName(s string) bool {
-	return len(s) <= 253 && !slices.ContainsFunc(strings.Split(s, "."), func(l string) bool { return !dnsLabel.MatchString(l) })
+	return len(s) <= maxNameBytes && !slices.ContainsFunc(strings.Split(s, "."), func(l string) bool { return !dnsLabel.MatchString(l) })
 }
 
 // nearest returns the word with the fewest insertions, deletions and substitutions (Levenshtein distance).
@@ -532,7 +659,7 @@ func collectSources(c *call, pod podIdentity, refs []reference, getConnector fun
 		}
 		name := connector.class
 		if !isDNSName(name) {
-			return nil, status.Errorf(codes.FailedPrecondition, "Connector %q: spec.connectorClassName %q is not the name of a ConnectorClass", ref, cut(name, 200))
+			return nil, status.Errorf(codes.FailedPrecondition, "Connector %q: spec.connectorClassName %q is not the name of a ConnectorClass", ref, cut(name, maxQuotedBytes))
 		}
 		if classes[name] == nil {
 			class, err := getClass(name)
@@ -561,7 +688,7 @@ func proxyAudiences(sources []source) ([]string, error) {
 		if audience != "" && audience != class.proxyAudience && audience != class.classAudience && !isProxy {
 			return nil, fmt.Errorf("Connector %q: the audience %q in its status.proxy.httpAddress is neither one that ConnectorClass %q names "+
 				"(status.proxy.httpAddress.audience, spec.proxy.audience) nor the address of the Connector's proxy",
-				connector.namespace+"/"+connector.name, cut(audience, 200), class.name)
+				connector.namespace+"/"+connector.name, cut(audience, maxQuotedBytes), class.name)
 		}
 		if audience != "" && !slices.Contains(audiences, audience) {
 			audiences = append(audiences, audience)
@@ -694,18 +821,30 @@ func mountStatus(err error) error {
 	return status.Errorf(codes.Internal, "the node's kernel refused the volume: %v; look at the driver's log and at dmesg on the node", err)
 }
 
-// errorStatus keeps a message within what an event can hold, and valid UTF-8, since parts of it come from
-// classes and their templates.
+// errorStatus keeps a message within what an event can hold.
 func errorStatus(err error) error {
 	s, _ := status.FromError(err)
 	if len(s.Message()) <= maxMessageBytes {
 		return err
 	}
-	return status.Error(s.Code(), strings.ToValidUTF8(s.Message()[:maxMessageBytes], "")+" …")
+	return status.Error(s.Code(), cut(s.Message(), maxMessageBytes))
+}
+
+// cut shortens a text to so many bytes of valid UTF-8, since parts of it may come from anybody.
+func cut(text string, limit int) string {
+	if len(text) <= limit {
+		return text
+	}
+	return strings.ToValidUTF8(text[:limit], "") + " …"
 }
 
 // logCall writes the one line of a call that failed or changed something.
 func logCall(call string, err error, attributes ...any) {
+	for i, a := range attributes {
+		if text, ok := a.(string); ok {
+			attributes[i] = cut(text, maxQuotedBytes)
+		}
+	}
 	if err != nil {
 		slog.Error(call, append(attributes, "code", status.Code(err).String(), "error", status.Convert(err).Message())...)
 	} else {

@@ -47,6 +47,9 @@ import (
 // version is set by the linker.
 var version = "dev"
 
+// maxRequestBytes is what a message of kubelet may have: the attributes, two tokens and some room.
+const maxRequestBytes = 128 << 10
+
 func main() {
 	if len(os.Args) > 1 && (os.Args[1] == confineArgument || os.Args[1] == serveArgument) {
 		os.Exit(rendererMain(os.Args[1:]))
@@ -305,7 +308,7 @@ func printFiles(f files, dir string, stdout io.Writer) error {
 // serve runs the driver until ctx ends. Then it finishes the calls under way, each of which ends by itself
 // within publishTimeout, and removes the socket.
 func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
-	server := grpc.NewServer(grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}))
+	server := grpc.NewServer(grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}), grpc.MaxRecvMsgSize(maxRequestBytes))
 	csi.RegisterIdentityServer(server, d)
 	csi.RegisterNodeServer(server, d)
 	r := &registration{socket: socket, server: server}

@@ -1058,6 +1058,9 @@ func TestAttributesAccepted(t *testing.T) {
 		"connectors with namespace":     {"connector.name": "", "connectors": " team-a/git , git"},
 		"the default expiration":        {"token.expiration": "30m"},
 		"an equal one":                  {"token.expiration": "0.5h"},
+		"less than a second more":       {"token.expiration": "30m0.9s"},
+		"params that are null":          {"configuration.params": `{"config": null, "another": null}`},
+		"as many bytes as possible":     {"configuration.params": strings.Repeat(" ", 32<<10-2-len("connector.namegitconfiguration.namesconfigconfiguration.params")) + "{}"},
 	} {
 		t.Run(what, func(t *testing.T) {
 			v := n.volume(attributes)
@@ -1114,6 +1117,25 @@ func TestAttributesRefused(t *testing.T) {
 		"params null":           {attrs{"configuration.params": `null`}, []string{"configuration.params is not a JSON object"}},
 		"params string":         {attrs{"configuration.params": `{"config":"x"}`}, []string{`"config" is not a JSON object`}},
 		"params of another":     {attrs{"configuration.params": `{"first":{}}`}, []string{`"first"`, "not in configuration.names"}},
+		"params too deep": {attrs{"configuration.params": `{"config":` + strings.Repeat("[", 15000) + strings.Repeat("]", 15000) + "}"},
+			[]string{"configuration.params is not a JSON object", "exceeded max depth at byte 10010)"}},
+		"too many bytes": {attrs{"configuration.params": strings.Repeat(" ", 32<<10-100) + "{}", "configuration.names": strings.Repeat("x", 99)},
+			[]string{"volumeAttributes may have 32768 bytes, not 32", `the largest is "configuration.params" with 32690: make it smaller`}},
+		"a large key": {attrs{strings.Repeat("k", 40000): ""},
+			[]string{"volumeAttributes may have 32768 bytes, not 40", `the largest is "` + strings.Repeat("k", 63) + ` …" with 40000`}},
+		"a long key":            {attrs{"connectors" + strings.Repeat("k", 30000): ""}, []string{`unknown attribute "connectors` + strings.Repeat("k", 53) + ` …"`}},
+		"33 Connectors":         {attrs{"connector.name": "-", "connectors": numbered("c", 33)}, []string{"connectors may name 32 Connectors, not 33"}},
+		"65 configurations":     {attrs{"configuration.names": numbered("c", 65)}, []string{"configuration.names may have 64 configurations and as many exclusions, not 65"}},
+		"65 exclusions":         {attrs{"configuration.names": "config," + numbered("!f", 65)}, []string{"configuration.names may have 64 configurations and as many exclusions, not 65"}},
+		"a configuration twice": {attrs{"configuration.names": "config, first, config"}, []string{`configuration.names has "config" twice`}},
+		"an exclusion twice":    {attrs{"configuration.names": "config,!a,! a"}, []string{`configuration.names has "a" twice`}},
+		"long configuration":    {attrs{"configuration.names": strings.Repeat("x", 254)}, []string{"configuration.names: a name may have 253 bytes, not 254"}},
+		"more than a day":       {attrs{"token.expiration": "24h0m1s"}, []string{"token.expiration may be at most 24h0m0s, not 24h0m1s"}},
+		"45 years":              {attrs{"token.expiration": "400000h"}, []string{"token.expiration may be at most 24h0m0s"}},
+		"more than a Duration":  {attrs{"token.expiration": "9999999h"}, []string{`token.expiration "9999999h" is not a duration`}},
+		"3607 seconds":          {attrs{"token.expiration": "1h0m7s"}, []string{"token.expiration may not be 1h0m7s", "3607 seconds", "a year"}},
+		"nearly 3608 seconds":   {attrs{"token.expiration": "3607.999s"}, []string{"token.expiration may not be 1h0m7s"}},
+		"nearly ten minutes":    {attrs{"token.expiration": "9m59.999s"}, []string{"at least 10m"}},
 	} {
 		t.Run(what, func(t *testing.T) {
 			v := n.volume(c.attributes)
@@ -1124,6 +1146,144 @@ func TestAttributesRefused(t *testing.T) {
 	if n.api.count("") > 0 {
 		t.Error("the API server was asked for one of them")
 	}
+}
+
+// numbered is a list of so many names.
+func numbered(name string, count int) string {
+	var names []string
+	for i := range count {
+		names = append(names, fmt.Sprint(name, i))
+	}
+	return strings.Join(names, ",")
+}
+
+// A volume may have as many names as the limits say.
+func TestAsManyNamesAsAllowed(t *testing.T) {
+	n := startNode(t)
+	var configurations []object
+	var files, connectors []string
+	for i := range 64 {
+		files = append(files, fmt.Sprint("file", i))
+		configurations = append(configurations, configuration(fmt.Sprint("c", i), files[i], "x"))
+	}
+	for i := range 32 {
+		connectors = append(connectors, fmt.Sprint("git", i))
+		n.api.put(connector("default", connectors[i], "many"))
+	}
+	n.api.put(class("many", append(configurations, configuration("one", "stays", "{{ len .connectors }}"))...))
+	v := n.volume(attrs{"connector.name": "-", "connectors": strings.Join(connectors, ","),
+		"configuration.names": "one," + numbered("c", 63) + ",!" + strings.Join(files[:63], ",!")})
+	v.mustPublish()
+	v.wantFiles("stays")
+	v.want("stays", "32")
+}
+
+// The limits of new volumes do not end one that is mounted: its Pod would be left with an old token.
+func TestMountedVolumesMayHaveMoreThanNewOnes(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.mustPublish()
+	v.attributes["configuration.names"] = "first,config,first,!one,!one" + strings.Repeat(",", 33<<10)
+	v.attributes["token.expiration"] = "48h"
+	v.change = func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.GetMount().FsType = "ext4" }
+	v.mustPublish()
+	v.wantFiles(".gitconfig", "mark", "shared", "token")
+	if got := valueAt(n.api.lastRequest[tokenPath("default", "default")], "spec", "expirationSeconds"); got != 86400. {
+		t.Errorf("a token of %v seconds was asked for, not of a day", got)
+	}
+	other := n.volume(v.attributes)
+	other.change = v.change
+	other.mustRefuse(codes.InvalidArgument, "fs_type")
+}
+
+// A message that is too large never gets into the driver's hands.
+func TestLargestMessage(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.change = func(r *csi.NodePublishVolumeRequest) { r.Secrets["more"] = strings.Repeat("x", 120<<10) }
+	v.mustPublish()
+	v.mustUnpublish()
+	v.change = func(r *csi.NodePublishVolumeRequest) { r.Secrets["more"] = strings.Repeat("x", 128<<10) }
+	v.mustRefuse(codes.ResourceExhausted, "received message larger than max", "131072")
+	v.change = nil
+	v.mustPublish()
+}
+
+// What is kept of a volume is no more than is needed to publish it again.
+func TestMemoryOfVolumes(t *testing.T) {
+	n := startNode(t)
+	held := func() int {
+		runtime.GC() // twice, for what is in a sync.Pool
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int(m.HeapAlloc)
+	}
+	large := func(r *csi.NodePublishVolumeRequest) {
+		r.Secrets["of nodePublishSecretRef"] = strings.Repeat("x", 80<<10)
+		r.VolumeContext["configuration.names"] = "config" + strings.Repeat(",", 30<<10)
+		r.PublishContext = attrs{"more": strings.Repeat("x", 10<<10)}
+	}
+	first := n.volume()
+	first.change = large
+	first.settle()
+	before := held()
+	for range 60 {
+		v := n.volume()
+		v.change = large
+		v.settle()
+	}
+	if grown := held() - before; grown > 1<<20 {
+		t.Errorf("60 volumes hold %d KiB", grown>>10)
+	}
+}
+
+// A request that differs anywhere is validated again, and no two requests are taken for the same.
+func TestDigestOfRequests(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	original := digestOf(v.request())
+	seen := map[[sha256.Size]byte]string{original: "the original"}
+	for what, change := range map[string]func(*csi.NodePublishVolumeRequest){
+		"volume id":   func(r *csi.NodePublishVolumeRequest) { r.VolumeId += "x" },
+		"target path": func(r *csi.NodePublishVolumeRequest) { r.TargetPath += "x" },
+		"from one to another": func(r *csi.NodePublishVolumeRequest) {
+			r.TargetPath, r.VolumeId = r.TargetPath[1:], r.VolumeId+r.TargetPath[:1]
+		},
+		"read-only":            func(r *csi.NodePublishVolumeRequest) { r.Readonly = false },
+		"no capability":        func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = nil },
+		"block":                func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessType = &csi.VolumeCapability_Block{} },
+		"access mode":          func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessMode = nil },
+		"file system":          fsType("tmpfs"),
+		"group":                group("7"),
+		"group as file system": fsType("7"),
+		"a mount flag":         mountFlags("a"),
+		"two":                  mountFlags("a", "b"),
+		"two in one":           mountFlags("ab"),
+		"a flag and an empty":  mountFlags("a", ""),
+		"tokens":               tokens("x"),
+		"no tokens":            func(r *csi.NodePublishVolumeRequest) { r.Secrets = nil },
+		"one more key":         podInfo("x", "y"),
+		"more in the key":      podInfo("xy", ""),
+		"more in the value":    podInfo("", "xy"),
+		"tokens elsewhere":     podInfo("serviceAccount.tokens", v.request().Secrets["csi.storage.k8s.io/serviceAccount.tokens"]),
+	} {
+		request := v.request()
+		change(request)
+		digest := digestOf(request)
+		if seen[digest] != "" {
+			t.Errorf("the digest of %q is that of %q", what, seen[digest])
+		}
+		seen[digest] = what
+	}
+	request := v.request()
+	request.Secrets["of nodePublishSecretRef"] = "x"
+	if digestOf(request) != original {
+		t.Error("a secret that the driver does not use changes the digest")
+	}
+	v.settle()
+	v.change = func(r *csi.NodePublishVolumeRequest) { r.Readonly = false }
+	wantError(t, v.publish(), codes.InvalidArgument, "csi.readOnly: true")
 }
 
 func TestLaterConfigurationWins(t *testing.T) {
@@ -1144,12 +1304,20 @@ func TestRequestsRefused(t *testing.T) {
 		code   codes.Code
 		words  string
 	}{
-		"not read-only":   {func(r *csi.NodePublishVolumeRequest) { r.Readonly = false }, codes.InvalidArgument, "csi.readOnly: true"},
-		"no volume id":    {func(r *csi.NodePublishVolumeRequest) { r.VolumeId = "" }, codes.InvalidArgument, "volume_id"},
-		"no capability":   {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = nil }, codes.InvalidArgument, "volume_capability"},
-		"block":           {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessType = &csi.VolumeCapability_Block{} }, codes.InvalidArgument, "volume_capability"},
-		"group":           {group("staff"), codes.InvalidArgument, `volume_mount_group "staff"`},
-		"negative group":  {group("-1"), codes.InvalidArgument, `volume_mount_group "-1"`},
+		"not read-only":  {func(r *csi.NodePublishVolumeRequest) { r.Readonly = false }, codes.InvalidArgument, "csi.readOnly: true"},
+		"no volume id":   {func(r *csi.NodePublishVolumeRequest) { r.VolumeId = "" }, codes.InvalidArgument, "volume_id"},
+		"no capability":  {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = nil }, codes.InvalidArgument, "volume_capability"},
+		"block":          {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessType = &csi.VolumeCapability_Block{} }, codes.InvalidArgument, "volume_capability"},
+		"group":          {group("staff"), codes.InvalidArgument, `volume_mount_group "staff"`},
+		"negative group": {group("-1"), codes.InvalidArgument, `volume_mount_group "-1"`},
+		"no access mode": {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessMode = nil }, codes.InvalidArgument, "no access_mode"},
+		"unknown mode": {func(r *csi.NodePublishVolumeRequest) {
+			r.VolumeCapability.AccessMode.Mode = csi.VolumeCapability_AccessMode_UNKNOWN
+		}, codes.InvalidArgument, "no access_mode"},
+		"file system":     {fsType("ext4"), codes.InvalidArgument, `fs_type "ext4": the volume is a tmpfs; leave csi.fsType out`},
+		"mount flags":     {mountFlags("exec", "dev"), codes.InvalidArgument, `mount_flags "exec": mount options are not supported`},
+		"persistent":      {podInfo("ephemeral", "false"), codes.InvalidArgument, `csi.storage.k8s.io/ephemeral is "false": only inline volumes can be mounted`},
+		"not ephemeral":   {podInfo("ephemeral", ""), codes.InvalidArgument, `csi.storage.k8s.io/ephemeral is ""`},
 		"other Pod":       {podInfo("pod.name", other.name), codes.PermissionDenied, "pod.name"},
 		"other namespace": {podInfo("pod.namespace", "kube-system"), codes.PermissionDenied, "pod.namespace"},
 		"other uid":       {podInfo("pod.uid", other.uid), codes.PermissionDenied, "pod.uid"},
@@ -1177,6 +1345,14 @@ func TestRequestsRefused(t *testing.T) {
 
 func group(gid string) func(*csi.NodePublishVolumeRequest) {
 	return func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.GetMount().VolumeMountGroup = gid }
+}
+
+func fsType(name string) func(*csi.NodePublishVolumeRequest) {
+	return func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.GetMount().FsType = name }
+}
+
+func mountFlags(flags ...string) func(*csi.NodePublishVolumeRequest) {
+	return func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.GetMount().MountFlags = flags }
 }
 
 func podInfo(key, value string) func(*csi.NodePublishVolumeRequest) {
@@ -1249,7 +1425,10 @@ func TestTokenComesFromSecretsBeforeVolumeContext(t *testing.T) {
 func TestPodInfoMayBeMissing(t *testing.T) {
 	n := startNode(t)
 	v := n.volume()
-	v.change = func(r *csi.NodePublishVolumeRequest) { r.VolumeContext = v.attributes }
+	v.change = func(r *csi.NodePublishVolumeRequest) {
+		r.VolumeContext = v.attributes
+		fsType("tmpfs")(r)
+	}
 	v.mustPublish()
 	v.want("token", v.pod.token)
 }
@@ -2921,6 +3100,58 @@ func TestLog(t *testing.T) {
 	}
 }
 
+// Whatever a user writes, the log and the error hold no more than a little of it.
+func TestLogOfLargeRequests(t *testing.T) {
+	n := startNode(t)
+	long := strings.Repeat("x", 30<<10)
+	quotes := strings.Repeat("\"\x01\n", 10<<10)
+	names := strings.Repeat(strings.Repeat("x", 62)+".", 3) + strings.Repeat("x", 60)
+	for what, c := range map[string]struct {
+		attributes attrs
+		change     func(*csi.NodePublishVolumeRequest)
+	}{
+		"Connector":         {attrs{"connector.name": long}, nil},
+		"namespace":         {attrs{"connector.namespace": long}, nil},
+		"Connectors":        {attrs{"connector.name": "-", "connectors": numbered(names+"-", 32)}, nil},
+		"many Connectors":   {attrs{"connector.name": "-", "connectors": numbered("x", 4000)}, nil},
+		"twice":             {attrs{"connector.name": "-", "connectors": names + "," + names}, nil},
+		"configuration":     {attrs{"configuration.names": long}, nil},
+		"control":           {attrs{"configuration.names": quotes}, nil},
+		"long names":        {attrs{"configuration.names": numbered(names, 64)}, nil},
+		"exclusions":        {attrs{"configuration.names": "config,!" + names}, nil},
+		"params":            {attrs{"configuration.params": `{"` + long + `": {}}`}, nil},
+		"params of long":    {attrs{"configuration.names": numbered(names, 64), "configuration.params": `{"y": {}}`}, nil},
+		"expiration":        {attrs{"token.expiration": long}, nil},
+		"quotes":            {attrs{"token.expiration": quotes}, nil},
+		"key":               {attrs{long: ""}, nil},
+		"large key":         {attrs{long + long: quotes}, nil},
+		"enumeration":       {attrs{"configuration.names": "enum", "configuration.params": `{"enum":{"p":"` + long + `"}}`}, nil},
+		"name of the Pod":   {nil, podInfo("pod.name", long+long)},
+		"namespace of it":   {nil, podInfo("pod.namespace", quotes)},
+		"ephemeral":         {nil, podInfo("ephemeral", long)},
+		"file system":       {nil, fsType(long)},
+		"mount flags":       {nil, mountFlags(long, long)},
+		"group":             {nil, group(long)},
+		"target path":       {nil, func(r *csi.NodePublishVolumeRequest) { r.TargetPath += long }},
+		"a kubelet's Pod":   {attrs{"connector.name": "none"}, podInfo("serviceAccount.name", long)},
+		"not what is asked": {attrs{"y": ""}, podInfo("pod.name", long)},
+	} {
+		t.Run(what, func(t *testing.T) {
+			v := n.volume(c.attributes)
+			v.change = c.change
+			logged := len(logs.String())
+			err := v.publish()
+			line := logs.String()[logged:]
+			if err == nil || strings.Contains(err.Error(), strings.Repeat("x", 201)) {
+				t.Errorf("the error is %v", err)
+			}
+			if len(line) > 4<<10 || !strings.Contains(line, "msg=publish") || strings.Contains(line, strings.Repeat("x", 201)) {
+				t.Errorf("%d bytes in the log: %s", len(line), line)
+			}
+		})
+	}
+}
+
 // ---- Rendering ----
 
 // rendered publishes a volume of one file, from a Connector with some fields, and returns the file.
@@ -3418,7 +3649,8 @@ func TestConfigurationParams(t *testing.T) {
 		`{"config":{"name":"n","list":"a"}}`:       `configuration param "list" must be of type array, not string`,
 		`{"config":{"name":"n","list":["a","c"]}}`: `configuration param "list" must be one of [a b 3], not "c"`,
 		`{"config":{"name":"n","map":[]}}`:         `configuration param "map" must be of type object, not array`,
-		`{"git":{}}`:                               "not in configuration.names: config",
+		`{"config":{"name":"n","kind":"` + strings.Repeat("x", 300) + `"}}`: `must be one of [mirror publish], not "` + strings.Repeat("x", 200) + ` …"`,
+		`{"git":{}}`: "not in configuration.names: config",
 	} {
 		n.volume(attrs{"configuration.params": params}).mustRefuse(codes.InvalidArgument, word)
 	}
@@ -3776,27 +4008,41 @@ func FuzzAttributes(f *testing.F) {
 	f.Fuzz(func(t *testing.T, name, namespace, connectors, configurations, params, expiration, key, value string) {
 		dns := regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 		for _, builtIn := range []bool{false, true} {
-			a, err := parseAttributes(attrs{"connector.name": name, "connector.namespace": namespace, "connectors": connectors, "configuration.names": configurations,
-				"configuration.params": params, "token.expiration": expiration, key: value}, "default", builtIn)
+			sent := attrs{"connector.name": name, "connector.namespace": namespace, "connectors": connectors, "configuration.names": configurations,
+				"configuration.params": params, "token.expiration": expiration, key: value}
+			a, err := parseAttributes(sent, "default", builtIn)
+			if err == nil {
+				err = a.check()
+			}
 			if err != nil {
+				if len(err.Error()) > 2000 {
+					t.Errorf("the message has %d bytes", len(err.Error()))
+				}
 				continue
 			}
-			if len(a.connectors) == 0 || len(a.selection.configurations) == 0 && !builtIn || a.lifetime < 10*time.Minute {
+			if len(a.connectors) == 0 || len(a.selection.configurations) == 0 && !builtIn || len(a.connectors) > 32 ||
+				len(a.selection.configurations) > 64 || len(a.selection.excluded) > 64 {
 				t.Errorf("accepted: %+v", a)
+			}
+			if a.lifetime < 10*time.Minute || a.lifetime > 24*time.Hour || a.lifetime == 3607*time.Second || a.lifetime%time.Second != 0 {
+				t.Errorf("accepted: %v", a.lifetime)
 			}
 			for _, r := range a.connectors {
 				if !dns.MatchString(r.name) || !dns.MatchString(r.namespace) || len(r.name) > 253 || len(r.namespace) > 63 || strings.Contains(r.namespace, ".") {
 					t.Errorf("accepted: %q", r)
 				}
 			}
-			for _, c := range a.selection.configurations {
+			for i, c := range a.selection.configurations {
+				if len(c) > 253 || slices.Contains(a.selection.configurations[:i], c) {
+					t.Errorf("accepted: %q", a.selection.configurations)
+				}
 				if c == "" || c != strings.TrimSpace(c) || strings.ContainsAny(c[:1], "!") || strings.Contains(c, ",") {
 					t.Errorf("accepted: %q", c)
 				}
 			}
-			for c := range a.selection.params {
-				if !slices.Contains(a.selection.configurations, c) {
-					t.Errorf("params of %q", c)
+			for c, text := range a.selection.params {
+				if value, err := decodeJSON(text); !slices.Contains(a.selection.configurations, c) || err != nil || kindOf(value) != "object" {
+					t.Errorf("params of %q: %s", c, text)
 				}
 			}
 		}

@@ -46,7 +46,7 @@ type mountedConnector struct {
 type selection struct {
 	configurations []string                   // by name; files of later ones replace files of earlier ones
 	excluded       []string                   // file names
-	params         map[string]json.RawMessage // a JSON object of parameters by configuration
+	params         map[string]json.RawMessage // by configuration; objects
 	builtIn        bool                       // the built-in files too
 }
 
@@ -104,7 +104,7 @@ func render(mounted []mountedConnector, want selection, token string, announce f
 	for _, name := range want.excluded {
 		if _, ok := out.files[name]; !ok {
 			return nil, podError{fmt.Errorf("configuration.names excludes the file %q, but the volume's files are: %s",
-				name, strings.Join(slices.Sorted(maps.Keys(out.files)), ", "))}
+				cut(name, maxQuotedBytes), strings.Join(slices.Sorted(maps.Keys(out.files)), ", "))}
 		}
 	}
 	for _, name := range want.excluded {
@@ -209,16 +209,17 @@ func unknownConfiguration(name string, classes [][]mountedConnector) error {
 		}
 		known = append(known, fmt.Sprintf("ConnectorClass %q has: %s", nameOf(group[0].class), cmp.Or(strings.Join(names, ", "), "none")))
 	}
-	return fmt.Errorf("configuration %q of configuration.names does not exist; %s", name, strings.Join(known, "; "))
+	return fmt.Errorf("configuration %q of configuration.names does not exist; %s", cut(name, maxQuotedBytes), strings.Join(known, "; "))
 }
 
 // renderConfiguration renders the files of one configuration of a class, with the Connectors of that class.
 func renderConfiguration(out *volumeFiles, group []mountedConnector, configuration object, supplied json.RawMessage,
 	token string, announce func(file string)) error {
-	given, err := decodeParams(supplied)
+	value, err := decodeJSON([]byte(cmp.Or(string(supplied), "{}")))
 	if err != nil {
-		return podError{err}
+		return podError{fmt.Errorf("configuration.params: %w", err)}
 	}
+	given, _ := value.(object)
 	params, err := resolveParams(objectList(configuration, "params"), given)
 	if err != nil {
 		return podError{err}
@@ -302,19 +303,6 @@ func caCert(group []mountedConnector) string {
 	return stringAt(group[0].class, "status", "proxy", "httpAddress", "CACerts")
 }
 
-// decodeParams decodes the parameters that a Pod sets for one configuration.
-func decodeParams(text json.RawMessage) (object, error) {
-	if text == nil {
-		return nil, nil
-	}
-	value, err := decodeJSON(text)
-	params, ok := value.(object)
-	if err != nil || !ok {
-		return nil, errors.New("configuration.params is not a JSON object of JSON objects")
-	}
-	return params, nil
-}
-
 // resolveParams checks the supplied parameters against the declared ones and adds the defaults. Parameters
 // that are not declared pass through, since classes exist that use them without declaring them.
 func resolveParams(declared []object, supplied map[string]any) (map[string]any, error) {
@@ -339,7 +327,7 @@ func resolveParams(declared []object, supplied map[string]any) (map[string]any, 
 		}
 		for _, v := range values {
 			if len(allowed) > 0 && !slices.ContainsFunc(allowed, func(a any) bool { return fmt.Sprint(a) == fmt.Sprint(v) }) {
-				return nil, fmt.Errorf("configuration param %q must be one of %v, not %q", name, allowed, fmt.Sprint(v))
+				return nil, fmt.Errorf("configuration param %q must be one of %v, not %q", name, allowed, cut(fmt.Sprint(v), maxQuotedBytes))
 			}
 		}
 	}
@@ -1022,7 +1010,7 @@ func (p *renderers) startConfined(namespace, confinement string, flags uintptr, 
 	r := &renderer{namespace: namespace, process: cmd, requests: requests, answers: bufio.NewReader(answers)}
 	late := time.AfterFunc(renderTime, r.kill)
 	defer late.Stop()
-	kind, text, err := readFrame(r.answers, maxTextBytes)
+	kind, text, err := readFrame(r.answers, 2*maxTextBytes)
 	if err == nil && kind == frameDone {
 		return r, nil
 	}
@@ -1139,8 +1127,6 @@ func (r *renderer) readAnswer(token string) (_ files, failure, err error) {
 		}
 	}
 }
-
-func cut(text string, n int) string { return text[:min(len(text), n)] }
 
 // A frame is a kind, a length in four bytes, and as many bytes. A request is a frameJob, whose JSON says how many
 // frameObjects follow it; an answer is any number of frameSteps and of pairs of frameName and frameContent, and then
