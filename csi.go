@@ -48,6 +48,8 @@ const (
 	maxConfigurations = 64  // and as many exclusions
 	maxNameBytes      = 253 // as Kubernetes has it for names of objects
 
+	maxUnmountedTokens = 256 // that are kept for volumes which are not mounted yet
+
 	kubeletKeyPrefix = "csi.storage.k8s.io/" // keys of volume_context and secrets that are kubelet's
 	tokensKey        = kubeletKeyPrefix + "serviceAccount.tokens"
 )
@@ -66,19 +68,18 @@ type driver struct {
 	metrics      *metrics
 
 	mu      sync.Mutex
-	busy    map[string]bool    // target paths with a call under way
-	volumes map[string]*volume // by target path
+	busy    map[string]bool        // target paths with a call under way
+	volumes map[string]*volume     // by target path
+	tokens  map[string]issuedToken // that the driver asked for, by target path
 }
 
 // volume remembers what a published volume was made from, so that a republish with the same does nothing.
 // After a restart of the driver it is empty, and the first republish renders again.
 type volume struct {
 	publication *publication
-	token       string      // of the files
-	issued      issuedToken // the token, where the driver asked for it
-	audiences   []string    // of issued
-	versions    []string    // of the Connectors and their classes
-	settled     bool        // the last call found nothing to do, not even an old generation to remove
+	token       string   // of the files
+	versions    []string // of the Connectors and their classes
+	settled     bool     // the last call found nothing to do, not even an old generation to remove
 }
 
 func (d *driver) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
@@ -154,7 +155,7 @@ func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublish
 		return nil, err
 	}
 	next := &volume{publication: p, versions: versionsOf(sources)}
-	if err := d.chooseToken(ctx, p, sources, known, next); err != nil {
+	if next.token, err = d.chooseToken(ctx, p, sources); err != nil {
 		return nil, err
 	}
 	if known.madeFrom(next) {
@@ -202,7 +203,7 @@ func (d *driver) NodeUnpublishVolume(_ context.Context, request *csi.NodeUnpubli
 	if changed, err = unpublishVolume(request.TargetPath); err != nil {
 		return nil, mountStatus(err)
 	}
-	d.remember(request.TargetPath, nil)
+	d.forget(request.TargetPath)
 	return &csi.NodeUnpublishVolumeResponse{}, nil
 }
 
@@ -616,11 +617,33 @@ func (d *driver) recall(target string) *volume {
 func (d *driver) remember(target string, v *volume) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if v == nil {
-		delete(d.volumes, target)
-	} else {
-		d.volumes[target] = v
+	d.volumes[target] = v
+}
+
+// forget drops what remember and keepToken have kept of a volume.
+func (d *driver) forget(target string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.volumes, target)
+	delete(d.tokens, target)
+}
+
+// keepToken keeps a token for the volume's next calls, also for the next try where this one fails. Kubelet sends no
+// unpublish for a volume that was never mounted: so when there are too many of these, their tokens go, and
+// whoever tries again makes the driver ask for another one.
+func (d *driver) keepToken(target string, token issuedToken) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.tokens) >= len(d.volumes)+maxUnmountedTokens {
+		maps.DeleteFunc(d.tokens, func(target string, _ issuedToken) bool { return d.volumes[target] == nil })
 	}
+	d.tokens[target] = token
+}
+
+func (d *driver) keptToken(target string) issuedToken {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.tokens[target]
 }
 
 // madeFrom tells whether a published volume was made from just what the next one would be, and is settled.
@@ -697,28 +720,31 @@ func proxyAudiences(sources []source) ([]string, error) {
 	return audiences, nil
 }
 
-// chooseToken sets the token for the files of the next volume: kubelet's, which kubelet renews, or for another
-// lifetime or audience one that the driver asks for, and asks for again when 80 % of its lifetime are over.
-func (d *driver) chooseToken(ctx context.Context, p *publication, sources []source, known, next *volume) (err error) {
+// chooseToken returns the token for the files: kubelet's, which kubelet renews, or for another lifetime or audience
+// one that the driver asks for, and asks for again when 80 % of its lifetime are over.
+func (d *driver) chooseToken(ctx context.Context, p *publication, sources []source) (string, error) {
+	lifetime := p.attributes.lifetime
 	extra, err := proxyAudiences(sources)
 	if err != nil {
-		return status.Error(codes.FailedPrecondition, err.Error())
+		return "", status.Error(codes.FailedPrecondition, err.Error())
 	}
-	if p.attributes.lifetime == kubeletTokenLifetime && len(extra) == 0 {
-		next.token = p.token
-		return nil
+	if lifetime == kubeletTokenLifetime && len(extra) == 0 {
+		return p.token, nil
 	}
+	var audiences []string
 	if len(extra) > 0 {
-		next.audiences = append(slices.Clone(p.pod.audiences), extra...) // the proxy shows it to the API server
+		audiences = append(slices.Clone(p.pod.audiences), extra...) // the proxy shows it to the API server
 	}
-	if known != nil && known.issued.value != "" && time.Now().Before(known.issued.renew) &&
-		known.publication.attributes.lifetime == p.attributes.lifetime && slices.Equal(known.audiences, next.audiences) {
-		next.issued = known.issued
-	} else if next.issued, err = d.kube.requestToken(ctx, p.pod, next.audiences, p.attributes.lifetime); err != nil {
-		return tokenStatus(err, p)
+	token := d.keptToken(p.target)
+	if time.Now().Before(token.renew) && token.lifetime == lifetime && slices.Equal(token.audiences, audiences) {
+		return token.value, nil
 	}
-	next.token = next.issued.value
-	return nil
+	token, err = d.kube.requestToken(ctx, p.pod, audiences, lifetime)
+	if err != nil {
+		return "", tokenStatus(err, p)
+	}
+	d.keepToken(p.target, token)
+	return token.value, nil
 }
 
 func connectorStatus(err error, ref reference, pod podIdentity) error {

@@ -43,6 +43,8 @@ const (
 	maxObjectsBytes          = 16 << 20
 	// maxCacheBytes is what the cache keeps; what was used longest ago leaves first.
 	maxCacheBytes = 8 << 20
+
+	maxTokenBytes = 16 << 10
 )
 
 // kube reads from the Kubernetes API, for all volumes of the node.
@@ -230,17 +232,21 @@ func (k *kube) getObject(ctx context.Context, places []chan struct{}, resource, 
 	return parseObject(data)
 }
 
-// issuedToken is a token that the driver asked for.
+// issuedToken is a token that the driver asked for, and what it asked for.
 type issuedToken struct {
-	value string
-	renew time.Time // when 80 % of its lifetime are over, as kubelet does it
+	value     string
+	renew     time.Time // when 80 % of its lifetime are over, as kubelet does it
+	lifetime  time.Duration
+	audiences []string
 }
 
 // requestToken asks for a token of the Pod's ServiceAccount that ends with the Pod: the API server refuses it
-// when the Pod's uid is another.
+// when the Pod's uid is another. When to renew it is counted from the request, by the monotonic clock: the node's
+// time of day may be another than the API server's.
 func (k *kube) requestToken(ctx context.Context, pod podIdentity, audiences []string, lifetime time.Duration) (issuedToken, error) {
+	seconds := int64(lifetime / time.Second)
 	spec := map[string]any{
-		"expirationSeconds": int64(lifetime / time.Second),
+		"expirationSeconds": seconds,
 		"boundObjectRef":    map[string]any{"apiVersion": "v1", "kind": "Pod", "name": pod.name, "uid": pod.uid},
 	}
 	if len(audiences) > 0 {
@@ -261,15 +267,17 @@ func (k *kube) requestToken(ctx context.Context, pod podIdentity, audiences []st
 		return issuedToken{}, err
 	}
 	var answer struct {
-		Status struct {
-			Token               string    `json:"token"`
-			ExpirationTimestamp time.Time `json:"expirationTimestamp"`
-		} `json:"status"`
+		Spec   struct{ ExpirationSeconds int64 }
+		Status struct{ Token string }
 	}
-	if err := json.Unmarshal(data, &answer); err != nil || answer.Status.Token == "" {
-		return issuedToken{}, &apiError{http.StatusBadGateway, "the answer to the TokenRequest has no token"}
+	if json.Unmarshal(data, &answer) != nil || answer.Status.Token == "" || len(answer.Status.Token) > maxTokenBytes {
+		return issuedToken{}, &apiError{http.StatusBadGateway, "the answer to the TokenRequest has no token, or a huge one"}
 	}
-	return issuedToken{value: answer.Status.Token, renew: asked.Add(answer.Status.ExpirationTimestamp.Sub(asked) * 8 / 10)}, nil
+	if granted := answer.Spec.ExpirationSeconds; granted > 0 {
+		seconds = min(seconds, granted) // the API server may have a limit of its own
+	}
+	renew := asked.Add(time.Duration(seconds) * time.Second * 8 / 10)
+	return issuedToken{answer.Status.Token, renew, lifetime, audiences}, nil
 }
 
 // apiObject is an object as the API server sent it, with the few fields that the driver itself needs. It is never

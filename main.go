@@ -115,7 +115,7 @@ func run() error {
 	}
 	d := &driver{
 		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, kube: k, renderers: newRenderers("/proc/self/exe", m), metrics: m,
-		busy: map[string]bool{}, volumes: map[string]*volume{},
+		busy: map[string]bool{}, volumes: map[string]*volume{}, tokens: map[string]issuedToken{},
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()

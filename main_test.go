@@ -284,6 +284,7 @@ type apiServer struct {
 	noTokens    bool            // the driver may not request tokens
 	podUIDs     map[string]bool
 	lifetime    time.Duration // of the tokens it issues, if not what the request asks for
+	clock       time.Duration // how far its clock is ahead of the node's
 	requests    map[string]int
 	readers     map[string]string // who was the last to ask for a path
 	lastRequest map[string]object // the last body by path
@@ -502,9 +503,11 @@ func (a *apiServer) issueToken(w http.ResponseWriter, path string, sent object, 
 		}
 	}
 	w.WriteHeader(http.StatusCreated)
-	json.NewEncoder(w).Encode(object{"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "spec": sent["spec"], "status": object{
+	spec := maps.Clone(sent["spec"].(object))
+	spec["expirationSeconds"] = int64(lifetime / time.Second)
+	json.NewEncoder(w).Encode(object{"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "spec": spec, "status": object{
 		"token":               issue(namespace, serviceAccount, map[string]string{"name": podName, "uid": uid}, lifetime, audiences...),
-		"expirationTimestamp": time.Now().Add(lifetime).UTC().Format(time.RFC3339),
+		"expirationTimestamp": time.Now().Add(a.clock).Add(lifetime).UTC().Format(time.RFC3339),
 	}})
 }
 
@@ -560,7 +563,8 @@ func (n *node) start(change ...func(*driver)) {
 	m := newMetrics(n.podsDir())
 	k, err := newKube(time.Hour, m)
 	must(n.t, err)
-	n.driver = &driver{nodeName: "node-1", podsDir: n.podsDir(), kube: k, renderers: newRenderers(rendererBinary(), m), metrics: m, busy: map[string]bool{}, volumes: map[string]*volume{}}
+	n.driver = &driver{nodeName: "node-1", podsDir: n.podsDir(), kube: k, renderers: newRenderers(rendererBinary(), m), metrics: m,
+		busy: map[string]bool{}, volumes: map[string]*volume{}, tokens: map[string]issuedToken{}}
 	for _, c := range change {
 		c(n.driver)
 	}
@@ -1608,9 +1612,14 @@ func TestAPIServerErrorsForClassAndToken(t *testing.T) {
 	v := n.volume(attrs{"token.expiration": "1h"})
 	n.api.answer("/connectorclasses/", 500, statusBody(500, "InternalError", "etcd is gone"))
 	v.mustRefuse(codes.Unavailable, `ConnectorClass "git" of Connector "default/git" cannot be read`, "etcd is gone")
+	if n.api.count(tokenPath("default", "default")) > 0 {
+		t.Error("a token was asked for before the objects were read")
+	}
 	n.api.answer("/token", 500, statusBody(500, "InternalError", "no key"))
 	v.mustRefuse(codes.Unavailable, "no token of 1h0m0s for ServiceAccount default/default", "no key")
 	n.api.answer("/token", 201, `{"status":{}}`)
+	v.mustRefuse(codes.Unavailable, "the answer to the TokenRequest has no token")
+	n.api.answer("/token", 201, `{"status":{"token":"`+strings.Repeat("x", 17<<10)+`"}}`)
 	v.mustRefuse(codes.Unavailable, "the answer to the TokenRequest has no token")
 	n.api.answer("", 0, "")
 	v.mustPublish()
@@ -2678,11 +2687,10 @@ func TestOwnTokenIsRenewedAt80Percent(t *testing.T) {
 		t.Error("a fresh token was renewed")
 	}
 
-	issued := &n.driver.volumes[v.target].issued
-	if at := time.Until(issued.renew); at < 47*time.Minute || at > 48*time.Minute {
+	if at := time.Until(n.driver.tokens[v.target].renew); at < 47*time.Minute || at > 48*time.Minute {
 		t.Errorf("a token of an hour is renewed after %v", at)
 	}
-	issued.renew = time.Now() // 48 minutes later
+	v.endToken() // 48 minutes later
 	v.mustPublish()
 	if v.file("token") == token || n.api.count(path) != 2 {
 		t.Error("an old token was not renewed")
@@ -2704,12 +2712,113 @@ func TestOwnTokenIsRenewedAt80Percent(t *testing.T) {
 	v.wantClean()
 }
 
+// endToken makes the volume's token, which the driver asked for, due for renewal.
+func (v *podVolume) endToken() {
+	d := v.node.driver
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	token := d.tokens[v.target]
+	token.renew = time.Now()
+	d.tokens[v.target] = token
+}
+
+// The clocks of the node and of the API server may differ as they like; the lifetime is what the answer grants.
+func TestRenewalIsCountedFromTheRequest(t *testing.T) {
+	n := startNode(t)
+	for what, c := range map[string]struct{ clock, granted, renew time.Duration }{
+		"25 minutes behind": {-25 * time.Minute, 0, 48 * time.Minute},
+		"25 minutes ahead":  {25 * time.Minute, 0, 48 * time.Minute},
+		"a day behind":      {-24 * time.Hour, 0, 48 * time.Minute},
+		"years ahead":       {99999 * time.Hour, 0, 48 * time.Minute},
+		"less is granted":   {-time.Hour, 20 * time.Minute, 16 * time.Minute},
+		"more is granted":   {0, 300 * time.Hour, 48 * time.Minute},
+		"negative":          {0, -time.Hour, 48 * time.Minute},
+		"nothing is said":   {0, time.Nanosecond, 48 * time.Minute}, // as 0 seconds
+	} {
+		v := n.volume(attrs{"token.expiration": "1h"})
+		n.api.set(func() { n.api.clock, n.api.lifetime = c.clock, c.granted })
+		v.mustPublish()
+		asked := n.api.count(tokenPath("default", "default"))
+		v.mustPublish()
+		if at := time.Until(n.driver.tokens[v.target].renew); at > c.renew || at < c.renew-time.Minute || n.api.count(tokenPath("default", "default")) != asked {
+			t.Errorf("%s: the token is renewed after %v, not %v", what, at, c.renew)
+		}
+	}
+	v := n.volume(attrs{"token.expiration": "24h"})
+	n.api.set(func() { n.api.clock, n.api.lifetime = 0, 0 })
+	v.mustPublish()
+	if got := valueAt(n.api.lastRequest[tokenPath("default", "default")], "spec", "expirationSeconds"); got != 86400. {
+		t.Errorf("expirationSeconds is %v", got)
+	}
+}
+
+// A volume that fails after its token was issued has it for its next try.
+func TestTokenIsKeptForTheNextTry(t *testing.T) {
+	n := startNode(t)
+	path := tokenPath("default", "default")
+	n.api.put(class("git", configuration("config", "a", "{{ .none }}")))
+	v := n.volume(attrs{"token.expiration": "1h"})
+	for range 3 {
+		v.mustRefuse(codes.FailedPrecondition, "has no value")
+	}
+	n.api.put(gitClass())
+	must(t, os.WriteFile(v.target, nil, 0o600))
+	for range 3 {
+		wantError(t, v.publish(), codes.FailedPrecondition, "did not mount")
+	}
+	must(t, os.Remove(v.target))
+	v.mustPublish()
+	if n.api.count(path) != 1 || v.file("token") != n.driver.tokens[v.target].value {
+		t.Errorf("%d tokens for one volume", n.api.count(path))
+	}
+
+	n.api.put(class("git", configuration("config", "a", "{{ .none }}")))
+	n.age()
+	v.endToken()
+	for range 3 {
+		wantError(t, v.publish(), codes.FailedPrecondition, "has no value")
+	}
+	v.attributes["token.expiration"] = "2h"
+	wantError(t, v.publish(), codes.FailedPrecondition, "has no value")
+	if n.api.count(path) != 3 {
+		t.Errorf("%d tokens, not one more for the renewal and one for another lifetime", n.api.count(path)-1)
+	}
+	v.mustUnpublish()
+	if len(n.driver.tokens) != 0 {
+		t.Errorf("%d tokens are kept after the unpublish", len(n.driver.tokens))
+	}
+}
+
+// Kubelet sends no unpublish for volumes that were never mounted.
+func TestTokensOfVolumesThatAreNeverMounted(t *testing.T) {
+	n := startNode(t)
+	path := tokenPath("default", "default")
+	hour := attrs{"token.expiration": "1h"}
+	mounted := n.volume(hour)
+	mounted.settle()
+	n.api.put(class("bad", configuration("config", "a", "{{ .none }}")), connector("default", "bad", "bad"))
+	var last *podVolume
+	for range 600 {
+		last = n.volume(hour, attrs{"connector.name": "bad"})
+		wantError(t, last.publish(), codes.FailedPrecondition, "has no value")
+		if got := len(n.driver.tokens); got > 257 {
+			t.Fatalf("%d tokens are kept", got)
+		}
+	}
+	asked := n.api.count(path)
+	wantError(t, last.publish(), codes.FailedPrecondition, "has no value")
+	mounted.mustPublish()
+	if n.api.count(path) != asked {
+		t.Error("the token of a mounted volume, or of the last one, is not kept")
+	}
+}
+
 func TestRenewalThatFailsKeepsTheToken(t *testing.T) {
 	n := startNode(t)
-	n.api.set(func() { n.api.lifetime = time.Nanosecond }) // over as soon as it is issued
 	v := n.volume(attrs{"token.expiration": "1h"})
 	v.mustPublish()
 	token := v.file("token")
+	v.endToken()
 	n.api.set(func() { n.api.noTokens = true })
 	wantError(t, v.publish(), codes.PermissionDenied, "connectors-csi-token")
 	v.want("token", token)
