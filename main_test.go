@@ -2220,6 +2220,47 @@ func generationOf(text string) (int, error) {
 	return number, nil
 }
 
+// A line of the list of mounts may be longer than 64 KiB, since a path may; all that comes after it is read as well.
+func TestLongMountLine(t *testing.T) {
+	n := newNode(t)
+	dir, err := unix.Open(t.TempDir(), unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	must(t, err)
+	for range 70 { // each space is written in four characters
+		name := strings.Repeat(" ", 255)
+		must(t, unix.Mkdirat(dir, name, 0o755))
+		next, err := unix.Openat(dir, name, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		must(t, err)
+		unix.Close(dir)
+		dir = next
+	}
+	mount, err := newTmpfs(access{})
+	must(t, err)
+	must(t, unix.MoveMount(mount, "", dir, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH))
+	unix.Close(dir)
+	defer unix.Close(mount)
+	defer unix.Unmount(fmt.Sprintf("/proc/self/fd/%d", mount), unix.MNT_DETACH)
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	must(t, err)
+	if !slices.ContainsFunc(strings.Split(string(text), "\n"), func(line string) bool { return len(line) > 64<<10 }) {
+		t.Fatal("there is no such line")
+	}
+
+	target := n.volume().target
+	must(t, mountVolume(target, files{"a": nil}, access{}))
+	mounts, err := readMounts()
+	must(t, err)
+	if !slices.ContainsFunc(mounts, func(m mountInfo) bool { return m.point == target && m.source == mountSource && m.shared }) {
+		t.Error("a mount after the long line is missing")
+	}
+	if !slices.ContainsFunc(mounts, func(m mountInfo) bool { return strings.HasSuffix(m.point, strings.Repeat(" ", 255)) }) {
+		t.Error("the mount of the long line is missing")
+	}
+	n.startProcess()
+	if got := n.readMetrics()["connectors_csi_volumes"]; got != 1 {
+		t.Errorf("%v volumes", got)
+	}
+}
+
 // ---- Killed and started again ----
 
 func TestKilledBeforeTheMount(t *testing.T) {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
@@ -423,19 +422,18 @@ func (m mountInfo) holds(path string) bool {
 
 // readMounts reads the mounts of this process: proc_pid_mountinfo(5).
 func readMounts() ([]mountInfo, error) {
-	file, err := os.Open("/proc/self/mountinfo")
+	text, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return nil, err
 	}
-	defer file.Close()
 	var mounts []mountInfo
 	// White space in a path is written in octal.
 	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
-	for lines := bufio.NewScanner(file); lines.Scan(); {
-		before, after, _ := strings.Cut(lines.Text(), " - ")
+	for line := range strings.Lines(string(text)) {
+		before, after, _ := strings.Cut(line, " - ")
 		left, right := strings.Fields(before), strings.Fields(after)
 		if len(left) < 6 || len(right) < 2 {
-			return nil, fmt.Errorf("unexpected line in /proc/self/mountinfo: %q", lines.Text())
+			return nil, fmt.Errorf("unexpected line in /proc/self/mountinfo: %q", line)
 		}
 		mounts = append(mounts, mountInfo{
 			point:  unescape.Replace(left[4]),
