@@ -65,6 +65,7 @@ type driver struct {
 	builtInFiles bool
 	kube         *kube
 	renderers    *renderers
+	budget       *budget
 	metrics      *metrics
 
 	mu      sync.Mutex
@@ -170,7 +171,7 @@ func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublish
 	}
 
 	// 5. mount or update
-	if changed, err = publishVolume(p.target, f, p.who); err != nil {
+	if changed, err = d.budget.publish(p.target, f, p.who); err != nil {
 		return nil, mountStatus(err)
 	}
 	next.settled = !changed
@@ -200,7 +201,7 @@ func (d *driver) NodeUnpublishVolume(_ context.Context, request *csi.NodeUnpubli
 		return nil, err
 	}
 	defer unlock()
-	if changed, err = unpublishVolume(request.TargetPath); err != nil {
+	if changed, err = d.budget.unpublish(request.TargetPath); err != nil {
 		return nil, mountStatus(err)
 	}
 	d.forget(request.TargetPath)
@@ -839,6 +840,8 @@ func renderStatus(err error) error {
 
 func mountStatus(err error) error {
 	switch {
+	case errors.As(err, new(limitError)):
+		return status.Error(codes.ResourceExhausted, err.Error())
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.ENOMEM):
 		return status.Errorf(codes.ResourceExhausted, "no room for the volume's files: %v; look at the node's memory and the driver's limit", err)
 	case errors.Is(err, errNotOurs):

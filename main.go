@@ -84,6 +84,7 @@ func run() error {
 	httpAddress := flag.String("http-address", ":9808", "address for /healthz, /readyz and /metrics")
 	refresh := flag.Duration("refresh-interval", time.Minute, "how old a Connector or ConnectorClass may be when a mounted volume is refreshed")
 	builtIn := flag.Bool("builtin-files", false, builtInUsage)
+	volumesBudget := flag.Int("volumes-budget", 240, "memory for the mounted volumes of all Pods together, in MiB; it is part of the container's memory limit")
 	showVersion := flag.Bool("version", false, "print the version and exit")
 	flag.Usage = func() { fmt.Fprint(os.Stderr, usage); flag.PrintDefaults() }
 	flag.Parse()
@@ -101,6 +102,8 @@ func run() error {
 		return errors.New("no node name: set NODE_NAME from spec.nodeName, or --node-name")
 	case *refresh <= 0:
 		return fmt.Errorf("--refresh-interval %v must be above zero", *refresh)
+	case *volumesBudget <= 0:
+		return fmt.Errorf("--volumes-budget %d must be above zero", *volumesBudget)
 	}
 	if err := checkKernel(); err != nil {
 		return err
@@ -108,15 +111,24 @@ func run() error {
 	if err := checkShared(podsDir); err != nil {
 		return err
 	}
-	m := newMetrics(podsDir)
+	b, err := newBudget(podsDir, int64(*volumesBudget)<<20)
+	if err != nil {
+		return err
+	}
+	m := newMetrics(b)
 	k, err := newKube(*refresh, m)
 	if err != nil {
 		return err
 	}
 	d := &driver{
-		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, kube: k, renderers: newRenderers("/proc/self/exe", m), metrics: m,
+		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, kube: k, renderers: newRenderers("/proc/self/exe", m), budget: b, metrics: m,
 		busy: map[string]bool{}, volumes: map[string]*volume{}, tokens: map[string]issuedToken{},
 	}
+	go func() {
+		for range time.Tick(time.Minute) {
+			b.forgetUnmounted()
+		}
+	}()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	return serve(ctx, d, filepath.Join(*kubeletDir, "plugins_registry", driverName+"-reg.sock"), *httpAddress)
@@ -180,7 +192,7 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	}
 
 	// 4. render
-	p := newRenderers("/proc/self/exe", newMetrics(""))
+	p := newRenderers("/proc/self/exe", newMetrics(nil))
 	defer p.close()
 	f, err := p.render(context.Background(), podNamespace, job{sources, a.selection, token})
 	if err != nil {
@@ -551,7 +563,7 @@ func parseRegistrationStatus(m wireMessage) (registered bool, message string, er
 
 // metrics are the driver's own, in the text format of Prometheus. Labels never hold names of users' objects.
 type metrics struct {
-	podsDir string
+	budget *budget
 
 	mu       sync.Mutex
 	counters map[string]map[string]uint64 // by metric, then by labels as they are written
@@ -561,8 +573,8 @@ type metrics struct {
 
 var durationBuckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
 
-func newMetrics(podsDir string) *metrics {
-	return &metrics{podsDir: podsDir, buckets: make([]uint64, len(durationBuckets)+1), counters: map[string]map[string]uint64{
+func newMetrics(b *budget) *metrics {
+	return &metrics{budget: b, buckets: make([]uint64, len(durationBuckets)+1), counters: map[string]map[string]uint64{
 		"connectors_csi_api_requests_total":      {},
 		"connectors_csi_publish_total":           {},
 		"connectors_csi_renderer_limits_total":   {},
@@ -593,6 +605,7 @@ func (m *metrics) published(code codes.Code, took time.Duration) {
 
 func (m *metrics) text() string {
 	var b strings.Builder
+	volumes, used := m.budget.total()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, metric := range slices.Sorted(maps.Keys(m.counters)) {
@@ -613,9 +626,9 @@ func (m *metrics) text() string {
 		fmt.Fprintf(&b, "%s_bucket{le=%q} %d\n", duration, limit, count)
 	}
 	fmt.Fprintf(&b, "%s_sum %g\n%s_count %d\n", duration, m.seconds, duration, count)
-	if volumes, err := countVolumes(m.podsDir); err == nil {
-		fmt.Fprintf(&b, "# TYPE connectors_csi_volumes gauge\nconnectors_csi_volumes %d\n", volumes)
-	}
+	fmt.Fprintf(&b, "# TYPE connectors_csi_volumes gauge\nconnectors_csi_volumes %d\n", volumes)
+	fmt.Fprintf(&b, "# TYPE connectors_csi_volumes_bytes gauge\nconnectors_csi_volumes_bytes %d\n", used)
+	fmt.Fprintf(&b, "# TYPE connectors_csi_volumes_budget_bytes gauge\nconnectors_csi_volumes_budget_bytes %d\n", m.budget.limit)
 	fmt.Fprintf(&b, "# TYPE connectors_csi_build_info gauge\nconnectors_csi_build_info{version=%q} 1\n", version)
 	return b.String()
 }

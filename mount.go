@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,6 +31,13 @@ const (
 
 	maxVolumeBytes = 1 << 20 // all files of a volume together, as for a ConfigMap
 	maxVolumeFiles = 256
+
+	maxPodVolumes = 16
+	maxPodMemory  = 2 << 20 // of all volumes of a Pod together, as the kernel charges it
+
+	// What the kernel charges beside the pages. Measured with a memory cgroup: 5 to 17 KiB and 1.0 to 1.5 KiB.
+	mountMemory = 20 << 10
+	inodeMemory = 1536 // of a file, a link or a directory; the longer its name, the more
 
 	dataLink         = "..data"
 	nextDataLink     = "..data_tmp"
@@ -62,13 +70,13 @@ func (a access) modes() (dir, file os.FileMode) {
 // publishVolume makes the files visible, complete and read-only, at the target path: by a new mount, or in
 // place where the target is mounted already. It reports whether that changed what users see. When it fails, a
 // target that was not mounted before is not mounted afterwards, and one that was still shows its old files.
-func publishVolume(target string, f files, who access) (changed bool, err error) {
+func publishVolume(target string, f files, who access, keepOld bool) (changed bool, err error) {
 	mounted, err := isMountRoot(target)
 	switch {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return false, err
 	case mounted:
-		return updateVolume(target, f, who)
+		return updateVolume(target, f, who, keepOld)
 	}
 	return true, mountVolume(target, f, who)
 }
@@ -91,7 +99,7 @@ func mountVolume(target string, f files, who access) error {
 	defer unix.Close(mount)
 
 	writing.RLock()
-	_, err = writeGeneration(mount, f, who) // 2. write
+	_, err = writeGeneration(mount, f, who, true) // 2. write
 	if err == nil {
 		err = setReadOnly(mount, true) // 3. read-only
 	}
@@ -114,7 +122,7 @@ func mountVolume(target string, f files, who access) error {
 
 // updateVolume brings the files of a mounted volume up to date without ever making the mount writable for
 // the containers that use it: it writes through a private clone of the mount.
-func updateVolume(target string, f files, who access) (changed bool, err error) {
+func updateVolume(target string, f files, who access, keepOld bool) (changed bool, err error) {
 	clone, err := unix.OpenTree(unix.AT_FDCWD, target, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
 	if err != nil {
 		return false, fmt.Errorf("open_tree %s: %w", target, err)
@@ -130,7 +138,7 @@ func updateVolume(target string, f files, who access) (changed bool, err error) 
 	if err := setReadOnly(clone, false); err != nil {
 		return false, err
 	}
-	if changed, err = writeGeneration(clone, f, who); err != nil {
+	if changed, err = writeGeneration(clone, f, who, keepOld); err != nil {
 		err = fmt.Errorf("%s: %w", target, err)
 	}
 	return changed, err
@@ -160,15 +168,13 @@ func unpublishVolume(target string) (changed bool, err error) {
 	}
 }
 
-// newTmpfs creates a tmpfs that is mounted nowhere, with room for two full generations. tmpfs counts whole
-// pages: at most one begun page for each file, and one for each link with a name too long for its inode.
+// newTmpfs creates a tmpfs that is mounted nowhere, with room for two generations as large as a Pod may have one.
 func newTmpfs(who access) (mount int, err error) {
-	page := os.Getpagesize()
 	mode, _ := who.modes()
 	options := [][2]string{
 		{"source", mountSource},
 		{"mode", fmt.Sprintf("%o", mode)},
-		{"size", strconv.Itoa(2 * (maxVolumeBytes + 2*maxVolumeFiles*page))},
+		{"size", strconv.Itoa(2 * maxPodMemory)},
 		{"nr_inodes", strconv.Itoa(2*2*maxVolumeFiles + 8)},
 	}
 	if who.hasGroup {
@@ -215,12 +221,12 @@ func setReadOnly(mount int, readOnly bool) error {
 //     one's directory anew
 //  2. create the visible links that are missing; they dangle until ..data has their file
 //  3. switch ..data to the generation, by rename
-//  4. remove what belongs neither to it nor to the generation that was current until now. That one stays until
-//     the next call, since somebody may be following ..data into it at this very moment
+//  4. remove what belongs neither to it nor to the generation that was current until now. If keepOld is set, that
+//     one stays until the next call, since somebody may be following ..data into it at this very moment
 //
 // Every step finds by itself what is left to do, so an interrupted update is completed by the next one. It
 // reports whether it changed what users see; if not, nothing is left to do.
-func writeGeneration(mount int, f files, who access) (changed bool, err error) {
+func writeGeneration(mount int, f files, who access, keepOld bool) (changed bool, err error) {
 	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", mount))
 	if err != nil {
 		return false, err
@@ -285,7 +291,7 @@ func writeGeneration(mount int, f files, who access) (changed bool, err error) {
 
 	// 4. sweep
 	for name := range present {
-		if _, wanted := f[name]; wanted || name == generation || name == current || name == dataLink {
+		if _, wanted := f[name]; wanted || name == generation || name == current && keepOld || name == dataLink {
 			continue
 		}
 		if err := root.RemoveAll(name); err != nil {
@@ -362,6 +368,199 @@ func isPublished(target string) bool {
 	return err == nil && mounted && unix.Access(target+"/"+dataLink, unix.F_OK) == nil
 }
 
+// A tmpfs belongs to the memory of the container that wrote it, and outlives its processes: volumes without a limit
+// would kill the driver, and every driver after it. budget limits those of a Pod, and those of the node.
+type budget struct {
+	podsDir string
+	limit   int64 // of all volumes
+
+	oneAtATime sync.Mutex // held by an update that there is no room for beside the old files
+
+	mu      sync.Mutex
+	volumes map[string]footprint // by target path
+}
+
+// footprint is the memory of a volume.
+type footprint struct {
+	held int64 // of its files alone; 0 until it is mounted
+	used int64 // of all that it holds: old files too, as long as somebody has them open, and what is set aside
+}
+
+// limitError is an error of a volume that a limit of memory or number leaves no room for.
+type limitError struct{ error }
+
+// newBudget makes the budget of a node, and counts the volumes that another process of the driver has left.
+func newBudget(podsDir string, limit int64) (*budget, error) {
+	b := &budget{podsDir: podsDir, limit: limit, volumes: map[string]footprint{}}
+	mounts, err := readMounts()
+	for _, m := range mounts {
+		// Kubelet mounts single files of a volume below the Pod's directory as well, for subPath.
+		isTarget, _ := filepath.Match("*/volumes/kubernetes.io~csi/*/mount", strings.TrimPrefix(m.point, podsDir+"/"))
+		if used := memoryOf(m.point); isTarget && m.source == mountSource && used > 0 {
+			b.volumes[m.point] = footprint{held: used, used: used}
+		}
+	}
+	return b, err
+}
+
+// publish is publishVolume within the limits.
+func (b *budget) publish(target string, f files, who access) (changed bool, err error) {
+	need := f.memory()
+	keepOld, err := b.reserve(target, need)
+	if err == nil && !keepOld {
+		b.oneAtATime.Lock()
+		defer b.oneAtATime.Unlock()
+		keepOld, err = b.reserve(target, need) // since the one before may have used what there was
+	}
+	if err == nil {
+		changed, err = publishVolume(target, f, who, keepOld)
+	}
+	b.settle(target, need, err)
+	return changed, err
+}
+
+// unpublish is unpublishVolume, and gives the memory back.
+func (b *budget) unpublish(target string) (changed bool, err error) {
+	if changed, err = unpublishVolume(target); err == nil {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		delete(b.volumes, target)
+	}
+	return changed, err
+}
+
+// reserve sets memory aside for a volume whose files will need so much:
+//
+//  1. see what is used by the other volumes of the Pod, and by all others
+//  2. refuse a volume that is new or grows, if that goes beyond a limit. One that does not grow needs no room, so that
+//     the tokens of what is mounted go on; but a Pod that keeps old files beyond its limit has to let go of them first
+//  3. let the old files stay beside the new ones (keepOld), where the limits leave room for both
+func (b *budget) reserve(target string, need int64) (keepOld bool, err error) {
+	used := memoryOf(target)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	volume := footprint{}
+	if used > 0 {
+		volume = footprint{b.volumes[target].held, used}
+	}
+	grows := max(need-volume.held, 0)
+
+	// 1. see
+	count, pod, all := b.others(target)
+	podUsed, allUsed := pod.used+used, all+used
+	keepOld = podUsed+need <= maxPodMemory && allUsed+need <= b.limit
+
+	// 2. refuse
+	switch {
+	case volume.held == 0 && count >= maxPodVolumes:
+		err = fmt.Errorf("the Pod has %d other volumes of %s, and may have %d in all: mount several configurations in one volume",
+			count, mountSource, maxPodVolumes)
+	case grows > 0 && podUsed+grows > maxPodMemory:
+		err = fmt.Errorf("the volume takes %d KiB of memory and the Pod's other volumes take %d KiB, but together they may take %d KiB: "+
+			"mount fewer or smaller files", need>>10, pod.used>>10, maxPodMemory>>10)
+	case grows > 0 && allUsed+grows > b.limit:
+		err = fmt.Errorf("the volume takes %d KiB of memory and the node's other volumes take %d KiB, but together they may take %d KiB: "+
+			"raise --volumes-budget and the memory limit of the DaemonSet, or use another node", need>>10, all>>10, b.limit>>10)
+	case !keepOld && podUsed > max(pod.held+volume.held, maxPodMemory):
+		err = fmt.Errorf("the Pod's volumes take %d KiB of memory, %d KiB of it for old files that its containers have open or mount by "+
+			"subPath, but may take %d KiB: restart the containers", podUsed>>10, (podUsed-pod.held-volume.held)>>10, maxPodMemory>>10)
+	}
+	if err != nil {
+		return false, limitError{err}
+	}
+
+	// 3. keep
+	if volume.used += grows; keepOld {
+		volume.used = used + need
+	}
+	b.volumes[target] = volume
+	return keepOld, nil
+}
+
+// others adds up what is used by the volumes of the Pod, and by all of the node, without the one at the target path.
+func (b *budget) others(target string) (count int, pod footprint, all int64) {
+	uid, _, _ := strings.Cut(strings.TrimPrefix(target, b.podsDir+"/"), "/")
+	podDir := b.podsDir + "/" + uid + "/"
+	for other, a := range b.volumes {
+		if other == target {
+			continue
+		}
+		all += a.used
+		if strings.HasPrefix(other, podDir) {
+			count, pod.held, pod.used = count+1, pod.held+a.held, pod.used+a.used
+		}
+	}
+	return count, pod, all
+}
+
+// settle replaces what reserve set aside by what the volume uses now.
+func (b *budget) settle(target string, need int64, failed error) {
+	used := memoryOf(target)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	volume := footprint{b.volumes[target].held, used}
+	if failed == nil {
+		volume.held = need
+	}
+	if volume.held > 0 && used > 0 {
+		b.volumes[target] = volume
+	} else {
+		delete(b.volumes, target) // it is not mounted, or not by us
+	}
+}
+
+// forgetUnmounted forgets the volumes that somebody else has unmounted.
+func (b *budget) forgetUnmounted() {
+	b.mu.Lock()
+	volumes := maps.Clone(b.volumes)
+	b.mu.Unlock()
+	for target := range volumes {
+		if memoryOf(target) > 0 {
+			continue
+		}
+		b.mu.Lock()
+		if b.volumes[target].held > 0 && memoryOf(target) == 0 { // and not being mounted
+			delete(b.volumes, target)
+		}
+		b.mu.Unlock()
+	}
+}
+
+// total returns the number of volumes and the memory that they use.
+func (b *budget) total() (count int, used int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, a := range b.volumes {
+		used += a.used
+	}
+	return len(b.volumes), used
+}
+
+// memory is what a volume that holds the files takes.
+func (f files) memory() int64 {
+	page := os.Getpagesize()
+	pages := 0
+	for name, content := range f {
+		pages += (len(content) + page - 1) / page
+		if len(dataLink+"/"+name) > 127 { // a shorter link needs no page
+			pages++
+		}
+	}
+	return memoryFor(int64(pages*page), int64(len(f)*2+3)) // a file and a link each; ..data, its directory and the root
+}
+
+// memoryOf is what the volume that is mounted at the target path takes, or 0 if none is.
+func memoryOf(target string) int64 {
+	var stat unix.Statfs_t
+	mounted, err := isMountRoot(target)
+	if err != nil || !mounted || unix.Statfs(target, &stat) != nil || stat.Type != unix.TMPFS_MAGIC {
+		return 0
+	}
+	return memoryFor(int64(stat.Blocks-stat.Bfree)*stat.Bsize, int64(stat.Files-stat.Ffree))
+}
+
+func memoryFor(bytes, inodes int64) int64 { return mountMemory + bytes + inodes*inodeMemory }
+
 // checkKernel creates and drops a volume that is never attached, which needs all that a publish needs: Linux
 // 5.12 (mount_setattr) and CAP_SYS_ADMIN.
 func checkKernel() error {
@@ -397,18 +596,6 @@ func checkShared(dir string) error {
 			dir, cmp.Or(around.point, "/"))
 	}
 	return nil
-}
-
-// countVolumes counts the volumes mounted below the directory.
-func countVolumes(dir string) (int, error) {
-	mounts, err := readMounts()
-	count := 0
-	for _, m := range mounts {
-		if m.source == mountSource && strings.HasPrefix(m.point, dir+"/") {
-			count++
-		}
-	}
-	return count, err
 }
 
 type mountInfo struct {
