@@ -4470,7 +4470,9 @@ func TestPreviewRefusesAsAPublishDoes(t *testing.T) {
 			n.api.put(change.class, change.connector)
 			published := status.Convert(n.volume().publish()).Message()
 			_, stderr, code := runRender(t, []object{change.class, change.connector}, "--configuration.names=config")
-			if said := strings.TrimSuffix(strings.TrimPrefix(stderr, "connectors-csi: "), "\n"); published == "" || code != 1 || said != published {
+			said := strings.TrimSuffix(strings.TrimPrefix(stderr, "connectors-csi: "), "\n")
+			limit := regexp.MustCompile("takes more than .*") // which of them depends on how busy the machine is
+			if published == "" || code != 1 || limit.ReplaceAllString(said, "") != limit.ReplaceAllString(published, "") {
 				t.Errorf("exit code %d\nthe command:  %s\nthe publish: %s", code, said, published)
 			}
 		})

@@ -705,6 +705,7 @@ func fullName(o object) string { return stringAt(o, "metadata", "namespace") + "
 const (
 	confineArgument = "renderer"          // the first argument of a process that is to call confine
 	serveArgument   = "confined-renderer" // and of one that is to call serve
+	stepsDescriptor = 3                   // of the memory that it shares with the driver
 
 	maxRenderers = 2
 	rendererIdle = 10 * time.Second
@@ -941,9 +942,10 @@ type renderer struct {
 	process    *exec.Cmd
 	requests   io.WriteCloser
 	answers    *bufio.Reader
+	steps      *os.File // memory that it shares, with what it is about to do
 	retirement *time.Timer
 	used       time.Duration // processor time, since its start
-	step       string        // what it has last said that it was about to do
+	step       string        // what it said last
 	limit      string        // that it has hit: "memory", "processor" or "time"
 	ended      bool
 }
@@ -993,29 +995,64 @@ func (p *renderers) startConfined(namespace, confinement string, flags uintptr, 
 		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings = ids, ids
 		cmd.SysProcAttr.Credential = &syscall.Credential{NoSetGroups: true}
 	}
-	requests, err := cmd.StdinPipe()
+	steps, err := shareMemory(stepBytes)
 	if err != nil {
 		return nil, err
 	}
-	answers, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
+	cmd.ExtraFiles = []*os.File{steps} // stepsDescriptor there
+	r := &renderer{namespace: namespace, process: cmd, steps: steps}
+	if err := r.begin(); err != nil {
+		return nil, errors.Join(fmt.Errorf("confining a renderer (%s): %w", confinement, err), steps.Close())
 	}
+	return r, nil
+}
+
+// begin starts the process and waits until it is confined.
+func (r *renderer) begin() (err error) {
+	if r.requests, err = r.process.StdinPipe(); err != nil {
+		return err
+	}
+	answers, err := r.process.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	r.answers = bufio.NewReader(answers)
 	writing.Lock()
-	err = cmd.Start()
+	err = r.process.Start()
 	writing.Unlock()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	r := &renderer{namespace: namespace, process: cmd, requests: requests, answers: bufio.NewReader(answers)}
 	late := time.AfterFunc(renderTime, r.kill)
 	defer late.Stop()
 	kind, text, err := readFrame(r.answers, 2*maxTextBytes)
 	if err == nil && kind == frameDone {
-		return r, nil
+		return nil
 	}
 	r.end()
-	return nil, cmp.Or(err, fmt.Errorf("confining a renderer (%s): %s", confinement, text))
+	return cmp.Or(err, errors.New(string(text)))
+}
+
+// shareMemory makes memory that a child process can have as well, which costs neither of them a system call for what
+// it writes there.
+func shareMemory(size int64) (*os.File, error) {
+	memory, err := unix.MemfdCreate("connectors-csi", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("memfd_create: %w", err)
+	}
+	file := os.NewFile(uintptr(memory), "shared memory")
+	if err := file.Truncate(size); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return file, nil
+}
+
+// noteStep reads what the process said last that it was about to do.
+func (r *renderer) noteStep(token string) {
+	var memory [stepBytes]byte
+	n, _ := r.steps.ReadAt(memory[:], 0) // of a renderer that has made it smaller, what is left
+	text, _, _ := bytes.Cut(memory[:n], []byte{0})
+	r.step = plainText(text, token)
 }
 
 func (r *renderer) kill() { r.process.Process.Kill() }
@@ -1025,6 +1062,7 @@ func (r *renderer) end() {
 	r.ended = true
 	r.kill()
 	r.process.Wait()
+	r.steps.Close()
 }
 
 // ask has one volume rendered:
@@ -1038,7 +1076,6 @@ func (r *renderer) end() {
 func (r *renderer) ask(ctx context.Context, j job) (files, error) {
 	watchdog := time.AfterFunc(renderTime, r.kill)
 	stop := context.AfterFunc(ctx, r.kill)
-	r.step = "a request"
 
 	// 1. write
 	err := j.write(r.requests)
@@ -1053,6 +1090,7 @@ func (r *renderer) ask(ctx context.Context, j job) (files, error) {
 
 	// 3. note
 	before := r.used
+	r.noteStep(j.token)
 	if err != nil || !inTime || !wanted || r.processorTime() > lifeProcessorTime/2 {
 		r.end()
 	}
@@ -1104,10 +1142,7 @@ func (r *renderer) readAnswer(token string) (_ files, failure, err error) {
 		if err != nil {
 			return nil, nil, err
 		}
-		text := strings.ToValidUTF8(strings.ReplaceAll(cut(string(content), maxTextBytes), token, "TOKEN"), "?")
 		switch kind {
-		case frameStep:
-			r.step = text
 		case frameName:
 			name = string(content)
 			err = checkFileName(name)
@@ -1116,9 +1151,9 @@ func (r *renderer) readAnswer(token string) (_ files, failure, err error) {
 		case frameDone:
 			return out.files, nil, nil
 		case frameFailure:
-			return nil, errors.New(text), nil
+			return nil, errors.New(plainText(content, token)), nil
 		case framePodFailure:
-			return nil, podError{errors.New(text)}, nil
+			return nil, podError{errors.New(plainText(content, token))}, nil
 		default:
 			err = fmt.Errorf("unexpected frame %q", kind)
 		}
@@ -1128,13 +1163,19 @@ func (r *renderer) readAnswer(token string) (_ files, failure, err error) {
 	}
 }
 
+// plainText makes a text of what a renderer says: not too long, without the token, valid UTF-8.
+func plainText(said []byte, token string) string {
+	return strings.ToValidUTF8(strings.ReplaceAll(cut(string(said), maxTextBytes), token, "TOKEN"), "?")
+}
+
 // A frame is a kind, a length in four bytes, and as many bytes. A request is a frameJob, whose JSON says how many
-// frameObjects follow it; an answer is any number of frameSteps and of pairs of frameName and frameContent, and then
-// a frameDone, a frameFailure or a framePodFailure. A renderer begins with a frameDone, or with a frameFailure.
+// frameObjects follow it; an answer is any number of pairs of frameName and frameContent, and then a frameDone, a
+// frameFailure or a framePodFailure. A renderer begins with a frameDone, or with a frameFailure.
+//
+// What it is about to do, in case it does not come back, it writes into memory that it shares with the driver.
 const (
 	frameJob        = 'J'
 	frameObject     = 'O'
-	frameStep       = 'S'
 	frameName       = 'N'
 	frameContent    = 'C'
 	frameDone       = 'D'
@@ -1142,6 +1183,7 @@ const (
 	framePodFailure = 'P'
 
 	maxTextBytes  = 2000    // of a step or a failure
+	stepBytes     = 1024    // of the shared memory; a text ends with a zero
 	maxFrameBytes = 4 << 20 // of a request
 )
 
@@ -1386,6 +1428,11 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 		<-processorTimeOver
 		os.Exit(exitProcessorTime)
 	}()
+	steps, err := unix.Mmap(stepsDescriptor, 0, stepBytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil || unix.Close(stepsDescriptor) != nil {
+		return 1
+	}
+	announce := func(step string) { steps[copy(steps[:stepBytes-1], step)] = 0 }
 	requests, answers := bufio.NewReader(in), bufio.NewWriter(out)
 	writeFrame(answers, frameDone, nil)
 	for answers.Flush() == nil {
@@ -1393,10 +1440,8 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 		if err != nil || kind != frameJob || limitProcessorTime() != nil {
 			return 1
 		}
-		f, err := serveJob(requests, header, func(step string) {
-			writeFrame(answers, frameStep, []byte(cut(step, maxTextBytes)))
-			answers.Flush()
-		})
+		announce("a request: reading it")
+		f, err := serveJob(requests, header, announce)
 		for name, content := range f {
 			writeFrame(answers, frameName, []byte(name))
 			writeFrame(answers, frameContent, content)
