@@ -145,11 +145,11 @@ func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublish
 	defer unlock()
 
 	// 3. read
-	known := d.recall(p.target)
-	if !isPublished(p.target) {
+	known, mounted := d.recall(p.target), isPublished(p.target)
+	if !mounted {
 		known = nil
 	}
-	c := d.kube.begin(p.pod.namespace)
+	c := d.kube.begin(p.pod.namespace, mounted)
 	defer c.end()
 	sources, err := d.readObjects(ctx, c, p, known == nil)
 	if err != nil {

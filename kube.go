@@ -143,10 +143,16 @@ type call struct {
 	namespace string // the Pod's
 	share     *share
 	held      int // bytes of objects
+	limit     int // of held
 }
 
-// begin begins a call for a Pod of the namespace. The caller ends it.
-func (k *kube) begin(namespace string) *call {
+// begin begins a call for a Pod of the namespace. The caller ends it. A volume that is mounted goes on when it is
+// larger than a new one may be.
+func (k *kube) begin(namespace string, mounted bool) *call {
+	limit := maxVolumeObjectsBytes
+	if mounted {
+		limit = maxNamespaceObjectsBytes
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	s := k.namespaces[namespace]
@@ -155,7 +161,7 @@ func (k *kube) begin(namespace string) *call {
 		k.namespaces[namespace] = s
 	}
 	s.calls++
-	return &call{kube: k, namespace: namespace, share: s}
+	return &call{kube: k, namespace: namespace, share: s, limit: limit}
 }
 
 func (c *call) end() {
@@ -183,9 +189,9 @@ func (c *call) hold(o *apiObject) error {
 	if size > maxObjectBytes {
 		return errObjectSize
 	}
-	if c.held+size > maxVolumeObjectsBytes {
+	if c.held+size > c.limit {
 		return objectError{fmt.Errorf("it has %d KiB, with which the Connectors and ConnectorClasses of the volume have more than %d KiB together",
-			size>>10, maxVolumeObjectsBytes>>10)}
+			size>>10, c.limit>>10)}
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -2822,8 +2822,12 @@ func TestObjectsOfAVolumeAreLimited(t *testing.T) {
 	v.mustRefuse(codes.FailedPrecondition, `Connector "default/large-3"`, "more than 4096 KiB together") // the class counts once
 	n.api.put(connector("default", "large-3", "git", padded(1<<20-60_000)))
 	v.mustPublish()
+	n.api.put(connector("default", "large-3", "git", padded(1<<20), with("https://moved", "spec", "address")))
+	n.age()
+	v.mustPublish() // once it is mounted, a volume goes on
+	v.want("token", "x")
 	n.volume(attrs{"connector.name": "-", "connectors": strings.Join(names, ",")}).mustRefuse(codes.FailedPrecondition,
-		`Connector "default/large-4"`, "it has 1004 KiB", "more than 4096 KiB together")
+		`Connector "default/large-3"`, "it has 1024 KiB", "more than 4096 KiB together")
 	n.api.put(connector("default", "larger", "git", padded(3<<20)))
 	n.volume(attrs{"connector.name": "larger"}).mustRefuse(codes.FailedPrecondition, `Connector "default/larger"`, "more than 3072 KiB")
 }
@@ -2836,7 +2840,7 @@ func TestObjectsUnderWayAreLimited(t *testing.T) {
 	large := &apiObject{raw: make([]byte, 2<<20)}
 	hold := func(namespace string, times int) (calls []*call) {
 		for range times {
-			c := k.begin(namespace)
+			c := k.begin(namespace, false)
 			must(t, errors.Join(c.hold(large), c.hold(large)))
 			calls = append(calls, c)
 		}
@@ -4626,6 +4630,42 @@ func FuzzRender(f *testing.F) {
 		}
 		if after, _ := json.Marshal(o); !bytes.Equal(before, after) {
 			t.Errorf("the object was changed: %s", after)
+		}
+	})
+}
+
+// What the driver reads of an object is what templates see of it.
+func FuzzParseObject(f *testing.F) {
+	for _, o := range []object{connector("team-a", "git", "git"), gitClass(), connector("a", "b", "c", with("http://x", "status", "proxy", "httpAddress", "audience")), {}} {
+		text, _ := json.Marshal(o)
+		f.Add(string(text))
+	}
+	f.Add(`{"metadata":{"name":["x"],"uid":{"name":"y"}},"Metadata":{"name":"z"},"spec":[{"connectorClassName":"a"}],"status":{"proxy":"x","PROXY":{}}}`)
+	f.Fuzz(func(t *testing.T, text string) {
+		value, err := decodeJSON([]byte(text))
+		decoded, ok := value.(object)
+		if err != nil || !ok {
+			if _, err := parseObject([]byte(text)); err == nil && value != nil {
+				t.Errorf("%s is taken for an object", text)
+			}
+			return
+		}
+		raw, err := json.Marshal(decoded) // each name once, as the API server sends it
+		must(t, err)
+		o, err := parseObject(raw)
+		must(t, err)
+		for _, field := range []struct {
+			got  string
+			path []string
+		}{
+			{o.namespace, []string{"metadata", "namespace"}}, {o.name, []string{"metadata", "name"}}, {o.uid, []string{"metadata", "uid"}},
+			{o.version, []string{"metadata", "resourceVersion"}}, {o.class, []string{"spec", "connectorClassName"}},
+			{o.classAudience, []string{"spec", "proxy", "audience"}}, {o.proxyAddress, []string{"status", "proxyAddress"}},
+			{o.proxyURL, []string{"status", "proxy", "httpAddress", "url"}}, {o.proxyAudience, []string{"status", "proxy", "httpAddress", "audience"}},
+		} {
+			if want := stringAt(decoded, field.path...); field.got != want {
+				t.Errorf("%s: %v is %q, not %q", raw, field.path, field.got, want)
+			}
 		}
 	})
 }
