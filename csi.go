@@ -222,16 +222,16 @@ type publication struct {
 // digestOf identifies all of a request that validate looks at. The length stands before each text, and the number
 // before several of them, so that no two different requests give the same bytes.
 func digestOf(request *csi.NodePublishVolumeRequest) [sha256.Size]byte {
-	var data []byte
+	data := make([]byte, 0, 4<<10) // enough for most
 	add := func(texts ...string) {
 		data = binary.AppendUvarint(data, uint64(len(texts)))
 		for _, text := range texts {
 			data = append(binary.AppendUvarint(data, uint64(len(text))), text...)
 		}
 	}
-	capability, mount := request.VolumeCapability, request.VolumeCapability.GetMount()
-	add(request.VolumeId, request.TargetPath, request.Secrets[tokensKey], mount.GetFsType(), mount.GetVolumeMountGroup(),
-		fmt.Sprint(request.Readonly, mount != nil, int32(capability.GetAccessMode().GetMode())))
+	mount, mode := request.VolumeCapability.GetMount(), request.VolumeCapability.GetAccessMode().GetMode()
+	add(request.VolumeId, request.TargetPath, strconv.FormatBool(request.Readonly), request.Secrets[tokensKey])
+	add(strconv.FormatBool(mount != nil), strconv.Itoa(int(mode)), mount.GetFsType(), mount.GetVolumeMountGroup())
 	add(mount.GetMountFlags()...)
 	for _, key := range slices.Sorted(maps.Keys(request.VolumeContext)) {
 		add(key, request.VolumeContext[key])
@@ -311,8 +311,8 @@ func checkNew(request *csi.NodePublishVolumeRequest) error {
 		return fmt.Errorf("mount_flags %q: mount options are not supported; leave mountOptions out",
 			cut(mount.MountFlags[0], maxQuotedBytes))
 	case ok && ephemeral != "true":
-		return fmt.Errorf("%sephemeral is %q: only inline volumes can be mounted; write csi: in the Pod's volumes, "+
-			"not persistentVolumeClaim:", kubeletKeyPrefix, cut(ephemeral, maxQuotedBytes))
+		return fmt.Errorf("%sephemeral is %q: only inline volumes can be mounted; write csi: into the Pod's volumes, "+
+			"not a persistentVolumeClaim", kubeletKeyPrefix, cut(ephemeral, maxQuotedBytes))
 	}
 	sum, largest, size := 0, "", 0
 	for key, value := range request.VolumeContext {
