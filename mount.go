@@ -376,14 +376,15 @@ type budget struct {
 
 	oneAtATime sync.Mutex // held by an update that there is no room for beside the old files
 
-	mu      sync.Mutex
-	volumes map[string]footprint // by target path
+	mu   sync.Mutex
+	used int64                           // by all volumes
+	pods map[string]map[string]footprint // by the Pod's uid, then by target path
 }
 
 // footprint is the memory of a volume.
 type footprint struct {
-	held int64 // of its files alone; 0 until it is mounted
-	used int64 // of all that it holds: old files too, as long as somebody has them open, and what is set aside
+	held int64 // by its files alone; 0 until it is mounted
+	used int64 // by all that is in it, so by old files too, as long as somebody has them open; and what is set aside
 }
 
 // limitError is an error of a volume that a limit of memory or number leaves no room for.
@@ -391,13 +392,15 @@ type limitError struct{ error }
 
 // newBudget makes the budget of a node, and counts the volumes that another process of the driver has left.
 func newBudget(podsDir string, limit int64) (*budget, error) {
-	b := &budget{podsDir: podsDir, limit: limit, volumes: map[string]footprint{}}
+	b := &budget{podsDir: podsDir, limit: limit, pods: map[string]map[string]footprint{}}
 	mounts, err := readMounts()
 	for _, m := range mounts {
 		// Kubelet mounts single files of a volume below the Pod's directory as well, for subPath.
-		isTarget, _ := filepath.Match("*/volumes/kubernetes.io~csi/*/mount", strings.TrimPrefix(m.point, podsDir+"/"))
-		if used := memoryOf(m.point); isTarget && m.source == mountSource && used > 0 {
-			b.volumes[m.point] = footprint{held: used, used: used}
+		below, ok := strings.CutPrefix(m.point, podsDir+"/")
+		isTarget, _ := filepath.Match("*/volumes/kubernetes.io~csi/*/mount", below)
+		if ok && isTarget && m.source == mountSource {
+			used := memoryOf(m.point)
+			b.set(m.point, footprint{held: used, used: used})
 		}
 	}
 	return b, err
@@ -424,14 +427,14 @@ func (b *budget) unpublish(target string) (changed bool, err error) {
 	if changed, err = unpublishVolume(target); err == nil {
 		b.mu.Lock()
 		defer b.mu.Unlock()
-		delete(b.volumes, target)
+		b.set(target, footprint{})
 	}
 	return changed, err
 }
 
 // reserve sets memory aside for a volume whose files will need so much:
 //
-//  1. see what is used by the other volumes of the Pod, and by all others
+//  1. see what the Pod's other volumes use, and all others
 //  2. refuse a volume that is new or grows, if that goes beyond a limit. One that does not grow needs no room, so that
 //     the tokens of what is mounted go on; but a Pod that keeps old files beyond its limit has to let go of them first
 //  3. let the old files stay beside the new ones (keepOld), where the limits leave room for both
@@ -439,58 +442,41 @@ func (b *budget) reserve(target string, need int64) (keepOld bool, err error) {
 	used := memoryOf(target)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	volume := footprint{}
-	if used > 0 {
-		volume = footprint{b.volumes[target].held, used}
-	}
-	grows := max(need-volume.held, 0)
+	refuse := func(format string, a ...any) (bool, error) { return false, limitError{fmt.Errorf(format, a...)} }
 
 	// 1. see
-	count, pod, all := b.others(target)
-	podUsed, allUsed := pod.used+used, all+used
+	volume, count, pod := b.inPod(target)
+	all := b.used - volume.used
+	if volume.used = used; used == 0 || volume.held == 0 {
+		volume = footprint{} // it is not mounted, or not by us
+	}
+	podUsed, allUsed, grows := pod.used+volume.used, all+volume.used, max(need-volume.held, 0)
 	keepOld = podUsed+need <= maxPodMemory && allUsed+need <= b.limit
 
 	// 2. refuse
 	switch {
 	case volume.held == 0 && count >= maxPodVolumes:
-		err = fmt.Errorf("the Pod has %d other volumes of %s, and may have %d in all: mount several configurations in one volume",
+		return refuse("the Pod has %d other volumes of %s, and may have %d in all: mount several configurations in one volume",
 			count, mountSource, maxPodVolumes)
 	case grows > 0 && podUsed+grows > maxPodMemory:
-		err = fmt.Errorf("the volume takes %d KiB of memory and the Pod's other volumes take %d KiB, but together they may take %d KiB: "+
+		return refuse("the volume takes %d KiB of memory and the Pod's other volumes take %d KiB, but together they may take %d KiB: "+
 			"mount fewer or smaller files", need>>10, pod.used>>10, maxPodMemory>>10)
 	case grows > 0 && allUsed+grows > b.limit:
-		err = fmt.Errorf("the volume takes %d KiB of memory and the node's other volumes take %d KiB, but together they may take %d KiB: "+
+		return refuse("the volume takes %d KiB of memory and the node's other volumes take %d KiB, but together they may take %d KiB: "+
 			"raise --volumes-budget and the memory limit of the DaemonSet, or use another node", need>>10, all>>10, b.limit>>10)
 	case !keepOld && podUsed > max(pod.held+volume.held, maxPodMemory):
-		err = fmt.Errorf("the Pod's volumes take %d KiB of memory, %d KiB of it for old files that its containers have open or mount by "+
+		return refuse("the Pod's volumes take %d KiB of memory, %d KiB of it for old files that its containers have open or mount by "+
 			"subPath, but may take %d KiB: restart the containers", podUsed>>10, (podUsed-pod.held-volume.held)>>10, maxPodMemory>>10)
-	}
-	if err != nil {
-		return false, limitError{err}
 	}
 
 	// 3. keep
-	if volume.used += grows; keepOld {
-		volume.used = used + need
+	if keepOld {
+		volume.used += need
+	} else {
+		volume.used += grows
 	}
-	b.volumes[target] = volume
+	b.set(target, volume)
 	return keepOld, nil
-}
-
-// others adds up what is used by the volumes of the Pod, and by all of the node, without the one at the target path.
-func (b *budget) others(target string) (count int, pod footprint, all int64) {
-	uid, _, _ := strings.Cut(strings.TrimPrefix(target, b.podsDir+"/"), "/")
-	podDir := b.podsDir + "/" + uid + "/"
-	for other, a := range b.volumes {
-		if other == target {
-			continue
-		}
-		all += a.used
-		if strings.HasPrefix(other, podDir) {
-			count, pod.held, pod.used = count+1, pod.held+a.held, pod.used+a.used
-		}
-	}
-	return count, pod, all
 }
 
 // settle replaces what reserve set aside by what the volume uses now.
@@ -498,29 +484,64 @@ func (b *budget) settle(target string, need int64, failed error) {
 	used := memoryOf(target)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	volume := footprint{b.volumes[target].held, used}
+	volume, _, _ := b.inPod(target)
 	if failed == nil {
 		volume.held = need
 	}
-	if volume.held > 0 && used > 0 {
-		b.volumes[target] = volume
-	} else {
-		delete(b.volumes, target) // it is not mounted, or not by us
+	if volume.used = used; volume.held == 0 { // it is not mounted, or not by us
+		volume.used = 0
 	}
+	b.set(target, volume)
+}
+
+// inPod returns the footprint of the volume, and the number and the sum of the other volumes of its Pod.
+func (b *budget) inPod(target string) (volume footprint, others int, sum footprint) {
+	for other, a := range b.pods[b.podUID(target)] {
+		if other == target {
+			volume = a
+		} else {
+			others, sum.held, sum.used = others+1, sum.held+a.held, sum.used+a.used
+		}
+	}
+	return volume, others, sum
+}
+
+// set changes the footprint of the volume; one that uses nothing is not there.
+func (b *budget) set(target string, volume footprint) {
+	uid := b.podUID(target)
+	if b.pods[uid] == nil {
+		b.pods[uid] = map[string]footprint{}
+	}
+	b.used += volume.used - b.pods[uid][target].used
+	b.pods[uid][target] = volume
+	if volume.used == 0 {
+		delete(b.pods[uid], target)
+	}
+	if len(b.pods[uid]) == 0 {
+		delete(b.pods, uid)
+	}
+}
+
+func (b *budget) podUID(target string) string {
+	uid, _, _ := strings.Cut(strings.TrimPrefix(target, b.podsDir+"/"), "/")
+	return uid
 }
 
 // forgetUnmounted forgets the volumes that somebody else has unmounted.
 func (b *budget) forgetUnmounted() {
+	var targets []string
 	b.mu.Lock()
-	volumes := maps.Clone(b.volumes)
+	for _, volumes := range b.pods {
+		targets = slices.AppendSeq(targets, maps.Keys(volumes))
+	}
 	b.mu.Unlock()
-	for target := range volumes {
+	for _, target := range targets {
 		if memoryOf(target) > 0 {
 			continue
 		}
 		b.mu.Lock()
-		if b.volumes[target].held > 0 && memoryOf(target) == 0 { // and not being mounted
-			delete(b.volumes, target)
+		if volume, _, _ := b.inPod(target); volume.held > 0 && memoryOf(target) == 0 { // and not being mounted
+			b.set(target, footprint{})
 		}
 		b.mu.Unlock()
 	}
@@ -530,10 +551,10 @@ func (b *budget) forgetUnmounted() {
 func (b *budget) total() (count int, used int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for _, a := range b.volumes {
-		used += a.used
+	for _, volumes := range b.pods {
+		count += len(volumes)
 	}
-	return len(b.volumes), used
+	return count, b.used
 }
 
 // memory is what a volume that holds the files takes.
@@ -556,7 +577,7 @@ func memoryOf(target string) int64 {
 	if err != nil || !mounted || unix.Statfs(target, &stat) != nil || stat.Type != unix.TMPFS_MAGIC {
 		return 0
 	}
-	return memoryFor(int64(stat.Blocks-stat.Bfree)*stat.Bsize, int64(stat.Files-stat.Ffree))
+	return memoryFor(int64(stat.Blocks-stat.Bfree)*int64(stat.Bsize), int64(stat.Files-stat.Ffree))
 }
 
 func memoryFor(bytes, inodes int64) int64 { return mountMemory + bytes + inodes*inodeMemory }
