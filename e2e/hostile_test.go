@@ -58,7 +58,7 @@ func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
 	honest := begin(t)
 	freshDriver(t)
 	honest.target("honest", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
-	// round starts 30 honest Pods, says what their calls took, and deletes them.
+	// round starts 30 honest Pods, says what their calls took, and leaves their end to the background.
 	round := func(name string) time.Duration {
 		t.Helper()
 		before := len(publishes(t))
@@ -71,7 +71,7 @@ func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
 		if len(calls) < 30 || failed >= 0 {
 			t.Errorf("%s: there are %d calls for 30 volumes, and one failed: %v", name, len(calls), failed >= 0)
 		}
-		honest.deleteDeployment(name)
+		honest.kubectl("delete", "deployment", name, "--wait=false")
 		return p99
 	}
 	round("alone")
@@ -91,12 +91,11 @@ func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
 		t.Errorf("while hostile Pods start, the 99th percentile of NodePublishVolume of honest ones is %v", p99)
 	}
 
-	// Steady is what comes when each has been refused, and each namespace has used up what it had.
+	// What follows is steady: each Pod has been refused, and each namespace has used up its processor time.
 	honest.eventually(func() error {
 		for _, ns := range hostile {
-			tried := ns.pending()
-			if tried != 50 {
-				return fmt.Errorf("of the 50 Pods of namespace %s %d are known to be refused", ns.name, tried)
+			if refused := ns.pending(); refused != 50 {
+				return fmt.Errorf("of the 50 Pods of namespace %s %d are known to be refused", ns.name, refused)
 			}
 			if !slices.ContainsFunc(publishes(t), func(p publish) bool { return p.namespace == ns.name && p.code == "ResourceExhausted" }) {
 				return fmt.Errorf("namespace %s has not used up its processor time", ns.name)
@@ -118,12 +117,16 @@ func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
 	}
 	wantNoRestart(t)
 	for _, p := range publishes(t) {
-		limit := p.code == "FailedPrecondition" && strings.Contains(p.err, "rendering it takes more than")
-		if p.namespace != honest.name && !limit && !(p.code == "ResourceExhausted" && strings.Contains(p.err, "processor time")) {
+		switch says := func(part string) bool { return strings.Contains(p.err, part) }; {
+		case p.namespace == honest.name:
+		case p.code == "FailedPrecondition" && says("rendering it takes more than"):
+		case p.code == "ResourceExhausted" && says("processor time"):
+		case p.code == "DeadlineExceeded" && says("rendering took too long"): // in the line behind the others
+		default:
 			t.Errorf("a hostile Pod was refused with %s: %s", p.code, p.err)
 		}
 	}
-	for _, ns := range hostile {
+	for _, ns := range append(hostile, honest) {
 		uids := ns.uids()
 		ns.kubectl("delete", "pods", "--all", "--timeout=3m")
 		for _, uid := range uids {
