@@ -1255,7 +1255,7 @@ func (j job) write(w io.Writer) error {
 
 // confine is the first half of a renderer's life:
 //
-//  1. set the limits: they are the kernel's, and nothing of what follows is without them
+//  1. set the limits that can be set here: they are the kernel's, and nothing of what follows is without them
 //  2. replace the root directory by an empty one, and move into a chroot there, from which user_namespaces(7)
 //     cannot be created
 //  3. give up the user, where the user namespace has not done it, and all capabilities
@@ -1267,6 +1267,10 @@ func confine(confinement string) error {
 	self, err := unix.Open("/proc/self/exe", unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open /proc/self/exe: %w", err)
+	}
+	status, err := unix.Open("/proc/self/status", unix.O_RDONLY, 0) // for limitMemory
+	if err != nil {
+		return fmt.Errorf("open /proc/self/status: %w", err)
 	}
 
 	// 1. limits
@@ -1287,7 +1291,7 @@ func confine(confinement string) error {
 	}
 
 	// 4. execute. There is no path to the file any more.
-	arguments, err := syscall.SlicePtrFromStrings([]string{driverName, serveArgument})
+	arguments, err := syscall.SlicePtrFromStrings([]string{driverName, serveArgument, strconv.Itoa(status)})
 	if err != nil {
 		return err
 	}
@@ -1304,16 +1308,11 @@ func confine(confinement string) error {
 // setLimits sets the limits of this process, which hold for what it executes as well, and makes it the one that
 // yields to all others.
 func setLimits() error {
-	mapped, err := mappedData()
-	if err != nil {
-		return err
-	}
 	for _, limit := range []struct {
 		name     string
 		resource int
 		max      uint64
 	}{
-		{"DATA", unix.RLIMIT_DATA, mapped + renderMemory + rendererMemory},
 		{"CPU", unix.RLIMIT_CPU, uint64(lifeProcessorTime / time.Second)},
 		{"FSIZE", unix.RLIMIT_FSIZE, 0},
 		{"NOFILE", unix.RLIMIT_NOFILE, 16},
@@ -1330,18 +1329,6 @@ func setLimits() error {
 	unix.Syscall(unix.SYS_IOPRIO_SET, ioprioWhoProcess, 0, ioprioIdle)
 	os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0)
 	return nil
-}
-
-// mappedData is the memory that RLIMIT_DATA counts for this process, in bytes: proc_pid_status(5).
-func mappedData() (uint64, error) {
-	status, err := os.ReadFile("/proc/self/status")
-	if err != nil {
-		return 0, err
-	}
-	_, after, _ := strings.Cut(string(status), "\nVmData:")
-	line, _, _ := strings.Cut(after, " kB\n")
-	kilobytes, err := strconv.ParseUint(strings.TrimSpace(line), 10, 32)
-	return kilobytes << 10, err
 }
 
 // emptyRoot makes an empty directory that cannot be written the root directory, and forgets the old one.
@@ -1408,10 +1395,12 @@ func dropPrivileges(confinement string) error {
 
 // rendererMain is what a process does that was started as a renderer; the first argument says with which half.
 func rendererMain(arguments []string) (exitCode int) {
-	if arguments[0] == serveArgument {
+	var err error
+	if argument := arguments[len(arguments)-1]; arguments[0] == confineArgument {
+		err = confine(argument)
+	} else if err = limitMemory(argument); err == nil {
 		return serveJobs(os.Stdin, os.Stdout)
 	}
-	err := confine(arguments[len(arguments)-1])
 	writeFrame(os.Stdout, frameFailure, []byte(cut(err.Error(), maxTextBytes)))
 	return 1
 }
@@ -1456,6 +1445,39 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 		}
 	}
 	return 1
+}
+
+// limitMemory limits what this process may map beyond what it has mapped until now, which status, a descriptor of
+// /proc/self/status, tells: proc_pid_status(5). Each limit has what the other lacks. RLIMIT_DATA counts memory that can
+// be written, but not what replaces memory of another kind, which is how Go makes its heap larger; so it lets one last
+// allocation through, however large. RLIMIT_AS counts all, but Go reserves 64 MiB at a time.
+func limitMemory(status string) error {
+	descriptor, err := strconv.Atoi(status)
+	if err != nil {
+		return err
+	}
+	file := os.NewFile(uintptr(descriptor), "/proc/self/status")
+	defer file.Close()
+	text, err := io.ReadAll(file)
+	if err != nil {
+		return err
+	}
+	for _, limit := range []struct {
+		field    string
+		resource int
+	}{{"VmData", unix.RLIMIT_DATA}, {"VmSize", unix.RLIMIT_AS}} {
+		_, after, _ := strings.Cut(string(text), "\n"+limit.field+":")
+		line, _, _ := strings.Cut(after, " kB\n")
+		kilobytes, err := strconv.ParseUint(strings.TrimSpace(line), 10, 32)
+		if err != nil {
+			return err
+		}
+		max := kilobytes<<10 + renderMemory + rendererMemory
+		if err := unix.Setrlimit(limit.resource, &unix.Rlimit{Cur: max, Max: max}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // limitProcessorTime lets SIGXCPU come when this process has used renderProcessorTime from now on, to the next
