@@ -1145,8 +1145,10 @@ func (r *renderer) readAnswer(token string) (_ files, failure, err error) {
 		switch kind {
 		case frameName:
 			name = string(content)
-			err = checkFileName(name)
 		case frameContent:
+			if checkFileName(name) != nil {
+				return nil, nil, errors.New("a file name that is not allowed") // which may hold anything
+			}
 			err = out.add(name, content)
 		case frameDone:
 			return out.files, nil, nil
@@ -1165,7 +1167,7 @@ func (r *renderer) readAnswer(token string) (_ files, failure, err error) {
 
 // plainText makes a text of what a renderer says: not too long, without the token, valid UTF-8.
 func plainText(said []byte, token string) string {
-	return strings.ToValidUTF8(strings.ReplaceAll(cut(string(said), maxTextBytes), token, "TOKEN"), "?")
+	return strings.ToValidUTF8(cut(strings.ReplaceAll(string(said), token, "TOKEN"), maxTextBytes), "?")
 }
 
 // A frame is a kind, a length in four bytes, and as many bytes. A request is a frameJob, whose JSON says how many
