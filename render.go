@@ -988,7 +988,7 @@ func (p *renderers) start(namespace string) (*renderer, error) {
 func (p *renderers) startConfined(namespace, confinement string, flags uintptr, uid int) (*renderer, error) {
 	cmd := exec.Command(p.binary, confineArgument, confinement)
 	cmd.Env = []string{"GOMAXPROCS=1", fmt.Sprintf("GOMEMLIMIT=%d", renderMemory*3/4), "GOTRACEBACK=none"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Setsid: true} // kill(0) is for it alone
 	if flags&unix.CLONE_NEWUSER != 0 {
 		ids := []syscall.SysProcIDMap{{HostID: uid, Size: 1}}
 		// As root of its namespace it has the capabilities to empty its root directory with, until confine ends.
