@@ -363,6 +363,9 @@ func podToken(request *csi.NodePublishVolumeRequest) (string, error) {
 		return "", status.Errorf(codes.FailedPrecondition, "kubelet passed no token of the Pod's ServiceAccount: "+
 			"the CSIDriver object %s must have tokenRequests with audience \"\"; apply deploy.yaml again", driverName)
 	}
+	if len(tokens[""].Token) > maxTokenBytes {
+		return "", status.Errorf(codes.InvalidArgument, "the token that kubelet passed has more than %d KiB", maxTokenBytes>>10)
+	}
 	return tokens[""].Token, nil
 }
 

@@ -13,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math"
 	"net/url"
 	"os"
 	"os/exec"
@@ -705,7 +706,9 @@ func fullName(o object) string { return stringAt(o, "metadata", "namespace") + "
 const (
 	confineArgument = "renderer"          // the first argument of a process that is to call confine
 	serveArgument   = "confined-renderer" // and of one that is to call serve
-	stepsDescriptor = 3                   // of the memory that it shares with the driver
+
+	stepsDescriptor  = 3  // of the memory that a renderer shares with the driver
+	statusDescriptor = 15 // of /proc/self/status, from confine to serve; the highest that it may have
 
 	maxRenderers = 2
 	rendererIdle = 10 * time.Second
@@ -961,7 +964,7 @@ var confinements = []struct {
 	missing string
 }{
 	{"user", unix.CLONE_NEWUSER | otherNamespaces, rendererUID, ""},
-	{"user", unix.CLONE_NEWUSER | otherNamespaces, os.Getuid(), "a user of its own"},
+	{"same user", unix.CLONE_NEWUSER | otherNamespaces, os.Getuid(), "a user of its own"},
 	{"root", otherNamespaces, 0, "a user namespace"},
 	{"bare", 0, 0, "namespaces (user, mount, network, pid, ipc) and an empty root directory"},
 }
@@ -993,6 +996,7 @@ func (p *renderers) startConfined(namespace, confinement string, flags uintptr, 
 		ids := []syscall.SysProcIDMap{{HostID: uid, Size: 1}}
 		// As root of its namespace it has the capabilities to empty its root directory with, until confine ends.
 		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings = ids, ids
+		cmd.SysProcAttr.GidMappingsEnableSetgroups = uid == rendererUID
 		cmd.SysProcAttr.Credential = &syscall.Credential{NoSetGroups: true}
 	}
 	steps, err := shareMemory(stepBytes)
@@ -1002,7 +1006,8 @@ func (p *renderers) startConfined(namespace, confinement string, flags uintptr, 
 	cmd.ExtraFiles = []*os.File{steps} // stepsDescriptor there
 	r := &renderer{namespace: namespace, process: cmd, steps: steps}
 	if err := r.begin(); err != nil {
-		return nil, errors.Join(fmt.Errorf("confining a renderer (%s): %w", confinement, err), steps.Close())
+		steps.Close()
+		return nil, fmt.Errorf("confining a renderer (%s): %w", confinement, err)
 	}
 	return r, nil
 }
@@ -1270,9 +1275,13 @@ func confine(confinement string) error {
 	if err != nil {
 		return fmt.Errorf("open /proc/self/exe: %w", err)
 	}
-	status, err := unix.Open("/proc/self/status", unix.O_RDONLY, 0) // for limitMemory
+	status, err := unix.Open("/proc/self/status", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open /proc/self/status: %w", err)
+	}
+	// Whoever started the driver may have left it descriptors that are inherited.
+	if err := unix.CloseRange(stepsDescriptor+1, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return fmt.Errorf("close_range: %w", err)
 	}
 
 	// 1. limits
@@ -1293,7 +1302,10 @@ func confine(confinement string) error {
 	}
 
 	// 4. execute. There is no path to the file any more.
-	arguments, err := syscall.SlicePtrFromStrings([]string{driverName, serveArgument, strconv.Itoa(status)})
+	if err := unix.Dup3(status, statusDescriptor, 0); err != nil {
+		return fmt.Errorf("dup3: %w", err)
+	}
+	arguments, err := syscall.SlicePtrFromStrings([]string{driverName, serveArgument})
 	if err != nil {
 		return err
 	}
@@ -1317,7 +1329,7 @@ func setLimits() error {
 	}{
 		{"CPU", unix.RLIMIT_CPU, uint64(lifeProcessorTime / time.Second)},
 		{"FSIZE", unix.RLIMIT_FSIZE, 0},
-		{"NOFILE", unix.RLIMIT_NOFILE, 16},
+		{"NOFILE", unix.RLIMIT_NOFILE, statusDescriptor + 1},
 		{"CORE", unix.RLIMIT_CORE, 0},
 		{"MEMLOCK", unix.RLIMIT_MEMLOCK, 0},
 	} {
@@ -1367,8 +1379,8 @@ func emptyRoot() error {
 	return nil
 }
 
-// dropPrivileges gives up, for this thread, every capability for ever, and the user root, which is none of the node's
-// where there is a user namespace. Without namespaces it may be refused another user.
+// dropPrivileges gives up, for this thread, every capability for ever, the groups, and the user root, which is none of
+// the node's where there is a user namespace.
 func dropPrivileges(confinement string) error {
 	for capability := range uintptr(64) {
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0)
@@ -1376,13 +1388,15 @@ func dropPrivileges(confinement string) error {
 			return fmt.Errorf("drop capability %d: %w", capability, err)
 		}
 	}
-	if confinement != "user" && os.Geteuid() == 0 {
-		// The system calls, since Go's own functions would change all threads, which are about to end.
-		const id = rendererUID
-		for _, call := range [][4]uintptr{{unix.SYS_SETGROUPS}, {unix.SYS_SETRESGID, id, id, id}, {unix.SYS_SETRESUID, id, id, id}} {
-			if _, _, errno := unix.RawSyscall(call[0], call[1], call[2], call[3]); errno != 0 && confinement != "bare" {
-				return fmt.Errorf("change user: %w", errno)
-			}
+	// The system calls, since Go's own functions would change all threads, which are about to end.
+	const id = rendererUID
+	for _, call := range [][4]uintptr{{unix.SYS_SETGROUPS}, {unix.SYS_SETRESGID, id, id, id}, {unix.SYS_SETRESUID, id, id, id}} {
+		if confinement == "user" && call[0] != unix.SYS_SETGROUPS {
+			continue
+		}
+		_, _, errno := unix.RawSyscall(call[0], call[1], call[2], call[3])
+		if errno != 0 && (confinement == "user" || confinement == "root") { // the others need not be allowed to
+			return fmt.Errorf("change user and groups: %w", errno)
 		}
 	}
 	none := [2]unix.CapUserData{}
@@ -1398,9 +1412,9 @@ func dropPrivileges(confinement string) error {
 // rendererMain is what a process does that was started as a renderer; the first argument says with which half.
 func rendererMain(arguments []string) (exitCode int) {
 	var err error
-	if argument := arguments[len(arguments)-1]; arguments[0] == confineArgument {
-		err = confine(argument)
-	} else if err = limitMemory(argument); err == nil {
+	if arguments[0] == confineArgument {
+		err = confine(arguments[len(arguments)-1])
+	} else if err = limitMemory(); err == nil {
 		return serveJobs(os.Stdin, os.Stdout)
 	}
 	writeFrame(os.Stdout, frameFailure, []byte(cut(err.Error(), maxTextBytes)))
@@ -1449,16 +1463,12 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 	return 1
 }
 
-// limitMemory limits what this process may map beyond what it has mapped until now, which status, a descriptor of
-// /proc/self/status, tells: proc_pid_status(5). Each limit has what the other lacks. RLIMIT_DATA counts memory that can
+// limitMemory limits what this process may map beyond what it has mapped until now, which /proc/self/status tells:
+// proc_pid_status(5). Each limit has what the other lacks. RLIMIT_DATA counts memory that can
 // be written, but not what replaces memory of another kind, which is how Go makes its heap larger; so it lets one last
 // allocation through, however large. RLIMIT_AS counts all, but Go reserves 64 MiB at a time.
-func limitMemory(status string) error {
-	descriptor, err := strconv.Atoi(status)
-	if err != nil {
-		return err
-	}
-	file := os.NewFile(uintptr(descriptor), "/proc/self/status")
+func limitMemory() error {
+	file := os.NewFile(statusDescriptor, "/proc/self/status")
 	defer file.Close()
 	text, err := io.ReadAll(file)
 	if err != nil {
