@@ -1328,6 +1328,7 @@ func TestRequestsRefused(t *testing.T) {
 		"other namespace": {podInfo("pod.namespace", "kube-system"), codes.PermissionDenied, "pod.namespace"},
 		"other uid":       {podInfo("pod.uid", other.uid), codes.PermissionDenied, "pod.uid"},
 		"other account":   {podInfo("serviceAccount.name", "admin"), codes.PermissionDenied, "serviceAccount.name"},
+		"huge token":      {tokens(`{"":{"token":"` + strings.Repeat("x", 16<<10+1) + `"}}`), codes.InvalidArgument, "more than 16 KiB"},
 		"no token":        {tokens(""), codes.FailedPrecondition, "tokenRequests"},
 		"no JSON":         {tokens("eyJ"), codes.FailedPrecondition, "tokenRequests"},
 		"other audience":  {tokens(`{"vault":{"token":"` + other.token + `"}}`), codes.FailedPrecondition, "tokenRequests"},
