@@ -39,10 +39,10 @@ const (
 	maxObjectBytes = 3 << 20
 	// The objects of a volume together, those of the volumes under way for the Pods of one namespace, and in all.
 	maxVolumeObjectsBytes    = 4 << 20
-	maxNamespaceObjectsBytes = 8 << 20
+	maxNamespaceObjectsBytes = 6 << 20
 	maxObjectsBytes          = 16 << 20
 	// maxCacheBytes is what the cache keeps; what was used longest ago leaves first.
-	maxCacheBytes = 8 << 20
+	maxCacheBytes = 4 << 20
 
 	maxTokenBytes = 16 << 10
 )
@@ -320,12 +320,10 @@ func parseObject(raw []byte) (*apiObject, error) {
 // fields are the wanted ones of a JSON object by name: a *string for a string, fields for an object.
 type fields map[string]any
 
-// scanFields reads one value from a valid JSON text, and stores what is wanted of it. Names count to the letter, as
-// they do in templates; encoding/json would take "URL" for "url".
+// scanFields reads one value from a valid JSON text, and stores what is wanted of it. It goes token by token, which takes
+// no memory, whatever the text. Names count to the letter, as they do in templates; encoding/json would take "URL" for
+// "url".
 func scanFields(d *json.Decoder, wanted any) error {
-	if wanted == nil {
-		return d.Decode(&skipped{})
-	}
 	token, err := d.Token()
 	if err != nil {
 		return err
@@ -355,11 +353,6 @@ func scanFields(d *json.Decoder, wanted any) error {
 	_, err = d.Token() // the end of the object or the list
 	return err
 }
-
-// skipped is a JSON value that is of no interest.
-type skipped struct{}
-
-func (*skipped) UnmarshalJSON([]byte) error { return nil }
 
 // cacheKey names an object and who reads it: what one ServiceAccount may see, another may not.
 type cacheKey struct{ path, reader string }

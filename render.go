@@ -990,7 +990,8 @@ func (p *renderers) start(namespace string) (*renderer, error) {
 
 func (p *renderers) startConfined(namespace, confinement string, flags uintptr, uid int) (*renderer, error) {
 	cmd := exec.Command(p.binary, confineArgument, confinement)
-	cmd.Env = []string{"GOMAXPROCS=1", fmt.Sprintf("GOMEMLIMIT=%d", renderMemory*3/4), "GOTRACEBACK=none"}
+	// The last one is for programs that are linked with a C library, which reserves 64 MiB for a thread.
+	cmd.Env = []string{"GOMAXPROCS=1", fmt.Sprintf("GOMEMLIMIT=%d", renderMemory*3/4), "GOTRACEBACK=none", "MALLOC_ARENA_MAX=1"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Setsid: true} // kill(0) is for it alone
 	if flags&unix.CLONE_NEWUSER != 0 {
 		ids := []syscall.SysProcIDMap{{HostID: uid, Size: 1}}
@@ -1330,6 +1331,7 @@ func setLimits() error {
 		{"CPU", unix.RLIMIT_CPU, uint64(lifeProcessorTime / time.Second)},
 		{"FSIZE", unix.RLIMIT_FSIZE, 0},
 		{"NOFILE", unix.RLIMIT_NOFILE, statusDescriptor + 1},
+		{"STACK", unix.RLIMIT_STACK, 1 << 20}, // of the first thread; a C library has it for all others
 		{"CORE", unix.RLIMIT_CORE, 0},
 		{"MEMLOCK", unix.RLIMIT_MEMLOCK, 0},
 	} {
