@@ -974,7 +974,10 @@ func (p *renderers) start(namespace string) (*renderer, error) {
 	var refusals []error
 	for _, c := range confinements {
 		r, err := p.startConfined(namespace, c.name, c.flags, c.uid)
-		if err != nil {
+		switch {
+		case errors.Is(err, io.EOF), errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOMEM):
+			return nil, err // it was killed, or there is no room for it: nothing that less confinement helps against
+		case err != nil:
 			refusals = append(refusals, err)
 			continue
 		}
