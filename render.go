@@ -964,8 +964,8 @@ var confinements = []struct {
 	missing string
 }{
 	{"user", unix.CLONE_NEWUSER | otherNamespaces, rendererUID, ""},
-	{"same user", unix.CLONE_NEWUSER | otherNamespaces, os.Getuid(), "a user of its own"},
 	{"root", otherNamespaces, 0, "a user namespace"},
+	{"same user", unix.CLONE_NEWUSER | otherNamespaces, os.Getuid(), "a user of its own"},
 	{"bare", 0, 0, "namespaces (user, mount, network, pid, ipc) and an empty root directory"},
 }
 
