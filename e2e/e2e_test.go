@@ -153,13 +153,18 @@ func TestTokenIsThatOfThePod(t *testing.T) {
 	ns := begin(t)
 	ns.target("token", map[string]string{"token": "{{ .context.token }}"})
 	const mountForAnHour = `{connector.name: target, configuration.names: config, token.expiration: 1h}`
-	ns.connector("audience", "token", "https://one.example.com")
-	ns.kubectl("patch", "connector", "audience", "--subresource=status", "--type=merge",
-		"--patch", `{"status": {"proxy": {"httpAddress": {"audience": "the-proxy"}}}}`)
+	ns.kubectl("patch", "connectorclass", "token", "--type=merge", "--patch", `{"spec": {"proxy": {"audience": "the-proxy"}}}`)
+	for connector, audience := range map[string]string{"audience": "the-proxy", "other-audience": "vault"} {
+		ns.connector(connector, "token", "https://one.example.com")
+		ns.kubectl("patch", "connector", connector, "--subresource=status", "--type=merge",
+			"--patch", fmt.Sprintf(`{"status": {"proxy": {"httpAddress": {"audience": %q}}}}`, audience))
+	}
 	ns.pod("default", mountTarget)
 	ns.pod("hour", mountForAnHour)
 	ns.pod("audience", `{connector.name: audience, configuration.names: config}`)
+	ns.pod("other-audience", `{connector.name: other-audience, configuration.names: config}`)
 	ns.running("default", "hour", "audience")
+	ns.refused("other-audience", "code = FailedPrecondition", `the audience "vault" in its status.proxy.httpAddress is neither one that ConnectorClass "token" names`)
 	audiences := map[string][]string{} // by Pod
 	for pod, lifetime := range map[string]time.Duration{"default": 30 * time.Minute, "hour": time.Hour, "audience": 30 * time.Minute} {
 		token := ns.read(pod, "/volume/token")
@@ -300,9 +305,9 @@ func TestEventsSayWhatIsWrong(t *testing.T) {
 		{"missing-configuration", `{connector.name: target, configuration.names: confg}`,
 			`code = InvalidArgument desc = configuration "confg" of configuration.names does not exist; ConnectorClass "wrong" has: config`},
 		{"broken-template", `{connector.name: broken, configuration.names: config}`,
-			`code = FailedPrecondition desc = ConnectorClass "broken", configuration "config": file "file": template: file:2: function "shout" not defined`},
+			`code = FailedPrecondition desc = ConnectorClass "broken", configuration "config": file line 2: function "shout" not defined`},
 		{"printed-nothing", `{connector.name: prints-nothing, configuration.names: config}`,
-			`code = FailedPrecondition desc = ConnectorClass "prints-nothing", configuration "config": file "file": template: file:2:`},
+			`code = FailedPrecondition desc = ConnectorClass "prints-nothing", configuration "config": file line 2: {{ .connector.spec.nothing }} has no value`},
 	}
 	for _, c := range cases {
 		manifest := podManifest(c.pod, c.attributes)
@@ -314,7 +319,6 @@ func TestEventsSayWhatIsWrong(t *testing.T) {
 	for _, c := range cases {
 		ns.refused(c.pod, `MountVolume.SetUp failed for volume "volume"`, c.reason)
 	}
-	ns.refused("printed-nothing", `{{.connector.spec.nothing}} has no value`)
 }
 
 // A git client clones through a proxy, with nothing but the documented .gitconfig.
@@ -491,7 +495,7 @@ func TestFailedRefreshKeepsFiles(t *testing.T) {
 
 	// Neither a broken class nor a withdrawn permission takes anything from a running Pod; its events tell.
 	ns.class("refresh", configurations{"config": {"address": "{{ .connector.spec.nothing }}"}})
-	ns.failedMount("pod", "{{.connector.spec.nothing}} has no value")
+	ns.failedMount("pod", "{{ .connector.spec.nothing }} has no value")
 	ns.want("pod", "/volume/address", "https://one.example.com")
 	ns.class("refresh", configurations{"config": {"address": "{{ .connector.spec.address }}"}})
 	ns.kubectl("delete", "rolebinding", "--all")
