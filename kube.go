@@ -59,7 +59,7 @@ type kube struct {
 
 	mu         sync.Mutex
 	namespaces map[string]*share // of those with calls under way
-	held       int               // bytes of objects that calls under way hold
+	held       *holdings
 	cache      map[string]*cached
 	cacheBytes int
 	tidied     time.Time
@@ -69,7 +69,7 @@ type kube struct {
 // share is what the calls for the Pods of one namespace take at this moment.
 type share struct {
 	calls  int
-	held   int           // bytes of objects
+	held   *holdings
 	places chan struct{} // holds an element for each request under way
 }
 
@@ -123,6 +123,7 @@ func newKube(refresh time.Duration, m *metrics) (*kube, error) {
 		places:     make(chan struct{}, maxRequests),
 		ownPlaces:  make(chan struct{}, maxOwnRequests),
 		namespaces: map[string]*share{},
+		held:       newHoldings(),
 		cache:      map[string]*cached{},
 		reads:      map[cacheKey]*reading{},
 	}, nil
@@ -142,8 +143,9 @@ type call struct {
 	kube      *kube
 	namespace string // the Pod's
 	share     *share
-	held      int // bytes of objects
-	limit     int // of held
+	objects   []*apiObject
+	size      int // of objects, in bytes
+	limit     int // of size
 }
 
 // begin begins a call for a Pod of the namespace. The caller ends it. A volume that is mounted goes on when it is
@@ -157,7 +159,7 @@ func (k *kube) begin(namespace string, mounted bool) *call {
 	defer k.mu.Unlock()
 	s := k.namespaces[namespace]
 	if s == nil {
-		s = &share{places: make(chan struct{}, maxNamespaceRequests)}
+		s = &share{places: make(chan struct{}, maxNamespaceRequests), held: newHoldings()}
 		k.namespaces[namespace] = s
 	}
 	s.calls++
@@ -168,10 +170,40 @@ func (c *call) end() {
 	k := c.kube
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.held -= c.held
-	c.share.held -= c.held
+	for _, o := range c.objects {
+		k.held.remove(o)
+		c.share.held.remove(o)
+	}
 	if c.share.calls--; c.share.calls == 0 {
 		delete(k.namespaces, c.namespace)
+	}
+}
+
+// holdings are the objects that calls under way hold, each of which counts once, since the calls share it.
+type holdings struct {
+	bytes int
+	calls map[*apiObject]int // how many hold it
+}
+
+func newHoldings() *holdings { return &holdings{calls: map[*apiObject]int{}} }
+
+// with is the size in bytes with one more object.
+func (h *holdings) with(o *apiObject) int {
+	if h.calls[o] > 0 {
+		return h.bytes
+	}
+	return h.bytes + len(o.raw)
+}
+
+func (h *holdings) add(o *apiObject) {
+	h.bytes = h.with(o)
+	h.calls[o]++
+}
+
+func (h *holdings) remove(o *apiObject) {
+	if h.calls[o]--; h.calls[o] == 0 {
+		h.bytes -= len(o.raw)
+		delete(h.calls, o)
 	}
 }
 
@@ -189,19 +221,20 @@ func (c *call) hold(o *apiObject) error {
 	if size > maxObjectBytes {
 		return errObjectSize
 	}
-	if c.held+size > c.limit {
+	if c.size+size > c.limit {
 		return objectError{fmt.Errorf("it has %d KiB, with which the Connectors and ConnectorClasses of the volume have more than %d KiB together",
 			size>>10, c.limit>>10)}
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if c.share.held+size > maxNamespaceObjectsBytes || k.held+size > maxObjectsBytes {
-		return roomError{fmt.Errorf("the volumes that are being published hold objects of %d KiB, those of namespace %q of %d KiB; "+
-			"there is room for %d and %d KiB", k.held>>10, c.namespace, c.share.held>>10, maxObjectsBytes>>10, maxNamespaceObjectsBytes>>10)}
+	if namespace, all := c.share.held.with(o), k.held.with(o); namespace > maxNamespaceObjectsBytes || all > maxObjectsBytes {
+		return roomError{fmt.Errorf("the volumes that are being published would hold objects of %d KiB with it, and those of namespace %q "+
+			"of %d KiB; there is room for %d and %d KiB", all>>10, c.namespace, namespace>>10, maxObjectsBytes>>10, maxNamespaceObjectsBytes>>10)}
 	}
-	c.held += size
-	c.share.held += size
-	k.held += size
+	c.objects = append(c.objects, o)
+	c.size += size
+	k.held.add(o)
+	c.share.held.add(o)
 	return nil
 }
 

@@ -182,7 +182,7 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	}
 
 	// 3. find
-	c := (&kube{namespaces: map[string]*share{}}).begin(podNamespace, false)
+	c := (&kube{namespaces: map[string]*share{}, held: newHoldings()}).begin(podNamespace, false)
 	sources, err := collectSources(c, podIdentity{}, a.connectors, input.connector, input.class)
 	if err == nil {
 		_, err = proxyAudiences(sources)

@@ -594,7 +594,11 @@ func (n *node) start(change ...func(*driver)) {
 var rendererBinary = sync.OnceValue(func() string {
 	info, _ := debug.ReadBuildInfo()
 	if slices.Contains(info.Settings, debug.BuildSetting{Key: "CGO_ENABLED", Value: "0"}) {
-		return thisBinary
+		binary, err := os.Executable()
+		if err != nil {
+			panic(err)
+		}
+		return binary
 	}
 	binary := filepath.Join(containerDir, "renderer.test")
 	build := exec.Command("go", "test", "-c", "-o", binary, ".")
@@ -1850,8 +1854,8 @@ func TestRequestsAtOnceAreBounded(t *testing.T) {
 	for range count {
 		must(t, <-results)
 	}
-	if k := n.driver.kube; len(k.namespaces) != 0 || k.held != 0 || len(k.places) != 0 {
-		t.Errorf("nobody is at it, and yet: %v, %d, %d", k.namespaces, k.held, len(k.places))
+	if k := n.driver.kube; len(k.namespaces) != 0 || k.held.bytes != 0 || len(k.places) != 0 {
+		t.Errorf("nobody is at it, and yet: %v, %d, %d", k.namespaces, k.held.bytes, len(k.places))
 	}
 }
 
@@ -2853,7 +2857,13 @@ func TestObjectsUnderWayAreLimited(t *testing.T) {
 		}
 		return calls
 	}
-	full := hold("default", 3, 3)
+	shared := &apiObject{raw: make([]byte, 3<<20)} // counts once
+	for range 10 {
+		c := k.begin("default", false)
+		must(t, c.hold(shared))
+		defer c.end()
+	}
+	full := hold("default", 3)
 	n.volume().mustRefuse(codes.ResourceExhausted, `Connector "default/git" cannot be read`, "6144 KiB", `namespace "default"`)
 	n.pod("team-a/default").volume("config").mustPublish()
 	rest := append(hold("team-b", 3, 3), hold("team-c", 3, 1)...)
@@ -2866,8 +2876,8 @@ func TestObjectsUnderWayAreLimited(t *testing.T) {
 		c.end()
 	}
 	n.volume().mustPublish()
-	if k.held != 0 || len(k.namespaces) != 0 {
-		t.Errorf("%d bytes are held, by %v", k.held, k.namespaces)
+	if k.held.bytes != 3<<20 || len(k.namespaces) != 1 {
+		t.Errorf("%d bytes are held, by %v", k.held.bytes, k.namespaces)
 	}
 }
 
