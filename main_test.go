@@ -2238,7 +2238,7 @@ func generationOf(text string) (int, error) {
 
 // sized is a class whose configuration "config" has the token in one file and so many bytes in another.
 func sized(bytes int) object {
-	return class("git", configuration("config", "token", "{{ .context.token }}", "large", strings.Repeat("x", bytes)))
+	return class("git", configuration("config", "token", "{{ .context.token }}", "large", fmt.Sprintf(`{{ repeat %d "x" }}`, bytes)))
 }
 
 // used is what all volumes of the node take, by the driver's metrics.
@@ -2404,7 +2404,7 @@ func TestPodsVolumesAtOnce(t *testing.T) {
 func TestNodesBudget(t *testing.T) {
 	n := newNode(t)
 	n.api.put(sized(300 << 10))
-	n.startBinary(rendererBinary(), "--refresh-interval=1ns", "--volumes-budget=1")
+	p := n.startBinary(rendererBinary(), "--refresh-interval=1ns", "--volumes-budget=1")
 	volumes := []*podVolume{n.volume(), n.volume(), n.volume()}
 	for _, v := range volumes {
 		v.mustPublish()
@@ -2448,6 +2448,7 @@ func TestNodesBudget(t *testing.T) {
 	must(t, os.MkdirAll(subPath, 0o750))
 	must(t, unix.Mount(v.target, subPath, "", unix.MS_BIND, ""))
 	used := n.used()
+	p.kill()
 	n.startBinary(rendererBinary(), "--refresh-interval=1ns", "--volumes-budget=1")
 	if got := n.readMetrics()["connectors_csi_volumes"]; got != 3 || n.used() != used {
 		t.Errorf("after a restart there are %v volumes of %d bytes, and not 3 of %d", got, n.used(), used)
@@ -2469,7 +2470,7 @@ func TestVolumesBeyondTheLimitsGoOn(t *testing.T) {
 		volumes = append(volumes, v)
 	}
 	for range 2 {
-		n.startBinary(rendererBinary(), "--refresh-interval=1ns", "--volumes-budget=1")
+		p := n.startBinary(rendererBinary(), "--refresh-interval=1ns", "--volumes-budget=1")
 		for range 2 {
 			pod.renewToken()
 			for _, v := range volumes {
@@ -2479,7 +2480,9 @@ func TestVolumesBeyondTheLimitsGoOn(t *testing.T) {
 		}
 		pod.volume("more").mustRefuse(codes.ResourceExhausted, "20 other volumes")
 		n.volume().mustRefuse(codes.ResourceExhausted, "--volumes-budget")
+		p.kill()
 	}
+	n.startProcess()
 	for _, v := range volumes {
 		v.mustUnpublish()
 	}
