@@ -4471,8 +4471,11 @@ func TestRendererCanDoNothing(t *testing.T) {
 	t.Cleanup(func() { confinements = all })
 	for i, c := range all {
 		t.Run(fmt.Sprint(c.name, i), func(t *testing.T) {
-			if !mayChooseUser(t) && c.uid != os.Getuid() || c.flags == 0 {
-				t.Skip("not here")
+			if c.flags == 0 {
+				t.Skip("there it sees the node's files and processes, as any user of the node does")
+			}
+			if !mayChooseUser(t) && c.name != "same user" {
+				t.Skip("only root may choose another user")
 			}
 			confinements = all[i : i+1]
 			v := renderedBy(t, "intruder-"+address).volume()
@@ -4504,15 +4507,19 @@ func TestRendererIsConfined(t *testing.T) {
 				t.Skip("only root may choose another user")
 			}
 			confinements = all[i : i+1]
+			if mayChooseUser(t) && c.name != "same user" { // which may not leave its groups
+				must(t, unix.Setgroups([]int{12345}))
+				t.Cleanup(func() { must(t, unix.Setgroups(nil)) })
+			}
 			n := startNode(t)
 			n.volume().mustPublish()
 			pid := n.renderers()[0]
-			uid := strconv.Itoa(cmp.Or(c.uid, os.Getuid()))
+			uid := strconv.Itoa(c.uid)
 			if c.flags&unix.CLONE_NEWUSER == 0 && mayChooseUser(t) {
 				uid = strconv.Itoa(rendererUID)
 			}
 			for field, want := range map[string]string{
-				"Uid": strings.TrimSuffix(strings.Repeat(uid+" ", 4), " "), "Gid": strings.TrimSuffix(strings.Repeat(uid+" ", 4), " "), "NoNewPrivs": "1",
+				"Uid": strings.TrimSuffix(strings.Repeat(uid+" ", 4), " "), "Gid": strings.TrimSuffix(strings.Repeat(uid+" ", 4), " "), "NoNewPrivs": "1", "Groups": "",
 				"CapInh": "0000000000000000", "CapPrm": "0000000000000000", "CapEff": "0000000000000000", "CapBnd": "0000000000000000", "CapAmb": "0000000000000000",
 			} {
 				if got := processStatus(t, pid, field); got != want {
@@ -4570,9 +4577,9 @@ func TestRenderersKilledAtAnyMoment(t *testing.T) {
 	n := startNode(t)
 	n.volume().mustPublish()
 	n.driver.renderers.close()
-	before := descriptors(t)
+	before, logged := descriptors(t), len(logs.String())
 	var failed, ended atomic.Int32
-	const volumes, rounds = 8, 12
+	const volumes, rounds = 8, 8
 	for i := range volumes {
 		v := n.pod(fmt.Sprintf("team-%d/default", i%4)).volume("config", attrs{"connector.namespace": "default"})
 		go func() {
@@ -4604,6 +4611,10 @@ func TestRenderersKilledAtAnyMoment(t *testing.T) {
 	t.Logf("%d times killed, %d publishes failed", killed, failed.Load())
 	if failed.Load() == 0 {
 		t.Errorf("no publish has noticed that renderers were killed %d times", killed)
+	}
+	// That one was killed is no sign that the kernel refuses to confine it as well as that.
+	if strings.Contains(logs.String()[logged:], "less confined") && mayChooseUser(t) {
+		t.Error("a renderer was less confined than it could be")
 	}
 	n.driver.renderers.close()
 	if left := children(t, os.Getpid()); len(left) > 0 {
@@ -4792,6 +4803,229 @@ func TestRenderersThatCannotBeTrusted(t *testing.T) {
 	if left := children(t, os.Getpid()); len(left) > 0 {
 		t.Errorf("processes are left: %v", left)
 	}
+}
+
+// ---- Turns at the renderers ----
+
+// change changes the state of the renderers, and lets in whom it lets in.
+func changeRenderers(p *renderers, change func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	change()
+	p.admit()
+}
+
+// awaitTurns waits until so many calls wait for a renderer.
+func awaitTurns(t *testing.T, p *renderers, count int) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%d wait for a renderer", count), func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return len(p.waiting) == count
+	})
+}
+
+func TestFullestAccountIsNext(t *testing.T) {
+	p := newRenderers("", nil)
+	changeRenderers(p, func() {
+		p.free = 0
+		p.accounts["poor"] = &account{left: time.Second, at: time.Now()}
+		p.accounts["rich"] = &account{left: 5 * time.Second, at: time.Now()}
+		p.accounts["once-poor"] = &account{left: time.Second, at: time.Now().Add(-2 * time.Minute)} // 7 s by now
+	})
+	served := make(chan string)
+	for i, who := range []string{"poor/1", "rich/1", "once-poor/1", "poor/2", "full/1", "rich/2", "full/2", "once-poor/2"} {
+		go func() {
+			namespace, _, _ := strings.Cut(who, "/")
+			if err := p.wait(t.Context(), namespace); err != nil {
+				t.Error(err)
+			}
+			served <- who
+		}()
+		awaitTurns(t, p, i+1)
+	}
+	for _, want := range []string{"full/1", "full/2", "once-poor/1", "once-poor/2", "rich/1", "rich/2", "poor/1", "poor/2"} {
+		changeRenderers(p, func() { p.free++ })
+		if got := <-served; got != want {
+			t.Errorf("the next is %s, not %s", got, want)
+		}
+	}
+}
+
+// One namespace's templates have taken both renderers for a while, and more of them wait.
+func TestOthersDoNotWaitForHostileVolumes(t *testing.T) {
+	n := startNode(t)
+	n.api.put(class("hostile", configuration("config", "file", `{{ fail "x" }}`)), connector("hostile", "git", "hostile"))
+	p := n.driver.renderers
+	changeRenderers(p, func() {
+		p.free = 0
+		p.accounts["hostile"] = &account{left: accountSize - 4*time.Second, at: time.Now()}
+	})
+	var wait sync.WaitGroup
+	for i := range 10 {
+		v := n.pod("hostile/default").volume("config")
+		wait.Go(func() {
+			wantError(t, v.publish(), codes.FailedPrecondition)
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			if slices.ContainsFunc(p.waiting, func(t *turn) bool { return t.namespace != "hostile" }) {
+				t.Error("a hostile volume has had its turn while others wait")
+			}
+		})
+		awaitTurns(t, p, i+1)
+	}
+	for i := range 30 {
+		v := n.pod(fmt.Sprintf("honest-%d/default", i%3)).volume("config", attrs{"connector.namespace": "default"})
+		wait.Go(func() {
+			if err := v.publish(); err != nil {
+				t.Error(err)
+			}
+		})
+		awaitTurns(t, p, 10+i+1)
+	}
+	changeRenderers(p, func() { p.free = maxRenderers })
+	wait.Wait()
+}
+
+func TestEmptyAccount(t *testing.T) {
+	n := startNode(t)
+	n.api.put(class("endless", configuration("config", "file", "{{ range 9223372036854775807 }}{{ end }}"), configuration("good", "file", "x")), connector("hungry", "git", "endless"))
+	p := n.driver.renderers
+	setAccount := func(left, ago time.Duration) {
+		changeRenderers(p, func() {
+			p.accounts["hungry"] = &account{left: left, at: time.Now().Add(-ago), most: left, mostBy: "nothing"}
+		})
+	}
+	v := n.pod("hungry/default").volume("config")
+	setAccount(time.Millisecond, 0)
+	v.mustBeStopped(takesTime)
+
+	// The next are refused at once, whatever they are.
+	used := `^rendering for namespace "hungry" has used up its 10s of processor time, of which 3s come back each minute, enough for the next try in \d+s; ` +
+		`what took most, [\d.]+m?s, is ConnectorClass "endless", configuration "config", file "file": rendering it$`
+	good := n.pod("hungry/default").volume("config", attrs{"configuration.names": "good"})
+	for _, v := range []*podVolume{v, good} {
+		err := v.publish()
+		wantError(t, err, codes.ResourceExhausted)
+		if text := status.Convert(err).Message(); !regexp.MustCompile(used).MatchString(text) {
+			t.Errorf("not %q, but %q", used, text)
+		}
+		v.wantNothing()
+	}
+	n.volume().mustPublish() // of another namespace
+
+	// It fills up again, and is forgotten when it is full.
+	setAccount(-time.Second, 21*time.Second)
+	good.mustPublish()
+	setAccount(-time.Second, time.Hour)
+	n.volume().mustPublish()
+	if p.accounts["hungry"] != nil {
+		t.Error("a full account is not forgotten")
+	}
+
+	// It may become empty while somebody waits.
+	changeRenderers(p, func() { p.free = 0 })
+	done := make(chan error)
+	go func() {
+		done <- n.pod("hungry/default").volume("config", attrs{"configuration.names": "good"}).publish()
+	}()
+	awaitTurns(t, p, 1)
+	setAccount(-time.Second, 0)
+	wantError(t, <-done, codes.ResourceExhausted, "has used up")
+	changeRenderers(p, func() { p.free = maxRenderers })
+}
+
+func TestRenderersAreUsedAgain(t *testing.T) {
+	n := startNode(t)
+	n.api.put(class("bad", configuration("config", "file", `{{ .none }}`)), connector("a", "git", "git"), connector("a", "bad", "bad"))
+	publish := func(namespace string) (all []int) {
+		t.Helper()
+		n.pod(namespace+"/default").volume("config", attrs{"connector.namespace": "default"}).mustPublish()
+		return n.renderers()
+	}
+	other := func(all []int, but int) int { return all[1-slices.Index(all, but)] }
+	first := publish("a")
+	if len(first) != 1 {
+		t.Fatalf("renderers %v", first)
+	}
+	a := first[0]
+	for range 3 {
+		n.pod("a/default").volume("config", attrs{"connector.name": "bad"}).mustRefuse(codes.FailedPrecondition, "has no value")
+		if again := publish("a"); !slices.Equal(again, first) {
+			t.Errorf("for the same namespace, and after a failure, there is %v, not %v", again, first)
+		}
+	}
+	two := publish("b")
+	if len(two) != 2 || !slices.Contains(two, a) {
+		t.Fatalf("for another namespace there are %v, not %d and one more", two, a)
+	}
+	b := other(two, a)
+	if again := publish("a"); !slices.Equal(again, two) {
+		t.Errorf("%v, not %v", again, two)
+	}
+	three := publish("c") // in the place of b, which is the longest idle
+	if len(three) != 2 || !slices.Contains(three, a) || slices.Contains(three, b) {
+		t.Fatalf("for a third namespace there are %v, not %d and another one than %d", three, a, b)
+	}
+	var all sync.WaitGroup
+	for i := range 40 {
+		v := n.pod(fmt.Sprintf("team-%d/default", i%5)).volume("config", attrs{"connector.namespace": "default"})
+		all.Go(func() {
+			if err := v.publish(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	p := n.driver.renderers
+	if len(n.renderers()) != maxRenderers || len(p.idle) != maxRenderers || p.free != maxRenderers || len(p.waiting) != 0 {
+		t.Errorf("renderers %v, idle %d, places %d, waiting %d", n.renderers(), len(p.idle), p.free, len(p.waiting))
+	}
+	for _, r := range slices.Clone(p.idle) {
+		p.retire(r)
+		p.retire(r) // by its timer, at the same moment
+	}
+	if left := n.renderers(); len(left) > 0 {
+		t.Errorf("%v are left", left)
+	}
+	publish("a")
+}
+
+// A caller who gives up leaves its place in the line, or ends its renderer.
+func TestCallersThatGiveUpRendering(t *testing.T) {
+	n := startNode(t)
+	n.api.put(class("endless", configuration("config", "file", "{{ range 9223372036854775807 }}{{ end }}")), connector("default", "endless", "endless"))
+	p := n.driver.renderers
+	publish := func() (giveUp func()) {
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		v := n.volume(attrs{"connector.name": "endless"})
+		go func() {
+			_, err := csi.NewNodeClient(n.conn).NodePublishVolume(ctx, v.request())
+			done <- err
+		}()
+		return func() {
+			t.Helper()
+			cancel()
+			wantError(t, <-done, codes.Canceled)
+			n.awaitCalls(0)
+			v.wantNothing()
+		}
+	}
+	changeRenderers(p, func() { p.free = 0 })
+	giveUp := publish()
+	awaitTurns(t, p, 1)
+	giveUp()
+	awaitTurns(t, p, 0)
+	changeRenderers(p, func() { p.free = maxRenderers })
+
+	giveUp = publish()
+	eventually(t, "a renderer is at it", func() bool { r := n.renderers(); return len(r) == 1 && processorTime(t, r[0]) > 0 })
+	giveUp()
+	if left := n.renderers(); len(left) > 0 || p.free != maxRenderers || p.accounts["default"] == nil {
+		t.Errorf("renderers %v, places %d, accounts %v", left, p.free, p.accounts)
+	}
+	n.volume().mustPublish()
 }
 
 // ---- The documented ConnectorClasses: what they make is read by the rules of its format ----
@@ -5731,6 +5965,42 @@ func BenchmarkRender(b *testing.B) {
 	}
 }
 
+// BenchmarkRenderInRenderer is BenchmarkRender in a renderer that runs already.
+func BenchmarkRenderInRenderer(b *testing.B) {
+	n := startNode(b)
+	n.volume().mustPublish()
+	j := benchmarkJob(b)
+	for b.Loop() {
+		_, err := n.driver.renderers.render(b.Context(), "default", j)
+		must(b, err)
+	}
+}
+
+// BenchmarkRenderInNewRenderer is the same with one that has to be started, as for the first volume in a while.
+func BenchmarkRenderInNewRenderer(b *testing.B) {
+	n := startNode(b)
+	j := benchmarkJob(b)
+	for b.Loop() {
+		n.driver.renderers.close()
+		clear(n.driver.renderers.accounts) // for more than ten seconds of processor time
+		_, err := n.driver.renderers.render(b.Context(), "default", j)
+		must(b, err)
+	}
+}
+
+func benchmarkJob(b *testing.B) job {
+	var objects []*apiObject
+	for _, o := range []object{connector("default", "git", "git"), gitClass()} {
+		text, err := json.Marshal(o)
+		must(b, err)
+		parsed, err := parseObject(text)
+		must(b, err)
+		objects = append(objects, parsed)
+	}
+	token := issue("default", "default", nil, time.Hour, apiAudience)
+	return job{[]source{{objects[0], objects[1]}}, selection{configurations: []string{"config"}}, token}
+}
+
 // BenchmarkPublishWith1000Volumes is BenchmarkPublish on a node that has 1,000 volumes already.
 func BenchmarkPublishWith1000Volumes(b *testing.B) {
 	n := startNode(b)
@@ -5741,7 +6011,8 @@ func BenchmarkPublishWith1000Volumes(b *testing.B) {
 }
 
 // BenchmarkProcess is BenchmarkPublish with the driver as it is released: a static binary in a process of its own. It
-// reports its resident memory, after kubelet has registered it and after all the publishes.
+// reports its resident memory, and its share (Pss) of that of the process and its renderers: after kubelet has
+// registered it, after all the publishes, and when the renderers have ended.
 func BenchmarkProcess(b *testing.B) {
 	n := newNode(b)
 	binary := filepath.Join(b.TempDir(), "connectors-csi")
@@ -5754,17 +6025,25 @@ func BenchmarkProcess(b *testing.B) {
 	n.callRegistration("GetInfo", nil)
 	n.callRegistration("NotifyRegistrationStatus", []byte{8, 1})
 	n.wantReady(200, "ok")
-	resident := func() float64 {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
-		must(b, err)
-		kilobytes, err := strconv.ParseFloat(regexp.MustCompile(`VmRSS:\s+(\d+) kB`).FindStringSubmatch(string(text))[1], 64)
-		must(b, err)
-		return kilobytes * 1024 / 1e6
+	share := func() (megabytes float64) {
+		for _, pid := range append(slices.Collect(maps.Keys(children(b, p.Process.Pid))), p.Process.Pid) {
+			text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+			must(b, err)
+			kilobytes, err := strconv.ParseFloat(regexp.MustCompile(`Pss: +(\d+) kB`).FindStringSubmatch(string(text))[1], 64)
+			must(b, err)
+			megabytes += kilobytes * 1024 / 1e6
+		}
+		return megabytes
 	}
-	idle := resident()
+	resident := func() float64 { return float64(kilobytes(b, p.Process.Pid, "VmRSS")) * 1024 / 1e6 }
+	idle, idleShare := resident(), share()
 	benchmarkPublish(n.volume())
 	b.ReportMetric(idle, "MB-idle")
 	b.ReportMetric(resident(), "MB-after")
+	b.ReportMetric(idleShare, "MB-idle-share")
+	b.ReportMetric(share(), "MB-after-share")
+	eventually(b, "the renderers have ended", func() bool { return len(children(b, p.Process.Pid)) == 0 })
+	b.ReportMetric(share(), "MB-alone-share")
 }
 
 // ---- The module ----
