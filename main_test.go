@@ -4499,6 +4499,10 @@ func (n *node) renderers() []int {
 
 // What the kernel says of a renderer that is ready to work.
 func TestRendererIsConfined(t *testing.T) {
+	if mayChooseUser(t) {
+		must(t, unix.Setgroups([]int{12345})) // as a Pod's supplementalGroups do
+		t.Cleanup(func() { unix.Setgroups(nil) })
+	}
 	all := confinements
 	t.Cleanup(func() { confinements = all })
 	for i, c := range all {
@@ -4507,10 +4511,6 @@ func TestRendererIsConfined(t *testing.T) {
 				t.Skip("only root may choose another user")
 			}
 			confinements = all[i : i+1]
-			if mayChooseUser(t) && c.name != "same user" { // which may not leave its groups
-				must(t, unix.Setgroups([]int{12345}))
-				t.Cleanup(func() { must(t, unix.Setgroups(nil)) })
-			}
 			n := startNode(t)
 			n.volume().mustPublish()
 			pid := n.renderers()[0]
@@ -4519,12 +4519,15 @@ func TestRendererIsConfined(t *testing.T) {
 				uid = strconv.Itoa(rendererUID)
 			}
 			for field, want := range map[string]string{
-				"Uid": strings.TrimSuffix(strings.Repeat(uid+" ", 4), " "), "Gid": strings.TrimSuffix(strings.Repeat(uid+" ", 4), " "), "NoNewPrivs": "1", "Groups": "",
+				"Uid": strings.TrimSuffix(strings.Repeat(uid+" ", 4), " "), "Gid": strings.TrimSuffix(strings.Repeat(uid+" ", 4), " "), "NoNewPrivs": "1",
 				"CapInh": "0000000000000000", "CapPrm": "0000000000000000", "CapEff": "0000000000000000", "CapBnd": "0000000000000000", "CapAmb": "0000000000000000",
 			} {
 				if got := processStatus(t, pid, field); got != want {
 					t.Errorf("%s is %s, not %s", field, got, want)
 				}
+			}
+			if groups := processStatus(t, pid, "Groups"); groups != "" && c.name != "same user" { // which may not leave them
+				t.Errorf("it is in the groups %s", groups)
 			}
 			for name, flag := range map[string]uintptr{"user": unix.CLONE_NEWUSER, "mnt": unix.CLONE_NEWNS, "net": unix.CLONE_NEWNET, "pid": unix.CLONE_NEWPID, "ipc": unix.CLONE_NEWIPC} {
 				its, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", pid, name))
