@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -206,7 +207,14 @@ func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
 		}
 		return nil
 	})
-	tenant.failedMount(fmt.Sprintf("full-%d", full+59), "code = ResourceExhausted", "--volumes-budget")
+	honest.eventually(func() error {
+		if !slices.ContainsFunc(publishes(t), func(p publish) bool {
+			return p.code == "ResourceExhausted" && strings.Contains(p.err, "--volumes-budget")
+		}) {
+			return errors.New("no volume was refused for the node's budget")
+		}
+		return nil
+	})
 	honest.kubectl("patch", "connector", "target", "--type=merge", "--patch", `{"spec": {"address": "https://two.example.com"}}`)
 	for _, uid := range honest.uids() {
 		honest.eventually(func() error {
