@@ -156,7 +156,7 @@ func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublish
 		return nil, err
 	}
 	next := &volume{publication: p, versions: versionsOf(sources)}
-	if next.token, err = d.chooseToken(ctx, p, sources); err != nil {
+	if next.token, err = d.chooseToken(ctx, c, p, sources); err != nil {
 		return nil, err
 	}
 	if known.madeFrom(next) {
@@ -667,7 +667,7 @@ func versionsOf(sources []source) []string {
 // readObjects reads the Connectors, with the Pod's token, and their classes, with the driver's own.
 func (d *driver) readObjects(ctx context.Context, c *call, p *publication, fresh bool) ([]source, error) {
 	connector := func(ref reference) (*apiObject, error) { return d.kube.connector(ctx, c, p.pod, p.token, ref, fresh) }
-	class := func(name string) (*apiObject, error) { return d.kube.class(ctx, name, fresh) }
+	class := func(name string) (*apiObject, error) { return d.kube.class(ctx, c, name, fresh) }
 	return collectSources(c, p.pod, p.attributes.connectors, connector, class)
 }
 
@@ -726,7 +726,7 @@ func proxyAudiences(sources []source) ([]string, error) {
 
 // chooseToken returns the token for the files: kubelet's, which kubelet renews, or for another lifetime or audience
 // one that the driver asks for, and asks for again when 80 % of its lifetime are over.
-func (d *driver) chooseToken(ctx context.Context, p *publication, sources []source) (string, error) {
+func (d *driver) chooseToken(ctx context.Context, c *call, p *publication, sources []source) (string, error) {
 	lifetime := p.attributes.lifetime
 	extra, err := proxyAudiences(sources)
 	if err != nil {
@@ -743,7 +743,7 @@ func (d *driver) chooseToken(ctx context.Context, p *publication, sources []sour
 	if time.Now().Before(token.renew) && token.lifetime == lifetime && slices.Equal(token.audiences, audiences) {
 		return token.value, nil
 	}
-	token, err = d.kube.requestToken(ctx, p.pod, audiences, lifetime)
+	token, err = d.kube.requestToken(ctx, c, p.pod, audiences, lifetime)
 	if err != nil {
 		return "", tokenStatus(err, p)
 	}

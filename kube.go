@@ -30,7 +30,7 @@ const (
 
 	requestTimeout = 15 * time.Second
 
-	// Requests under way: in all those that Pods cause, for the Pods of one namespace, and the driver's own.
+	// Requests under way: for the Pods of one namespace; with Pods' tokens, in all; and with the driver's own.
 	maxRequests          = 16
 	maxNamespaceRequests = 4
 	maxOwnRequests       = 16
@@ -54,8 +54,8 @@ type kube struct {
 	refresh time.Duration // how old an object may be that a refresh takes from the cache
 	metrics *metrics
 
-	places    chan struct{} // holds an element for each request under way that a Pod causes
-	ownPlaces chan struct{} // and for each of the driver's own
+	places    chan struct{} // holds an element for each request under way with a Pod's token
+	ownPlaces chan struct{} // and for each with the driver's own
 
 	mu         sync.Mutex
 	namespaces map[string]*share // of those with calls under way
@@ -249,14 +249,14 @@ func (k *kube) connector(ctx context.Context, c *call, pod podIdentity, token st
 }
 
 // class reads a ConnectorClass with the driver's own token.
-func (k *kube) class(ctx context.Context, name string, fresh bool) (*apiObject, error) {
+func (k *kube) class(ctx context.Context, c *call, name string, fresh bool) (*apiObject, error) {
 	path := connectorsAPI + "/connectorclasses/" + name
 	return k.get(ctx, cacheKey{path: path}, fresh, func(ctx context.Context) (*apiObject, error) {
 		token, err := ownToken()
 		if err != nil {
 			return nil, err
 		}
-		return k.getObject(ctx, []chan struct{}{k.ownPlaces}, "connectorclasses", path, token)
+		return k.getObject(ctx, []chan struct{}{c.share.places, k.ownPlaces}, "connectorclasses", path, token)
 	})
 }
 
@@ -282,7 +282,7 @@ type issuedToken struct {
 // requestToken asks for a token of the Pod's ServiceAccount that ends with the Pod: the API server refuses it
 // when the Pod's uid is another. When to renew it is counted from the request, by the monotonic clock: the node's
 // time of day may be another than the API server's.
-func (k *kube) requestToken(ctx context.Context, pod podIdentity, audiences []string, lifetime time.Duration) (issuedToken, error) {
+func (k *kube) requestToken(ctx context.Context, c *call, pod podIdentity, audiences []string, lifetime time.Duration) (issuedToken, error) {
 	seconds := int64(lifetime / time.Second)
 	spec := map[string]any{
 		"expirationSeconds": seconds,
@@ -301,7 +301,7 @@ func (k *kube) requestToken(ctx context.Context, pod podIdentity, audiences []st
 	}
 	asked := time.Now()
 	path := "/api/v1/namespaces/" + url.PathEscape(pod.namespace) + "/serviceaccounts/" + url.PathEscape(pod.serviceAccount) + "/token"
-	data, err := k.do(ctx, []chan struct{}{k.ownPlaces}, "serviceaccounts/token", http.MethodPost, path, own, body)
+	data, err := k.do(ctx, []chan struct{}{c.share.places, k.ownPlaces}, "serviceaccounts/token", http.MethodPost, path, own, body)
 	if err != nil {
 		return issuedToken{}, err
 	}

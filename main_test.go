@@ -1847,9 +1847,11 @@ func TestRequestsAtOnceAreBounded(t *testing.T) {
 	publish("team-d/default", 5)
 	publish("team-e/default", 5)
 	wantRequests(16)
-	if _, err := n.driver.kube.class(t.Context(), "git", false); err != nil {
+	other := n.driver.kube.begin("team-f", false)
+	if _, err := n.driver.kube.class(t.Context(), other, "git", false); err != nil {
 		t.Errorf("the driver's own request waits for those of Pods: %v", err)
 	}
+	other.end()
 	gate.open()
 	for range count {
 		must(t, <-results)

@@ -833,7 +833,7 @@ func (p *renderers) wait(ctx context.Context, namespace string) error {
 		p.free++
 		p.admit()
 	}
-	return ctx.Err()
+	return fmt.Errorf("others were served first: %w", ctx.Err())
 }
 
 // admit gives the free places to those who wait, the fullest account first, and refuses those whose account is
@@ -1469,9 +1469,12 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 }
 
 // limitMemory limits what this process may map beyond what it has mapped until now, which /proc/self/status tells:
-// proc_pid_status(5). Each limit has what the other lacks. RLIMIT_DATA counts memory that can
-// be written, but not what replaces memory of another kind, which is how Go makes its heap larger; so it lets one last
-// allocation through, however large. RLIMIT_AS counts all, but Go reserves 64 MiB at a time.
+// proc_pid_status(5). Each limit has what the other lacks:
+//
+//   - RLIMIT_DATA counts what the process can write, but not what takes the place of something reserved, until the
+//     limit is passed: so it lets one last allocation through.
+//   - RLIMIT_AS counts all. Go reserves its heap in arenas of 64 MiB, so this limit leaves it one more of them than it
+//     has at its start. Two arenas are what a renderer's heap can have at most.
 func limitMemory() error {
 	file := os.NewFile(statusDescriptor, "/proc/self/status")
 	defer file.Close()
@@ -1489,8 +1492,8 @@ func limitMemory() error {
 		if err != nil {
 			return err
 		}
-		max := kilobytes<<10 + renderMemory + rendererMemory
-		if err := unix.Setrlimit(limit.resource, &unix.Rlimit{Cur: max, Max: max}); err != nil {
+		most := kilobytes<<10 + renderMemory + rendererMemory
+		if err := unix.Setrlimit(limit.resource, &unix.Rlimit{Cur: most, Max: most}); err != nil {
 			return err
 		}
 	}
