@@ -713,7 +713,7 @@ func proxyAudiences(sources []source) ([]string, error) {
 		audience := cmp.Or(connector.proxyAudience, class.proxyAudience)
 		isProxy := audience == connector.proxyURL && (connector.proxyAddress == "" || connector.proxyAddress == connector.proxyURL)
 		if audience != "" && audience != class.proxyAudience && audience != class.classAudience && !isProxy {
-			return nil, fmt.Errorf("Connector %q: the audience %q in its status.proxy.httpAddress is neither one that ConnectorClass %q names "+
+			return nil, status.Errorf(codes.FailedPrecondition, "Connector %q: the audience %q in its status.proxy.httpAddress is neither one that ConnectorClass %q names "+
 				"(status.proxy.httpAddress.audience, spec.proxy.audience) nor the address of the Connector's proxy",
 				connector.namespace+"/"+connector.name, cut(audience, maxQuotedBytes), class.name)
 		}
@@ -730,7 +730,7 @@ func (d *driver) chooseToken(ctx context.Context, c *call, p *publication, sourc
 	lifetime := p.attributes.lifetime
 	extra, err := proxyAudiences(sources)
 	if err != nil {
-		return "", status.Error(codes.FailedPrecondition, err.Error())
+		return "", err
 	}
 	if lifetime == kubeletTokenLifetime && len(extra) == 0 {
 		return p.token, nil
