@@ -343,48 +343,76 @@ func parseObject(raw []byte) (*apiObject, error) {
 			"proxy":        fields{"httpAddress": fields{"url": &o.proxyURL, "audience": &o.proxyAudience}},
 		},
 	}
-	isObject := bytes.HasPrefix(bytes.TrimSpace(raw), []byte("{"))
-	if !isObject || !json.Valid(raw) || scanFields(json.NewDecoder(bytes.NewReader(raw)), wanted) != nil {
+	if !json.Valid(raw) || raw[skipSpace(raw, 0)] != '{' {
 		return nil, &apiError{http.StatusBadGateway, "the answer is not a Kubernetes object"}
 	}
+	scanValue(raw, 0, wanted)
 	return o, nil
 }
 
 // fields are the wanted ones of a JSON object by name: a *string for a string, fields for an object.
 type fields map[string]any
 
-// scanFields reads one value from a valid JSON text, and stores what is wanted of it. It goes token by token, which takes
-// no memory, whatever the text. Names count to the letter, as they do in templates; encoding/json would take "URL" for
-// "url".
-func scanFields(d *json.Decoder, wanted any) error {
-	token, err := d.Token()
-	if err != nil {
-		return err
-	}
-	if text, ok := token.(string); ok {
+// scanValue goes over one value of a valid JSON text, from i on, stores what is wanted of it, and returns where it
+// ends. Unlike encoding/json it takes no memory, whatever the text, and names count to the letter, as they do in
+// templates: encoding/json would take "URL" for "url".
+func scanValue(text []byte, i int, wanted any) (end int) {
+	i = skipSpace(text, i)
+	switch text[i] {
+	case '"':
+		end := endOfString(text, i)
 		if field, ok := wanted.(*string); ok {
-			*field = text
+			*field = unquote(text[i:end])
 		}
-	}
-	if token != json.Delim('{') && token != json.Delim('[') {
-		return nil
-	}
-	inObject, _ := wanted.(fields)
-	for d.More() {
-		var inner any
-		if token == json.Delim('{') {
-			name, err := d.Token()
-			if err != nil {
-				return err
+		return end
+	case '{', '[':
+		inObject, _ := wanted.(fields)
+		isObject := text[i] == '{'
+		for i = skipSpace(text, i+1); text[i] != '}' && text[i] != ']'; {
+			var inner any
+			if isObject {
+				end := endOfString(text, i)
+				if inObject != nil {
+					inner = inObject[unquote(text[i:end])]
+				}
+				i = skipSpace(text, end) + len(":")
 			}
-			inner = inObject[name.(string)]
+			if i = skipSpace(text, scanValue(text, i, inner)); text[i] == ',' {
+				i = skipSpace(text, i+1)
+			}
 		}
-		if err := scanFields(d, inner); err != nil {
-			return err
+		return i + 1
+	}
+	for i < len(text) && !bytes.ContainsRune([]byte(" \t\r\n,]}"), rune(text[i])) { // a number, true, false or null
+		i++
+	}
+	return i
+}
+
+func skipSpace(text []byte, i int) int {
+	for i < len(text) && (text[i] == ' ' || text[i] == '\t' || text[i] == '\r' || text[i] == '\n') {
+		i++
+	}
+	return i
+}
+
+// endOfString returns what follows the string that begins at i.
+func endOfString(text []byte, i int) int {
+	for i++; text[i] != '"'; i++ {
+		if text[i] == '\\' {
+			i++
 		}
 	}
-	_, err = d.Token() // the end of the object or the list
-	return err
+	return i + 1
+}
+
+// unquote decodes a string. One without a backslash is what stands between its quotes.
+func unquote(quoted []byte) (text string) {
+	if !bytes.Contains(quoted, []byte("\\")) {
+		return string(quoted[1 : len(quoted)-1])
+	}
+	json.Unmarshal(quoted, &text) // it is valid
+	return text
 }
 
 // cacheKey names an object and who reads it: what one ServiceAccount may see, another may not.

@@ -5773,6 +5773,7 @@ func FuzzParseObject(f *testing.F) {
 		text, _ := json.Marshal(o)
 		f.Add(string(text))
 	}
+	f.Add(" {\n\"metadata\" : {\"n\\u0061me\" : \"a\\\"\\u00e4\\\\\" ,\t\"uid\":\"\\\\\"} , \"spec\":{ \"x\" : [ 1 , -2.5e3 , true,null,{ } , [ ] ], \"connectorClassName\":\"git\" } }\r\n")
 	f.Add(`{"metadata":{"name":["x"],"uid":{"name":"y"}},"Metadata":{"name":"z"},"spec":[{"connectorClassName":"a"}],"status":{"proxy":"x","PROXY":{}}}`)
 	f.Fuzz(func(t *testing.T, text string) {
 		value, err := decodeJSON([]byte(text))
