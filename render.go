@@ -1087,7 +1087,10 @@ func (r *renderer) ask(ctx context.Context, j job) (files, error) {
 	stop := context.AfterFunc(ctx, r.kill)
 
 	// 1. write
-	err := j.write(r.requests)
+	_, err := r.steps.WriteAt([]byte("a request: reading it\x00"), 0)
+	if err == nil {
+		err = j.write(r.requests)
+	}
 
 	// 2. read
 	var f files
@@ -1125,7 +1128,7 @@ func (r *renderer) ask(ctx context.Context, j job) (files, error) {
 		r.limit = "memory"
 		return nil, fmt.Errorf("%s takes more than %d MiB of memory", r.step, renderMemory>>20)
 	}
-	return nil, rendererError{fmt.Errorf("the renderer ended (%v, %v); it was at %s", state, err, r.step)}
+	return nil, rendererError{fmt.Errorf("the renderer ended (%v, %v); its last step was %s", state, err, r.step)}
 }
 
 // processorTime is what the process has used since its start.
@@ -1450,7 +1453,6 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 		if err != nil || kind != frameJob || limitProcessorTime() != nil {
 			return 1
 		}
-		announce("a request: reading it")
 		f, err := serveJob(requests, header, announce)
 		for name, content := range f {
 			writeFrame(answers, frameName, []byte(name))
@@ -1531,10 +1533,10 @@ func serveJob(requests io.Reader, header []byte, announce func(step string)) (f 
 		}
 	}
 	objects := make([]object, len(raw))
-	for i := range raw {
-		what := fmt.Sprintf("Connector %q", slices.Concat(h.Connectors, h.Classes)[i])
+	for i, name := range slices.Concat(h.Connectors, h.Classes) {
+		what := fmt.Sprintf("Connector %q", name)
 		if i >= len(h.Connectors) {
-			what = fmt.Sprintf("ConnectorClass %q", h.Classes[i-len(h.Connectors)])
+			what = fmt.Sprintf("ConnectorClass %q", name)
 		}
 		announce(what + ": decoding it")
 		value, err := decodeJSON(raw[i])
