@@ -4000,12 +4000,13 @@ const (
 )
 
 const (
-	// large is a string of five million characters.
-	large = `{{ $large := repeat 5000000 "x" }}`
+	// large is a string of twenty million characters.
+	large = `{{ $large := repeat 20000000 "x" }}`
 	// cyclic are a map and a list that contain themselves.
 	cyclic = `{{ $map := dict "a" 1 }}{{ $list := list $map }}{{ $_ := set $map "self" $map }}{{ $_ = set $map "list" $list }}`
 )
 
+// What takes memory takes more than the 128 MiB that a renderer may come to have, if all at once.
 func hostileTemplates() []hostile {
 	definitions := ""
 	for i := range 20000 {
@@ -4024,7 +4025,7 @@ func hostileTemplates() []hostile {
 		{"nindent of many lines", `{{ repeat 10000 "\n" | nindent 100000 }}`, takesMemory},
 		{"randBytes", `{{ randBytes 1000000000 }}`, takesMemory},
 		{"randAlphaNum", `{{ randAlphaNum 1000000000 }}`, takesEither},
-		{"shuffle", large + `{{ shuffle (print $large $large) }}`, takesEither},
+		{"shuffle", large + `{{ shuffle (print $large $large $large) }}`, takesEither},
 		{"printf with a huge width", `{{ printf "%1000000000d" 1 }}`, ""}, // fmt has a limit
 		{"printf with many widths", `{{ printf (repeat 1000 "%1000000[1]d") 1 }}`, takesMemory},
 		{"printf with a width of the Pod's", `{{ range 1000 }}{{ $.configurations.count | int | printf "%[1]*[1]d" }}{{ end }}`, ""},
@@ -4038,10 +4039,10 @@ func hostileTemplates() []hostile {
 		{"split", large + `{{ split "x" $large }}`, takesEither},
 		{"wrapWith", `{{ wrapWith 1 (repeat 1000 "x") (repeat 1000000 "y ") }}`, takesMemory},
 		{"chunk", `{{ chunk 1 (until 3000000) }}`, takesEither},
-		{"html", `{{ html (repeat 20000000 "<") }}`, takesMemory},
-		{"toJson", `{{ toJson (repeat 10000000 "<") }}`, takesMemory},
+		{"html", `{{ html (repeat 60000000 "<") }}`, takesMemory},
+		{"toJson", `{{ toJson (repeat 60000000 "<") }}`, takesMemory},
 		{"fromJson", `{{ $_ := fromJson (print "[" (repeat 3000000 "[],") "1]") }}`, takesEither},
-		{"date", `{{ date (repeat 1000000 "Monday, 02 January 2006 15:04:05.000000000 ") now }}`, takesMemory},
+		{"date", `{{ date (repeat 5000000 "Monday, 02 January 2006 15:04:05.000000000 ") now }}`, takesMemory},
 		{"dateModify", `{{ now | dateModify "9223372036854775807h" | date "2006" | len }}`, ""},
 		{"trunc", `{{ trunc -9223372036854775808 "x" }}`, ""},
 		{"slice", `{{ slice (list 1 2) 1 9223372036854775807 }}`, failsPlain + `.*slice`},
@@ -4093,8 +4094,8 @@ func hostileTemplates() []hostile {
 
 		// Texts that are too much
 		{"parentheses", `{{ ` + strings.Repeat("(", 1<<20), failsPlain + `: max expression depth exceeded$`},
-		{"if in if", strings.Repeat("{{if 1}}", 60000) + strings.Repeat("{{end}}", 60000), takesEither},
-		{"else if", "{{if 0}}" + strings.Repeat("{{else if 0}}", 70000) + "{{end}}", takesEither},
+		{"if in if", strings.Repeat("{{if 1}}", 100000) + strings.Repeat("{{end}}", 100000), takesEither},
+		{"else if", "{{if 0}}" + strings.Repeat("{{else if 0}}", 120000) + "{{end}}", takesEither},
 		{"actions", strings.Repeat("{{1}}", 200000), takesEither},
 		{"beginnings of actions", strings.Repeat("{{", 1<<19), failsPlain},
 		{"fields", `{{ .connector` + strings.Repeat(".a", 500000) + ` }}`, failsPlain},
@@ -4238,7 +4239,7 @@ func TestHostileObjects(t *testing.T) {
 		{what: "a deep Connector", class: class("file", "x"), connector: with(nested(9000), "spec", "deep")},
 		{what: "a deep Connector printed", class: class("file", "{{ toPrettyJson .connector }}"), connector: with(nested(9000), "spec", "deep"), message: takesEither},
 		{what: "a large Connector", class: class("file", "x"), connector: manyLists},
-		{what: "a larger Connector", class: class("file", "x"), connector: with(json.RawMessage("["+strings.Repeat("[],", 1000000)+"[]]"), "spec", "lists"),
+		{what: "a larger Connector", class: class("file", "x"), connector: with(json.RawMessage("["+strings.Repeat("{},", 1000000)+"{}]"), "spec", "lists"),
 			message: `^Connector "hostile-\d+/git": decoding it takes more than 64 MiB of memory$|` + takesEither},
 		{what: "deep parameters", class: class("file", "{{ toPrettyJson .configurations.deep }}"), params: `{"deep":` + string(nested(9000)) + `}`, message: takesEither},
 	} {
