@@ -4060,7 +4060,6 @@ func hostileTemplates() []hostile {
 		{"a map of many keys", `{{ $d := dict }}{{ range $i := 100000000 }}{{ $_ := set $d (toString $i) "" }}{{ end }}`, takesEither},
 		{"deep JSON indented", `{{ $d := dict }}{{ range 9000 }}{{ $d = dict "k" $d }}{{ end }}{{ toPrettyJson $d | repeat 3 }}`, takesEither},
 		{"a deep value copied", `{{ $d := dict }}{{ range 1000000 }}{{ $d = dict "k" $d }}{{ end }}{{ $_ := deepCopy $d }}`, takesEither},
-		{"a shared value copied", `{{ $d := dict }}{{ range 40 }}{{ $d = dict "a" $d "b" $d }}{{ end }}{{ $_ := deepCopy $d }}`, takesEither},
 		{"a shared value printed", `{{ $l := list "x" }}{{ range 40 }}{{ $l = list $l $l }}{{ end }}{{ toJson $l }}`, takesEither},
 
 		// Values that contain themselves
@@ -4071,7 +4070,6 @@ func hostileTemplates() []hostile {
 		{"a cycle quoted", cyclic + `{{ quote $map }}`, takesEither},
 		{"a cycle copied", cyclic + `{{ $_ := deepCopy $map }}`, takesEither},
 		{"a cycle merged", cyclic + `{{ $_ := merge (dict "self" (dict)) $map $map }}`, takesEither},
-		{"a cycle merged with itself", cyclic + `{{ $_ := mergeOverwrite $map $map }}`, takesEither},
 		{"a cycle in JSON", cyclic + `{{ mustToJson $map }}`, failsPlain + `.*encountered a cycle`},
 		{"a cycle in the data", `{{ $_ := set .connector.spec "up" . }}{{ . }}`, takesEither},
 
@@ -4081,16 +4079,12 @@ func hostileTemplates() []hostile {
 		{"calls that double", `{{ define "two" }}{{ if gt . 0 }}{{ template "two" (sub . 1) }}{{ template "two" (sub . 1) }}{{ end }}{{ end }}{{ template "two" 60 }}`, takesTime},
 		{"a template that calls itself", `{{ template "file" . }}`, takesEither},
 		{"a template that prints and calls itself", `{{ define "r" }}x{{ template "r" . }}{{ end }}{{ template "r" . }}`, takesEither},
-		{"templates that call each other", `{{ define "a" }}{{ template "b" . }}{{ end }}{{ define "b" }}{{ with . }}{{ template "a" . }}{{ end }}{{ end }}{{ template "a" . }}`, takesEither},
 		{"uniq", `{{ $_ := uniq (until 200000) }}`, takesTime},
 		{"regexMatch", `{{ $s := repeat 100000 "x" }}{{ range 1000000 }}{{ $_ := regexMatch "(x+x+)+y" $s }}{{ end }}`, takesTime},
 		{"sha512sum", `{{ $s := repeat 1000000 "x" }}{{ range 1000000 }}{{ $_ := sha512sum $s }}{{ end }}`, takesTime},
 		{"derivePassword", `{{ range 1000 }}{{ $_ := derivePassword 1 "long" "password" "user" "example.com" }}{{ end }}`, takesEither},
 		{"genPrivateKey", `{{ range 1000 }}{{ $_ := genPrivateKey "rsa" }}{{ end }}`, takesTime},
-		{"genSignedCert", `{{ $ca := genCA "ca" 1 }}{{ range 1000 }}{{ $_ := genSignedCert "a" nil nil 1 $ca }}{{ end }}`, takesTime},
-		{"htpasswd", `{{ range 1000 }}{{ $_ := htpasswd "user" "password" }}{{ end }}`, takesTime},
-		{"bcrypt", `{{ range 1000 }}{{ $_ := bcrypt "password" }}{{ end }}`, takesTime},
-		{"encryptAES", `{{ $s := repeat 1000000 "x" }}{{ range 1000000 }}{{ $_ := encryptAES "secretkey" $s }}{{ end }}`, takesEither},
+		{"htpasswd and bcrypt", `{{ range 1000 }}{{ $_ := htpasswd "user" "password" }}{{ $_ := bcrypt "password" }}{{ end }}`, takesTime},
 
 		// Texts that are too much
 		{"parentheses", `{{ ` + strings.Repeat("(", 1<<20), failsPlain + `: max expression depth exceeded$`},
