@@ -4711,15 +4711,15 @@ func impostors() []impostor {
 		}},
 		{"the token many times", codes.FailedPrecondition, `^(TOKEN){20}$`, func(token string, write write) { write(frameFailure, strings.Repeat(token, 20)) }},
 		{"the token in the Pod's error", codes.InvalidArgument, `^x TOKEN$`, func(token string, write write) { write(framePodFailure, "x "+token) }},
-		{"the token in a step", codes.Unavailable, `the renderer ended .*; it was at the TOKEN`, func(token string, _ write) {
+		{"the token in a step", codes.Unavailable, `the renderer ended .*; its last step was the TOKEN`, func(token string, _ write) {
 			say("the " + token)
 			os.Exit(0)
 		}},
-		{"a long step", codes.Unavailable, `the renderer ended .*; it was at xxx.* …$`, func(string, write) {
+		{"a long step", codes.Unavailable, `the renderer ended .*; its last step was xxx.* …$`, func(string, write) {
 			say(strings.Repeat("x", huge))
 			os.Exit(0)
 		}},
-		{"no memory for steps", codes.Unavailable, `the renderer ended .*; it was at $`, func(string, write) {
+		{"no memory for steps", codes.Unavailable, `the renderer ended .*; its last step was $`, func(string, write) {
 			unix.Ftruncate(stepsDescriptor, 0)
 			os.Exit(0)
 		}},
