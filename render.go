@@ -525,9 +525,9 @@ var functions = func() template.FuncMap {
 // since each one costs more time than the search for it.
 func parseTemplate(name, text string) (*template.Template, error) {
 	named := template.FuncMap{}
-	for f := range functions {
-		if strings.Contains(text, f) {
-			named[f] = functions[f]
+	for word := range strings.FieldsFuncSeq(text, func(r rune) bool { return r != '_' && !unicode.IsLetter(r) && !unicode.IsDigit(r) }) {
+		if f := functions[word]; f != nil {
+			named[word] = f
 		}
 	}
 	t, err := template.New(name).Funcs(named).Parse(text)
