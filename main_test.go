@@ -5724,13 +5724,14 @@ func FuzzRender(f *testing.F) {
 	for _, text := range []string{
 		"plain", "{{ .connector.spec.address }}", "{{ .context.token }}", "{{ fail .context.token }}", "{{ range .connectors }}{{ .x }}{{ end }}", "{{ print .none }}",
 		"{{ define \"a\" }}{{ . }}{{ end }}{{ template \"a\" .connector.spec }}", "{{ with $x := .connector.spec.list }}{{ index $x 0 | toJson }}{{ else }}{{ . }}{{ end }}",
-		"{{ .connector.spec.none | default .context | toString | b64enc }}", "{{ if and .a (or .b .connector) }}{{ set .connector \"x\" . }}{{ end }}", npmrc,
+		"{{ .connector.spec.none | default .context | toString | b64enc }}", "{{ if and .a (or .b .connector) }}{{ get .connector \"x\" }}{{ end }}", npmrc,
 	} {
 		f.Add(text, `{"spec":{"address":"https://example.com","list":[1,null,{"a":1.5}]}}`)
 	}
 	f.Add("{{ .connector.spec }}", `{"spec":"no value","metadata":[],"status":{"proxy":1}}`)
-	// Functions that are slow, or whose result may be as long as a number says.
-	slow := regexp.MustCompile(`(?i)[0-9]{4}|0x|[0-9]e|gen[A-Z]|rand|bcrypt|htpasswd|derive|repeat|until|seq|indent|printf|wrap|AES`)
+	// Functions that are slow, whose result may be as long as a number says, or that can make a value hold itself: only a
+	// renderer survives those.
+	slow := regexp.MustCompile(`(?i)[0-9]{4}|0x|[0-9]e|gen[A-Z]|rand|bcrypt|htpasswd|derive|repeat|until|seq|indent|printf|wrap|AES|set|merge`)
 	token := issue("default", "default", nil, time.Hour, apiAudience)
 	f.Fuzz(func(t *testing.T, text, data string) {
 		value, err := decodeJSON([]byte(data))
