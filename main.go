@@ -207,12 +207,12 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 type input struct {
 	namespace  string // of the first Connector
 	order      []string
-	connectors map[string]*apiObject // by namespace/name
+	connectors map[reference]*apiObject
 	classes    map[string]*apiObject
 }
 
 func (in *input) connector(ref reference) (*apiObject, error) {
-	if o := in.connectors[ref.String()]; o != nil {
+	if o := in.connectors[ref]; o != nil {
 		return o, nil
 	}
 	return nil, objectError{errors.New("it is not in the input")}
@@ -228,7 +228,7 @@ func (in *input) class(name string) (*apiObject, error) {
 // readInput reads objects, lists of objects, or several of either one after the other. Kinds that have nothing to do
 // with rendering are passed over. A Connector without a namespace is one of the given namespace, or of "default".
 func readInput(stdin io.Reader, namespace string) (*input, error) {
-	in := &input{connectors: map[string]*apiObject{}, classes: map[string]*apiObject{}}
+	in := &input{connectors: map[reference]*apiObject{}, classes: map[string]*apiObject{}}
 	for d := json.NewDecoder(stdin); ; {
 		var value json.RawMessage
 		if err := d.Decode(&value); errors.Is(err, io.EOF) {
@@ -285,11 +285,11 @@ func (in *input) add(raw json.RawMessage, namespace string) error {
 		return in.add(text, namespace)
 	}
 	in.namespace = cmp.Or(in.namespace, o.namespace)
-	full := o.namespace + "/" + o.name
-	if in.connectors[full] == nil {
-		in.order = append(in.order, full)
+	ref := reference{o.namespace, o.name}
+	if in.connectors[ref] == nil {
+		in.order = append(in.order, o.namespace+"/"+o.name)
 	}
-	in.connectors[full] = o
+	in.connectors[ref] = o
 	return nil
 }
 

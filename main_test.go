@@ -5523,6 +5523,8 @@ func TestPreview(t *testing.T) {
 	one, two := connector("team-a", "one", "git"), connector("team-b", "two", "git")
 	unnamed := connector("", "unnamed", "git")
 	delete(unnamed["metadata"].(object), "namespace")
+	longNamespace, longName := strings.Repeat("n", 63), strings.Repeat("c", 253)
+	long := connector(longNamespace, longName, "git")
 	list := func(objects ...any) object { return object{"kind": "List", "apiVersion": "v1", "items": objects} }
 	tokenFile := filepath.Join(t.TempDir(), "token")
 	must(t, os.WriteFile(tokenFile, []byte("the-token\n"), 0o600))
@@ -5543,6 +5545,7 @@ func TestPreview(t *testing.T) {
 		{"Connectors", []object{two, git, one}, []string{"--configuration.names=names", "--connectors=team-a/one"}, "team-a/one "},
 		{"a Connector without a namespace", []object{git, unnamed}, []string{"--configuration.names=names"}, "default/unnamed "},
 		{"and with the Pod's", []object{git, unnamed}, []string{"--configuration.names=names", "--namespace=team-c"}, "team-c/unnamed "},
+		{"the longest names", []object{git, long}, []string{"--configuration.names=names"}, longNamespace + "/" + longName + " "},
 		{"parameters", []object{git, one}, []string{"--configuration.names=params", `--configuration.params={"params":{"x":"y"}}`}, "y"},
 		{"built-in files", []object{git, one}, []string{"--builtin-files", "--configuration.names=!.curlrc,!.env,!connector.status.proxyAddress,!http.proxy,!https.proxy"}, "TOKEN"},
 	} {
