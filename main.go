@@ -3,10 +3,10 @@
 //
 // It runs as one privileged container on every node. The files, in the order of a publish:
 //
-//	main.go    flags, wiring, kubelet's plugin registration, health and metrics
+//	main.go    flags, wiring, the command render, kubelet's plugin registration, health and metrics
 //	csi.go     the gRPC services: validates, reads, renders, mounts; errors for people and for kubelet
-//	kube.go    the Kubernetes API: objects, tokens, a cache
-//	render.go  objects in, files out
+//	kube.go    the Kubernetes API: objects, tokens, a cache, and what each namespace may take of them
+//	render.go  objects in, files out; and the renderer, the child process that does it
 //	mount.go   files in, a read-only tmpfs out
 package main
 
