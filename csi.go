@@ -4,7 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"encoding/binary"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -50,6 +50,10 @@ const (
 
 	maxUnmountedTokens = 256 // that are kept for volumes which are not mounted yet
 
+	// pushInterval is the least time between two pushes of a volume. It doubles while they fail, to 32 times
+	// as much.
+	pushInterval = time.Second
+
 	kubeletKeyPrefix = "csi.storage.k8s.io/" // keys of volume_context and secrets that are kubelet's
 	tokensKey        = kubeletKeyPrefix + "serviceAccount.tokens"
 )
@@ -69,25 +73,32 @@ type driver struct {
 	metrics      *metrics
 
 	mu      sync.Mutex
-	busy    map[string]bool        // target paths with a call under way
-	volumes map[string]*volume     // by target path
+	busy    map[string]*holder     // by target path
+	volumes map[string]*volume     // by target path; those that are mounted
 	tokens  map[string]issuedToken // that the driver asked for, by target path
 }
 
-// volume remembers what a published volume was made from, so that a republish with the same does nothing.
-// After a restart of the driver it is empty, and the first republish renders again.
+// volume is what the process remembers of a mounted volume. After a restart it remembers none, until kubelet
+// calls.
 type volume struct {
-	publication *publication
-	token       string   // of the files
-	versions    []string // of the Connectors and their classes
-	settled     bool     // the last call found nothing to do, not even an old generation to remove
+	publication *publication // the last that was valid, which pushes use
+
+	// For whoever has locked the target path.
+	digest [sha256.Size]byte // of all that the files were made from
+	swept  bool              // no generation is left but that of these files
+
+	due      time.Time // when the change came that the next push is for; zero if none is to come
+	pushed   time.Time // when the last push began
+	failures int       // of the last pushes
 }
 
-func (d *driver) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
+func (d *driver) GetPluginInfo(context.Context,
+	*csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
 	return &csi.GetPluginInfoResponse{Name: driverName, VendorVersion: version}, nil
 }
 
-func (d *driver) GetPluginCapabilities(context.Context, *csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
+func (d *driver) GetPluginCapabilities(context.Context,
+	*csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
 	return &csi.GetPluginCapabilitiesResponse{}, nil // there is no controller
 }
 
@@ -101,7 +112,8 @@ func (d *driver) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.Nod
 
 // NodeGetCapabilities announces VOLUME_MOUNT_GROUP, with which kubelet passes the Pod's fsGroup: it applies
 // none itself to a read-only volume.
-func (d *driver) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRequest) (*csi.NodeGetCapabilitiesResponse, error) {
+func (d *driver) NodeGetCapabilities(context.Context,
+	*csi.NodeGetCapabilitiesRequest) (*csi.NodeGetCapabilitiesResponse, error) {
 	rpc := &csi.NodeServiceCapability_RPC{Type: csi.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP}
 	return &csi.NodeGetCapabilitiesResponse{Capabilities: []*csi.NodeServiceCapability{
 		{Type: &csi.NodeServiceCapability_Rpc{Rpc: rpc}},
@@ -111,24 +123,25 @@ func (d *driver) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRe
 // NodePublishVolume mounts a volume, or brings the files of a mounted one up to date:
 //
 //  1. validate the request
-//  2. lock the target path
+//  2. lock the target path; refuse to a new volume what a mounted one goes on with
 //  3. read the Connectors and their classes, and have a token
-//  4. have a renderer make the files, in memory
+//  4. have a renderer make the files, in memory, unless they were made from just this before
 //  5. mount them, or update the mount in place
 //
 // Until step 5 nothing is touched: a first publish that fails leaves nothing behind, since kubelet sends no
 // Unpublish after a final error, and a republish that fails leaves the last good files.
-func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublishVolumeRequest) (_ *csi.NodePublishVolumeResponse, err error) {
+func (d *driver) NodePublishVolume(ctx context.Context,
+	request *csi.NodePublishVolumeRequest) (_ *csi.NodePublishVolumeResponse, err error) {
 	start, changed := time.Now(), false
 	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
 	defer cancel()
 	var p *publication
 	defer func() {
 		err = errorStatus(err)
-		d.metrics.published(status.Code(err), time.Since(start))
+		d.metrics.inc(publishTotal, "code", status.Code(err).String())
+		d.metrics.observe(publishDuration, time.Since(start))
 		if changed || err != nil {
-			logCall("publish", err, "pod", p.pod.namespace+"/"+p.pod.name, "volume", volumeName(request.TargetPath),
-				"connectors", fmt.Sprint(p.attributes.connectors), "duration", time.Since(start))
+			p.log("publish", err, start)
 		}
 	}()
 
@@ -138,69 +151,120 @@ func (d *driver) NodePublishVolume(ctx context.Context, request *csi.NodePublish
 	}
 
 	// 2. lock
-	unlock, err := d.lock(p.target)
+	unlock, err := d.lock(ctx, p.target)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-
-	// 3. read
-	known, mounted := d.recall(p.target), isPublished(p.target)
+	mounted := isPublished(p.target)
 	if !mounted {
-		known = nil
+		if err := checkNew(request, p.attributes); err != nil {
+			return nil, status.Error(codes.InvalidArgument, err.Error())
+		}
 	}
-	c := d.kube.begin(p.pod.namespace, mounted)
+	p.attributes.lifetime = min(p.attributes.lifetime, maxTokenLifetime)
+
+	// 3. to 5.
+	if changed, err = d.publish(ctx, p, mounted); err != nil {
+		return nil, err
+	}
+	return &csi.NodePublishVolumeResponse{}, nil
+}
+
+// publish is what a call of kubelet and a push have in common: the steps 3 to 5 of NodePublishVolume. The
+// caller has locked the target path.
+func (d *driver) publish(ctx context.Context, p *publication, mounted bool) (changed bool, err error) {
+	// 3. read
+	var known *volume
+	if mounted {
+		known = d.renew(p)
+	}
+	c := d.kube.begin(p.pod, p.token, mounted)
 	defer c.end()
-	sources, err := d.readObjects(ctx, c, p, known == nil)
+	defer d.watch(c, p.target)
+	class := func(name string) (*apiObject, error) { return c.class(ctx, name) }
+	connector := func(ref reference) (*apiObject, error) { return c.connector(ctx, ref) }
+	sources, err := collectSources(c, p.pod, p.attributes.connectors, connector, class)
 	if err != nil {
-		return nil, err
+		return false, err
 	}
-	next := &volume{publication: p, versions: versionsOf(sources)}
-	if next.token, err = d.chooseToken(ctx, c, p, sources); err != nil {
-		return nil, err
-	}
-	if known.madeFrom(next) {
-		return &csi.NodePublishVolumeResponse{}, nil
+	token, err := d.chooseToken(ctx, c, p, sources)
+	if err != nil {
+		return false, err
 	}
 
 	// 4. render
-	f, err := d.renderers.render(ctx, p.pod.namespace, job{sources, p.attributes.selection, next.token})
+	made := digestOf(p, sources, token)
+	if known != nil && known.digest == made {
+		return false, d.sweep(p.target, known)
+	}
+	f, err := d.renderers.render(ctx, p.pod.namespace, job{sources, p.attributes.selection, token})
 	if err != nil {
-		d.metrics.inc("connectors_csi_template_failures_total")
-		return nil, renderStatus(err)
+		d.metrics.inc(templateFailuresTotal)
+		return false, renderStatus(err)
 	}
 
 	// 5. mount or update
 	if changed, err = d.budget.publish(p.target, f, p.who); err != nil {
-		return nil, mountStatus(err)
+		return changed, mountStatus(err)
 	}
-	next.settled = !changed
-	d.remember(p.target, next)
-	return &csi.NodePublishVolumeResponse{}, nil
+	d.remember(p, made, !changed)
+	d.kube.unwatch(p.target, c.versions)
+	return changed, nil
+}
+
+// sweep removes, once, the generation that an update has left to those who were following ..data into it.
+func (d *driver) sweep(target string, v *volume) error {
+	if v.swept {
+		return nil
+	}
+	if err := d.budget.sweep(target); err != nil {
+		return mountStatus(err)
+	}
+	v.swept = true
+	return nil
+}
+
+// digestOf identifies all that the files of a volume are made from. Texts are quoted, so that no two
+// different things give the same; the token, which is long, comes as its own digest.
+func digestOf(p *publication, sources []source, token string) (digest [sha256.Size]byte) {
+	h, want := sha256.New(), p.attributes.selection
+	fmt.Fprintf(h, "%v %q %q %q %t %x", p.who, want.configurations, want.excluded, want.params, want.builtIn,
+		sha256.Sum256([]byte(token)))
+	for _, s := range sources {
+		fmt.Fprintf(h, " %q %q", s.connector.version, s.class.version)
+	}
+	h.Sum(digest[:0])
+	return digest
 }
 
 // NodeUnpublishVolume unmounts a volume and removes its target path. It needs no memory of the volume and no
 // API server, and succeeds where there is nothing to do.
-func (d *driver) NodeUnpublishVolume(_ context.Context, request *csi.NodeUnpublishVolumeRequest) (_ *csi.NodeUnpublishVolumeResponse, err error) {
-	start, changed := time.Now(), false
+func (d *driver) NodeUnpublishVolume(ctx context.Context,
+	request *csi.NodeUnpublishVolumeRequest) (_ *csi.NodeUnpublishVolumeResponse, err error) {
+	start, changed, pod := time.Now(), false, ""
 	defer func() {
 		err = errorStatus(err)
-		d.metrics.inc("connectors_csi_unpublish_total", "code", status.Code(err).String())
+		d.metrics.inc(unpublishTotal, "code", status.Code(err).String())
 		if changed || err != nil {
-			logCall("unpublish", err, "target", request.TargetPath, "duration", time.Since(start))
+			logCall("unpublish", err, "pod", pod, "volume", volumeName(request.TargetPath),
+				"duration", time.Since(start))
 		}
 	}()
 	if request.VolumeId == "" {
 		return nil, status.Error(codes.InvalidArgument, "volume_id is missing")
 	}
-	if _, err := d.checkTarget(request.TargetPath); err != nil {
+	if pod, err = d.checkTarget(request.TargetPath); err != nil {
 		return nil, err
 	}
-	unlock, err := d.lock(request.TargetPath)
+	unlock, err := d.lock(ctx, request.TargetPath)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
+	if v := d.recall(request.TargetPath); v != nil { // otherwise its uid is all that is known of the Pod
+		pod = v.publication.pod.namespace + "/" + v.publication.pod.name
+	}
 	if changed, err = d.budget.unpublish(request.TargetPath); err != nil {
 		return nil, mountStatus(err)
 	}
@@ -208,10 +272,9 @@ func (d *driver) NodeUnpublishVolume(_ context.Context, request *csi.NodeUnpubli
 	return &csi.NodeUnpublishVolumeResponse{}, nil
 }
 
-// publication is a validated request to publish. It is kept as long as the volume, so it holds nothing more of the
-// request than is needed.
+// publication is a validated request to publish. It is kept as long as the volume, so it holds nothing more
+// of the request than is needed.
 type publication struct {
-	digest     [sha256.Size]byte // of the request
 	target     string
 	pod        podIdentity
 	token      string // the Pod's, from kubelet
@@ -219,35 +282,18 @@ type publication struct {
 	who        access
 }
 
-// digestOf identifies all of a request that validate looks at. The length stands before each text, and the number
-// before several of them, so that no two different requests give the same bytes.
-func digestOf(request *csi.NodePublishVolumeRequest) [sha256.Size]byte {
-	data := make([]byte, 0, 4<<10) // enough for most
-	add := func(texts ...string) {
-		data = binary.AppendUvarint(data, uint64(len(texts)))
-		for _, text := range texts {
-			data = append(binary.AppendUvarint(data, uint64(len(text))), text...)
-		}
-	}
-	mount, mode := request.VolumeCapability.GetMount(), request.VolumeCapability.GetAccessMode().GetMode()
-	add(request.VolumeId, request.TargetPath, strconv.FormatBool(request.Readonly), request.Secrets[tokensKey])
-	add(strconv.FormatBool(mount != nil), strconv.Itoa(int(mode)), mount.GetFsType(), mount.GetVolumeMountGroup())
-	add(mount.GetMountFlags()...)
-	for _, key := range slices.Sorted(maps.Keys(request.VolumeContext)) {
-		add(key, request.VolumeContext[key])
-	}
-	return sha256.Sum256(data)
+func (p *publication) log(call string, err error, start time.Time) {
+	logCall(call, err, "pod", p.pod.namespace+"/"+p.pod.name, "volume", volumeName(p.target),
+		"connectors", fmt.Sprint(p.attributes.connectors), "duration", time.Since(start))
 }
 
-// validate checks all that can be checked without reading anything. For a republish with the same request it
-// returns the volume's publication itself. With an error it returns as much as is known of the Pod.
+// validate checks all that can be checked without reading anything. With an error it returns as much as is
+// known of the Pod.
 func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, error) {
-	p := &publication{digest: digestOf(request), target: request.TargetPath}
-	if known := d.recall(p.target); known != nil && known.publication.digest == p.digest {
-		return known.publication, nil
-	}
+	p := &publication{target: request.TargetPath}
 	// Until the token's claims are known, for the log only.
-	p.pod.namespace, p.pod.name = request.VolumeContext[kubeletKeyPrefix+"pod.namespace"], request.VolumeContext[kubeletKeyPrefix+"pod.name"]
+	p.pod.namespace, p.pod.name = request.VolumeContext[kubeletKeyPrefix+"pod.namespace"],
+		request.VolumeContext[kubeletKeyPrefix+"pod.name"]
 	fail := func(format string, a ...any) (*publication, error) {
 		return p, status.Errorf(codes.InvalidArgument, format, a...)
 	}
@@ -261,12 +307,6 @@ func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, 
 		return fail("volume_capability must be of type mount")
 	case !request.Readonly:
 		return fail("the volume must be read-only: set csi.readOnly: true in the Pod's volume")
-	}
-	isNew := !isPublished(p.target) // a mounted one goes on with what was allowed when it was new
-	if isNew {
-		if err := checkNew(request); err != nil {
-			return fail("%v", err)
-		}
 	}
 	if group := request.VolumeCapability.GetMount().VolumeMountGroup; group != "" {
 		gid, err := strconv.ParseUint(group, 10, 31)
@@ -287,23 +327,20 @@ func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, 
 		return p, err
 	}
 	p.attributes, err = parseAttributes(request.VolumeContext, p.pod.namespace, d.builtInFiles)
-	if err == nil && isNew {
-		err = p.attributes.check()
-	}
 	if err != nil {
 		return fail("%v", err)
 	}
-	p.attributes.lifetime = min(p.attributes.lifetime, maxTokenLifetime)
 	return p, nil
 }
 
 // checkNew refuses for a new volume what would be ignored without a word, and too many bytes of attributes.
-func checkNew(request *csi.NodePublishVolumeRequest) error {
+func checkNew(request *csi.NodePublishVolumeRequest, a attributes) error {
 	mount, mode := request.VolumeCapability.GetMount(), request.VolumeCapability.GetAccessMode().GetMode()
 	ephemeral, ok := request.VolumeContext[kubeletKeyPrefix+"ephemeral"]
 	switch {
 	case mode == csi.VolumeCapability_AccessMode_UNKNOWN:
-		return errors.New("volume_capability has no access_mode; the CSI specification requires one, and kubelet sends it")
+		return errors.New("volume_capability has no access_mode; the CSI specification requires one, and " +
+			"kubelet sends it")
 	case mount.FsType != "" && mount.FsType != "tmpfs":
 		return fmt.Errorf("fs_type %q: the volume is a tmpfs; leave csi.fsType out of the Pod's volume",
 			cut(mount.FsType, maxQuotedBytes))
@@ -311,8 +348,8 @@ func checkNew(request *csi.NodePublishVolumeRequest) error {
 		return fmt.Errorf("mount_flags %q: mount options are not supported; leave mountOptions out",
 			cut(mount.MountFlags[0], maxQuotedBytes))
 	case ok && ephemeral != "true":
-		return fmt.Errorf("%sephemeral is %q: only inline volumes can be mounted; write csi: into the Pod's volumes, "+
-			"not a persistentVolumeClaim", kubeletKeyPrefix, cut(ephemeral, maxQuotedBytes))
+		return fmt.Errorf("%sephemeral is %q: only inline volumes can be mounted; write csi: into the "+
+			"Pod's volumes, not a persistentVolumeClaim", kubeletKeyPrefix, cut(ephemeral, maxQuotedBytes))
 	}
 	sum, largest, size := 0, "", 0
 	for key, value := range request.VolumeContext {
@@ -325,10 +362,10 @@ func checkNew(request *csi.NodePublishVolumeRequest) error {
 		}
 	}
 	if sum > maxAttributeBytes {
-		return fmt.Errorf("volumeAttributes may have %d bytes, not %d; the largest is %q with %d: make it smaller, "+
-			"or use several volumes", maxAttributeBytes, sum, cut(largest, maxKeyBytes), size)
+		return fmt.Errorf("volumeAttributes may have %d bytes, not %d; the largest is %q with %d: make it "+
+			"smaller, or use several volumes", maxAttributeBytes, sum, largest, size)
 	}
-	return nil
+	return a.check()
 }
 
 // checkTarget makes sure that the target path is one that kubelet makes,
@@ -344,36 +381,88 @@ func (d *driver) checkTarget(target string) (podUID string, err error) {
 	parts := strings.Split(below, "/")
 	if !ok || filepath.Clean(target) != target || len(parts) != 5 ||
 		parts[1] != "volumes" || parts[2] != "kubernetes.io~csi" || parts[4] != "mount" {
-		return "", status.Errorf(codes.InvalidArgument, "target_path %q is not %s/<Pod uid>/volumes/kubernetes.io~csi/<volume>/mount; "+
-			"if kubelet has another --root-dir, set --kubelet-dir to it", cut(target, maxQuotedBytes), d.podsDir)
+		return "", status.Errorf(codes.InvalidArgument,
+			"target_path %q is not %s/<Pod uid>/volumes/kubernetes.io~csi/<volume>/mount; if kubelet has "+
+				"another --root-dir, set --kubelet-dir to it", cut(target, maxQuotedBytes), d.podsDir)
 	}
 	return parts[0], nil
 }
 
+// volumeName is the name of the volume in the Pod, which is part of the target path.
 func volumeName(target string) string { return filepath.Base(filepath.Dir(target)) }
 
 // podToken finds the Pod's token for the API server: in the secrets, where Kubernetes 1.35 and later pass it,
 // or in volume_context, as older ones do.
-func podToken(request *csi.NodePublishVolumeRequest) (string, error) {
-	var tokens map[string]struct {
-		Token string `json:"token"`
+func podToken(request *csi.NodePublishVolumeRequest) (token string, _ error) {
+	tokens := cmp.Or(request.Secrets[tokensKey], request.VolumeContext[tokensKey])
+	ofAPIServer := fields{"": fields{"token": &token}} // by audience
+	if !scanFields([]byte(tokens), ofAPIServer) || token == "" {
+		return "", status.Errorf(codes.FailedPrecondition,
+			"kubelet passed no token of the Pod's ServiceAccount: the CSIDriver object %s must have "+
+				"tokenRequests with audience \"\"; apply deploy.yaml again", driverName)
 	}
-	text := cmp.Or(request.Secrets[tokensKey], request.VolumeContext[tokensKey])
-	if err := json.Unmarshal([]byte(text), &tokens); err != nil || tokens[""].Token == "" {
-		return "", status.Errorf(codes.FailedPrecondition, "kubelet passed no token of the Pod's ServiceAccount: "+
-			"the CSIDriver object %s must have tokenRequests with audience \"\"; apply deploy.yaml again", driverName)
+	if len(token) > maxTokenBytes {
+		return "", status.Errorf(codes.InvalidArgument, "the token that kubelet passed has more than %d KiB",
+			maxTokenBytes>>10)
 	}
-	if len(tokens[""].Token) > maxTokenBytes {
-		return "", status.Errorf(codes.InvalidArgument, "the token that kubelet passed has more than %d KiB", maxTokenBytes>>10)
-	}
-	return tokens[""].Token, nil
+	return token, nil
 }
 
-// checkIdentity compares what kubelet says of the Pod with the claims of its token. The keys are kubelet's only
-// while the CSIDriver object has podInfoOnMount; otherwise whoever writes a Pod can write them.
+// podIdentity is whom a Pod's token belongs to.
+type podIdentity struct{ namespace, serviceAccount, name, uid string }
+
+var errMalformedToken = errors.New("the token that kubelet passed is not one of a Pod's ServiceAccount")
+
+// parseIdentity reads the claims of a Pod's token without checking its signature: that is the API server's,
+// which accepts the token, or not, before anything comes of the claims.
+func parseIdentity(token string) (pod podIdentity, _ error) {
+	isObject := scanFields(claimsOf(token), fields{"kubernetes.io": fields{
+		"namespace":      &pod.namespace,
+		"serviceaccount": fields{"name": &pod.serviceAccount},
+		"pod":            fields{"name": &pod.name, "uid": &pod.uid},
+	}})
+	if !isObject || pod.namespace == "" || pod.serviceAccount == "" || pod.name == "" || pod.uid == "" {
+		return podIdentity{}, errMalformedToken
+	}
+	return pod, nil
+}
+
+// claimsOf returns the payload of a token, or nil.
+func claimsOf(token string) []byte {
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return nil
+	}
+	claims, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil {
+		return nil
+	}
+	return claims
+}
+
+// audiencesOf returns the audiences of a token, which are one string or a list (RFC 7519, section 4.1.3).
+func audiencesOf(token string) (audiences []string, _ error) {
+	var claims struct {
+		Audience json.RawMessage `json:"aud"`
+	}
+	if err := json.Unmarshal(claimsOf(token), &claims); err != nil {
+		return nil, errMalformedToken
+	}
+	if err := json.Unmarshal(claims.Audience, &audiences); err != nil {
+		audiences = make([]string, 1)
+		if err := json.Unmarshal(claims.Audience, &audiences[0]); err != nil {
+			return nil, errMalformedToken
+		}
+	}
+	return audiences, nil
+}
+
+// checkIdentity compares what kubelet says of the Pod with the claims of its token. The keys are kubelet's
+// only while the CSIDriver object has podInfoOnMount; otherwise whoever writes a Pod can write them.
 func checkIdentity(pod podIdentity, targetUID string, volumeContext map[string]string) error {
 	claims := map[string]string{
-		"pod.name": pod.name, "pod.namespace": pod.namespace, "pod.uid": pod.uid, "serviceAccount.name": pod.serviceAccount,
+		"pod.name": pod.name, "pod.namespace": pod.namespace, "pod.uid": pod.uid,
+		"serviceAccount.name": pod.serviceAccount,
 	}
 	for key, claim := range claims {
 		if said, ok := volumeContext[kubeletKeyPrefix+key]; ok && said != claim {
@@ -382,16 +471,11 @@ func checkIdentity(pod podIdentity, targetUID string, volumeContext map[string]s
 		}
 	}
 	if pod.uid != targetUID {
-		return status.Errorf(codes.PermissionDenied, "the target path is one of Pod uid %q, but the token is that of %q", targetUID, pod.uid)
+		return status.Errorf(codes.PermissionDenied,
+			"the target path is one of Pod uid %q, but the token is that of %q", targetUID, pod.uid)
 	}
 	return nil
 }
-
-// reference names a Connector.
-type reference struct{ namespace, name string }
-
-// String is for messages and the log.
-func (r reference) String() string { return cut(r.namespace+"/"+r.name, maxQuotedBytes) }
 
 // attributes are the volumeAttributes of a Pod's volume.
 type attributes struct {
@@ -410,8 +494,10 @@ const (
 	attrExpiration     = "token.expiration"
 )
 
-var knownAttributes = []string{attrConfigurations, attrParams, attrName, attrNamespace, attrConnectors, attrExpiration}
+var knownAttributes = []string{attrConfigurations, attrParams, attrName, attrNamespace, attrConnectors,
+	attrExpiration}
 
+// parseAttributes reads what stands under volumeAttributes in the Pod. Its errors are for whoever wrote that.
 func parseAttributes(volumeContext map[string]string, podNamespace string, builtIn bool) (attributes, error) {
 	a := attributes{selection: selection{builtIn: builtIn}}
 	for key := range volumeContext {
@@ -433,9 +519,11 @@ func parseAttributes(volumeContext map[string]string, podNamespace string, built
 		}
 	}
 	if len(a.selection.configurations) == 0 && !builtIn {
-		return a, fmt.Errorf("%s is missing in volumeAttributes: name the configurations of the ConnectorClass to mount", attrConfigurations)
+		return a, fmt.Errorf("%s is missing in volumeAttributes: name the configurations of the "+
+			"ConnectorClass to mount", attrConfigurations)
 	}
-	if a.selection.params, err = parseParams(volumeContext[attrParams], a.selection.configurations); err != nil {
+	a.selection.params, err = parseParams(volumeContext[attrParams], a.selection.configurations)
+	if err != nil {
 		return a, err
 	}
 	a.lifetime, err = parseLifetime(volumeContext[attrExpiration])
@@ -450,7 +538,8 @@ func (a attributes) check() error {
 	}
 	for _, names := range [][]string{a.selection.configurations, a.selection.excluded} {
 		if len(names) > maxConfigurations {
-			return fmt.Errorf("%s may have %d configurations and as many exclusions, not %d: use several volumes",
+			return fmt.Errorf("%s may have %d configurations and as many exclusions, not %d: use several "+
+				"volumes",
 				attrConfigurations, maxConfigurations, len(names))
 		}
 		seen := map[string]bool{}
@@ -460,7 +549,8 @@ func (a attributes) check() error {
 					attrConfigurations, maxNameBytes, len(name), cut(name, maxQuotedBytes))
 			}
 			if seen[name] {
-				return fmt.Errorf("%s has %q twice: name it once", attrConfigurations, cut(name, maxQuotedBytes))
+				return fmt.Errorf("%s has %q twice: name it once", attrConfigurations,
+					cut(name, maxQuotedBytes))
 			}
 			seen[name] = true
 		}
@@ -471,14 +561,18 @@ func (a attributes) check() error {
 	return nil
 }
 
+// parseConnectors returns the Connectors that a volume names in one of two ways, each once and in that order.
 func parseConnectors(volumeContext map[string]string, podNamespace string) ([]reference, error) {
-	list, name, namespace := splitList(volumeContext[attrConnectors]), volumeContext[attrName], volumeContext[attrNamespace]
+	list, name, namespace := splitList(volumeContext[attrConnectors]), volumeContext[attrName],
+		volumeContext[attrNamespace]
 	var references []reference
 	switch {
 	case len(list) == 0 && name == "":
-		return nil, fmt.Errorf("%s or %s is required in volumeAttributes: name the Connector to mount", attrConnectors, attrName)
+		return nil, fmt.Errorf("%s or %s is required in volumeAttributes: name the Connector to mount",
+			attrConnectors, attrName)
 	case len(list) > 0 && (name != "" || namespace != ""):
-		return nil, fmt.Errorf("%s cannot be combined with %s and %s: use one way to name the Connectors", attrConnectors, attrName, attrNamespace)
+		return nil, fmt.Errorf("%s cannot be combined with %s and %s: use one way to name the Connectors",
+			attrConnectors, attrName, attrNamespace)
 	case name != "":
 		references = []reference{{cmp.Or(namespace, podNamespace), name}}
 	}
@@ -492,7 +586,8 @@ func parseConnectors(volumeContext map[string]string, podNamespace string) ([]re
 	seen := map[reference]bool{}
 	for _, r := range references {
 		if !isDNSLabel(r.namespace) || !isDNSName(r.name) {
-			return nil, fmt.Errorf("%q is not a valid Connector: name and namespace must be DNS names of lower-case letters, digits and '-'", r)
+			return nil, fmt.Errorf("%q is not a valid Connector: name and namespace must be DNS names of "+
+				"lower-case letters, digits and '-'", r)
 		}
 		if seen[r] {
 			return nil, fmt.Errorf("%s names the Connector %q twice", attrConnectors, r)
@@ -513,7 +608,8 @@ func parseParams(text string, configurations []string) (map[string]json.RawMessa
 		if syntax := new(json.SyntaxError); errors.As(err, &syntax) { // any other error is in Go's words
 			hint = fmt.Sprintf(" (%v at byte %d)", err, syntax.Offset)
 		}
-		return nil, fmt.Errorf(`%s is not a JSON object such as {"config": {"param": "value"}}%s`, attrParams, hint)
+		return nil, fmt.Errorf(`%s is not a JSON object such as {"config": {"param": "value"}}%s`, attrParams,
+			hint)
 	}
 	known := map[string]bool{}
 	for _, name := range configurations {
@@ -525,14 +621,17 @@ func parseParams(text string, configurations []string) (map[string]json.RawMessa
 			delete(params, name)
 		case !known[name]:
 			return nil, fmt.Errorf("%s has parameters for %q, which is not in %s: %s", attrParams,
-				cut(name, maxQuotedBytes), attrConfigurations, cut(strings.Join(configurations, ", "), maxQuotedBytes))
+				cut(name, maxQuotedBytes), attrConfigurations,
+				cut(strings.Join(configurations, ", "), maxQuotedBytes))
 		case value[0] != '{':
-			return nil, fmt.Errorf("%s: the value of %q is not a JSON object", attrParams, cut(name, maxQuotedBytes))
+			return nil, fmt.Errorf("%s: the value of %q is not a JSON object", attrParams,
+				cut(name, maxQuotedBytes))
 		}
 	}
 	return params, nil
 }
 
+// parseLifetime reads the lifetime of the token, in whole seconds.
 func parseLifetime(text string) (time.Duration, error) {
 	if text == "" {
 		return kubeletTokenLifetime, nil
@@ -544,7 +643,8 @@ func parseLifetime(text string) (time.Duration, error) {
 		return 0, fmt.Errorf("%s %q is not a duration of at least %v, such as 30m or 1h30m",
 			attrExpiration, cut(text, maxQuotedBytes), minTokenLifetime)
 	case lifetime == extendedLifetime:
-		return 0, fmt.Errorf("%s may not be %v: the API server takes %d seconds as a sign to extend a token to a year; use 1h",
+		return 0, fmt.Errorf("%s may not be %v: the API server takes %d seconds as a sign to extend a "+
+			"token to a year; use 1h",
 			attrExpiration, lifetime, lifetime/time.Second)
 	}
 	return lifetime, nil
@@ -563,52 +663,148 @@ func splitList(text string) []string {
 
 var dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
 
-// isDNSLabel tells whether s can be the name of a namespace.
+// isDNSLabel reports whether s can be the name of a namespace.
 func isDNSLabel(s string) bool { return len(s) <= 63 && dnsLabel.MatchString(s) }
 
-// isDNSName tells whether s can be the name of an object: labels, here of any length, with dots between them.
+// isDNSName reports whether s can be the name of an object: labels, here of any length, with dots between
+// them.
 func isDNSName(s string) bool {
-	return len(s) <= maxNameBytes && !slices.ContainsFunc(strings.Split(s, "."), func(l string) bool { return !dnsLabel.MatchString(l) })
+	isNoLabel := func(l string) bool { return !dnsLabel.MatchString(l) }
+	return len(s) <= maxNameBytes && !slices.ContainsFunc(strings.Split(s, "."), isNoLabel)
 }
 
-// nearest returns the word with the fewest insertions, deletions and substitutions (Levenshtein distance).
-func nearest(word string, words []string) string {
-	distance := func(other string) int {
-		row := make([]int, len(other)+1)
-		for j := range row {
-			row[j] = j
+// holder is a call of kubelet or a push that has locked a target path.
+type holder struct {
+	stop func()        // ends a push; nil for a call
+	done chan struct{} // closed at the end
+}
+
+// lock locks the target path for a call of kubelet. A push that has it is ended: the call does the same. A
+// second call is told to come again, as the CSI specification has it (ABORTED: an operation is pending for
+// the volume): kubelet does, half a second later.
+func (d *driver) lock(ctx context.Context, target string) (unlock func(), err error) {
+	for {
+		other := d.take(target, &holder{done: make(chan struct{})})
+		switch {
+		case other == nil:
+			return func() { d.release(target) }, nil
+		case other.stop == nil:
+			return nil, status.Errorf(codes.Aborted,
+				"another call for %s is under way; kubelet will try again", target)
 		}
-		for i := range len(word) {
-			diagonal := row[0]
-			row[0] = i + 1
-			for j := range len(other) {
-				cost := diagonal
-				if word[i] != other[j] {
-					cost++
-				}
-				diagonal = row[j+1]
-				row[j+1] = min(cost, row[j]+1, row[j+1]+1)
-			}
+		other.stop()
+		select {
+		case <-other.done:
+		case <-ctx.Done():
+			return nil, status.FromContextError(ctx.Err()).Err()
 		}
-		return row[len(other)]
 	}
-	return slices.MinFunc(words, func(a, b string) int { return cmp.Compare(distance(a), distance(b)) })
 }
 
-// lock takes the target path for one call. A second call is told to come again, as the CSI specification has it
-// (ABORTED: an operation is pending for the volume): kubelet does, half a second later.
-func (d *driver) lock(target string) (unlock func(), err error) {
+// take gives the target path to the holder, or returns the one that has it.
+func (d *driver) take(target string, h *holder) (other *holder) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.busy[target] {
-		return nil, status.Errorf(codes.Aborted, "another call for %s is under way; kubelet will try again", target)
+	if other := d.busy[target]; other != nil {
+		return other
 	}
-	d.busy[target] = true
-	return func() {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		delete(d.busy, target)
-	}, nil
+	d.busy[target] = h
+	return nil
+}
+
+func (d *driver) release(target string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	close(d.busy[target].done)
+	delete(d.busy, target)
+}
+
+// pushChanges has the volumes pushed of which an object has changed, until ctx ends.
+func (d *driver) pushChanges(ctx context.Context) {
+	for {
+		select {
+		case target := <-d.kube.changed:
+			d.pushSoon(target)
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// pushSoon has a volume pushed: at once, or when it is time again. What comes before that push is part of it.
+func (d *driver) pushSoon(target string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v := d.volumes[target]
+	if v == nil || !v.due.IsZero() {
+		return
+	}
+	v.due = time.Now()
+	time.AfterFunc(time.Until(v.pushed.Add(pushInterval<<v.failures)), func() { d.push(target) })
+}
+
+// push brings the files of a mounted volume up to date as a republish does, with what kubelet's last call
+// said. It waits for a call that is under way, and ends when one comes.
+func (d *driver) push(target string) {
+	ctx, cancel := context.WithTimeout(context.Background(), publishTimeout)
+	defer cancel()
+	h := &holder{stop: cancel, done: make(chan struct{})}
+	for other := d.take(target, h); other != nil; other = d.take(target, h) {
+		<-other.done
+	}
+	defer d.release(target)
+	p, due := d.beginPush(target)
+	if p == nil || !isPublished(target) {
+		return
+	}
+	start := time.Now()
+	changed, err := d.publish(ctx, p, true)
+	err = errorStatus(err)
+	d.endPush(target, err != nil)
+	d.metrics.inc(pushesTotal, "code", status.Code(err).String())
+	if changed && err == nil {
+		d.metrics.observe(pushDuration, time.Since(due))
+	}
+	if stopped := errors.Is(ctx.Err(), context.Canceled); changed || err != nil && !stopped {
+		p.log("push", err, start)
+	}
+}
+
+// beginPush returns what a push is made from, and when the change came. It returns nil for a volume that is
+// gone.
+func (d *driver) beginPush(target string) (p *publication, due time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v := d.volumes[target]
+	if v == nil {
+		return nil, time.Time{}
+	}
+	due, v.due, v.pushed = v.due, time.Time{}, time.Now()
+	return v.publication, due
+}
+
+func (d *driver) endPush(target string, failed bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if v := d.volumes[target]; v != nil && failed {
+		v.failures = min(v.failures+1, 5)
+	}
+}
+
+// close ends pushes and streams, and the renderers.
+func (d *driver) close() {
+	d.mu.Lock()
+	clear(d.volumes)
+	holders := slices.Collect(maps.Values(d.busy))
+	d.mu.Unlock()
+	for _, h := range holders {
+		if h.stop != nil {
+			h.stop()
+		}
+		<-h.done
+	}
+	d.kube.close() // after the pushes, which may have begun streams
+	d.renderers.close()
 }
 
 // recall returns what this process remembers of a volume, or nil.
@@ -618,23 +814,72 @@ func (d *driver) recall(target string) *volume {
 	return d.volumes[target]
 }
 
-func (d *driver) remember(target string, v *volume) {
+// renew returns what is remembered of the volume, or nil, and remembers what kubelet says of it now: also
+// when the call fails later on, its token is the newest.
+func (d *driver) renew(p *publication) *volume {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.volumes[target] = v
+	v := d.volumes[p.target]
+	if v != nil {
+		v.publication = p
+	}
+	return v
 }
 
-// forget drops what remember and keepToken have kept of a volume.
+// remember remembers a volume that was published, by the digest what from, and whether old files are left in
+// it.
+func (d *driver) remember(p *publication, made [sha256.Size]byte, swept bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v := d.volumes[p.target]
+	if v == nil {
+		v = &volume{}
+		d.volumes[p.target] = v
+	}
+	v.publication, v.digest, v.swept, v.failures = p, made, swept, 0
+}
+
+// watch has the objects that a call asked for watched, if the volume is mounted.
+func (d *driver) watch(c *call, target string) {
+	if d.recall(target) == nil {
+		return
+	}
+	if c.watch(target) {
+		d.pushSoon(target)
+	}
+}
+
+// forget drops all that is kept of a volume.
 func (d *driver) forget(target string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.volumes, target)
 	delete(d.tokens, target)
+	d.kube.unwatch(target, nil)
 }
 
-// keepToken keeps a token for the volume's next calls, also for the next try where this one fails. Kubelet sends no
-// unpublish for a volume that was never mounted: so when there are too many of these, their tokens go, and
-// whoever tries again makes the driver ask for another one.
+// forgetUnmounted forgets the volumes that somebody else has unmounted.
+func (d *driver) forgetUnmounted() {
+	d.budget.forgetUnmounted()
+	d.mu.Lock()
+	targets := slices.Collect(maps.Keys(d.volumes))
+	d.mu.Unlock()
+	for _, target := range targets {
+		if isPublished(target) {
+			continue
+		}
+		if unlock, err := d.lock(context.Background(), target); err == nil {
+			if !isPublished(target) {
+				d.forget(target)
+			}
+			unlock()
+		}
+	}
+}
+
+// keepToken keeps a token for the volume's next calls, also for the next try where this one fails. Kubelet
+// sends no unpublish for a volume that was never mounted: so when there are too many of these, their tokens
+// go, and whoever tries again makes the driver ask for another one.
 func (d *driver) keepToken(target string, token issuedToken) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -650,29 +895,10 @@ func (d *driver) keptToken(target string) issuedToken {
 	return d.tokens[target]
 }
 
-// madeFrom tells whether a published volume was made from just what the next one would be, and is settled.
-func (v *volume) madeFrom(next *volume) bool {
-	return v != nil && v.settled && v.publication == next.publication && v.token == next.token && slices.Equal(v.versions, next.versions)
-}
-
-// versionsOf identifies the contents of the objects: an object's resourceVersion changes with every change.
-func versionsOf(sources []source) []string {
-	var versions []string
-	for _, s := range sources {
-		versions = append(versions, s.connector.uid+"@"+s.connector.version, s.class.uid+"@"+s.class.version)
-	}
-	return versions
-}
-
-// readObjects reads the Connectors, with the Pod's token, and their classes, with the driver's own.
-func (d *driver) readObjects(ctx context.Context, c *call, p *publication, fresh bool) ([]source, error) {
-	connector := func(ref reference) (*apiObject, error) { return d.kube.connector(ctx, c, p.pod, p.token, ref, fresh) }
-	class := func(name string) (*apiObject, error) { return d.kube.class(ctx, c, name, fresh) }
-	return collectSources(c, p.pod, p.attributes.connectors, connector, class)
-}
-
-// collectSources gets the Connectors of a volume and their classes, each class once, and counts what the call holds.
-func collectSources(c *call, pod podIdentity, refs []reference, getConnector func(reference) (*apiObject, error),
+// collectSources gets the Connectors of a volume and their classes, each class once, and counts what the call
+// holds.
+func collectSources(c *call, pod podIdentity, refs []reference,
+	getConnector func(reference) (*apiObject, error),
 	getClass func(name string) (*apiObject, error)) ([]source, error) {
 	var sources []source
 	classes := map[string]*apiObject{}
@@ -686,7 +912,9 @@ func collectSources(c *call, pod podIdentity, refs []reference, getConnector fun
 		}
 		name := connector.class
 		if !isDNSName(name) {
-			return nil, status.Errorf(codes.FailedPrecondition, "Connector %q: spec.connectorClassName %q is not the name of a ConnectorClass", ref, cut(name, maxQuotedBytes))
+			return nil, status.Errorf(codes.FailedPrecondition,
+				"Connector %q: spec.connectorClassName %q is not the name of a ConnectorClass", ref,
+				cut(name, maxQuotedBytes))
 		}
 		if classes[name] == nil {
 			class, err := getClass(name)
@@ -704,17 +932,21 @@ func collectSources(c *call, pod podIdentity, refs []reference, getConnector fun
 }
 
 // proxyAudiences are the audiences that the proxies of the Connectors want in the token. Whoever may write a
-// Connector's status could name any, and have tokens made for somebody else's service; so what a Connector names
-// counts only if its class names it too, or if it is the proxy's address, which is where the files send the token.
+// Connector's status could name any, and have tokens made for somebody else's service; so what a Connector
+// names counts only if its class names it too, or if it is the proxy's address, which is where the files send
+// the token.
 func proxyAudiences(sources []source) ([]string, error) {
 	var audiences []string
 	for _, s := range sources {
 		connector, class := s.connector, s.class
 		audience := cmp.Or(connector.proxyAudience, class.proxyAudience)
-		isProxy := audience == connector.proxyURL && (connector.proxyAddress == "" || connector.proxyAddress == connector.proxyURL)
+		isProxy := audience == connector.proxyURL &&
+			(connector.proxyAddress == "" || connector.proxyAddress == connector.proxyURL)
 		if audience != "" && audience != class.proxyAudience && audience != class.classAudience && !isProxy {
-			return nil, status.Errorf(codes.FailedPrecondition, "Connector %q: the audience %q in its status.proxy.httpAddress is neither one that ConnectorClass %q names "+
-				"(status.proxy.httpAddress.audience, spec.proxy.audience) nor the address of the Connector's proxy",
+			return nil, status.Errorf(codes.FailedPrecondition,
+				"Connector %q: the audience %q in its status.proxy.httpAddress is neither one that "+
+					"ConnectorClass %q names (status.proxy.httpAddress.audience, spec.proxy.audience) nor "+
+					"the address of the Connector's proxy",
 				connector.namespace+"/"+connector.name, cut(audience, maxQuotedBytes), class.name)
 		}
 		if audience != "" && !slices.Contains(audiences, audience) {
@@ -724,8 +956,8 @@ func proxyAudiences(sources []source) ([]string, error) {
 	return audiences, nil
 }
 
-// chooseToken returns the token for the files: kubelet's, which kubelet renews, or for another lifetime or audience
-// one that the driver asks for, and asks for again when 80 % of its lifetime are over.
+// chooseToken returns the token for the files: kubelet's, which kubelet renews, or for another lifetime or
+// audience one that the driver asks for, and asks for again when 80 % of its lifetime are over.
 func (d *driver) chooseToken(ctx context.Context, c *call, p *publication, sources []source) (string, error) {
 	lifetime := p.attributes.lifetime
 	extra, err := proxyAudiences(sources)
@@ -737,10 +969,15 @@ func (d *driver) chooseToken(ctx context.Context, c *call, p *publication, sourc
 	}
 	var audiences []string
 	if len(extra) > 0 {
-		audiences = append(slices.Clone(p.pod.audiences), extra...) // the proxy shows it to the API server
+		own, err := audiencesOf(p.token)
+		if err != nil {
+			return "", status.Error(codes.InvalidArgument, err.Error())
+		}
+		audiences = append(own, extra...) // the proxy shows it to the API server
 	}
 	token := d.keptToken(p.target)
-	if time.Now().Before(token.renew) && token.lifetime == lifetime && slices.Equal(token.audiences, audiences) {
+	if time.Now().Before(token.renew) && token.lifetime == lifetime &&
+		slices.Equal(token.audiences, audiences) {
 		return token.value, nil
 	}
 	token, err = d.kube.requestToken(ctx, c, p.pod, audiences, lifetime)
@@ -751,14 +988,20 @@ func (d *driver) chooseToken(ctx context.Context, c *call, p *publication, sourc
 	return token.value, nil
 }
 
+// connectorStatus says why a Connector was not read: the object, the cause, the remedy. The functions after
+// it do the same for the other things that a publish needs.
 func connectorStatus(err error, ref reference, pod podIdentity) error {
 	switch code, err := apiStatus(err); code {
 	case codes.NotFound:
-		return status.Errorf(code, "Connector %q not found: create it, or correct %s or %s in volumeAttributes (%v)", ref, attrName, attrNamespace, err)
+		return status.Errorf(code,
+			"Connector %q not found: create it, or correct %s or %s in volumeAttributes (%v)",
+			ref, attrName, attrNamespace, err)
 	case codes.PermissionDenied:
-		return status.Errorf(code, "ServiceAccount %s/%s may not read Connector %q: %v. Allow it with: kubectl create rolebinding %s-connectors "+
-			"--namespace=%s --clusterrole=connectors-connector-viewer-role --serviceaccount=%s:%s",
-			pod.namespace, pod.serviceAccount, ref, err, pod.serviceAccount, ref.namespace, pod.namespace, pod.serviceAccount)
+		return status.Errorf(code, "ServiceAccount %s/%s may not read Connector %q: %v. Allow it with: "+
+			"kubectl create rolebinding %s-connectors --namespace=%s "+
+			"--clusterrole=connectors-connector-viewer-role --serviceaccount=%s:%s",
+			pod.namespace, pod.serviceAccount, ref, err, pod.serviceAccount, ref.namespace, pod.namespace,
+			pod.serviceAccount)
 	default:
 		return status.Errorf(code, "Connector %q cannot be read: %v", ref, err)
 	}
@@ -767,9 +1010,11 @@ func connectorStatus(err error, ref reference, pod podIdentity) error {
 func classStatus(err error, name string, ref reference) error {
 	switch code, err := apiStatus(err); code {
 	case codes.NotFound:
-		return status.Errorf(code, "ConnectorClass %q of Connector %q not found: create it, or correct the Connector's spec.connectorClassName (%v)", name, ref, err)
+		return status.Errorf(code, "ConnectorClass %q of Connector %q not found: create it, or correct the "+
+			"Connector's spec.connectorClassName (%v)", name, ref, err)
 	case codes.PermissionDenied:
-		return status.Errorf(code, "the driver may not read ConnectorClass %q: %v. Its ClusterRole connectors-csi is missing; apply deploy.yaml again", name, err)
+		return status.Errorf(code, "the driver may not read ConnectorClass %q: %v. Its ClusterRole "+
+			"connectors-csi is missing; apply deploy.yaml again", name, err)
 	default:
 		return status.Errorf(code, "ConnectorClass %q of Connector %q cannot be read: %v", name, ref, err)
 	}
@@ -778,17 +1023,20 @@ func classStatus(err error, name string, ref reference) error {
 func tokenStatus(err error, p *publication) error {
 	switch code, err := apiStatus(err); code {
 	case codes.PermissionDenied:
-		return status.Errorf(code, "the driver may not request a token for ServiceAccount %s/%s: %v. A token.expiration other than %v, or a proxy "+
-			"with an audience, needs the ClusterRole connectors-csi-token and its binding; apply them from deploy.yaml, or leave token.expiration out",
+		return status.Errorf(code, "the driver may not request a token for ServiceAccount %s/%s: %v. A "+
+			"token.expiration other than %v, or a proxy with an audience, needs the ClusterRole "+
+			"connectors-csi-token and its binding; apply them from deploy.yaml, or leave "+
+			"token.expiration out",
 			p.pod.namespace, p.pod.serviceAccount, err, kubeletTokenLifetime)
 	default:
-		return status.Errorf(code, "no token of %v for ServiceAccount %s/%s: %v", p.attributes.lifetime, p.pod.namespace, p.pod.serviceAccount, err)
+		return status.Errorf(code, "no token of %v for ServiceAccount %s/%s: %v", p.attributes.lifetime,
+			p.pod.namespace, p.pod.serviceAccount, err)
 	}
 }
 
 // apiStatus gives the gRPC code for an error of a request to the API server. For kubelet Unavailable,
-// ResourceExhausted, DeadlineExceeded, Canceled and Aborted mean "perhaps mounted": it sends an Unpublish when
-// the Pod goes. All others mean "not mounted".
+// ResourceExhausted, DeadlineExceeded, Canceled and Aborted mean "perhaps mounted": it sends an Unpublish
+// when the Pod goes. All others mean "not mounted".
 func apiStatus(err error) (codes.Code, error) {
 	var answer *apiError
 	switch {
@@ -797,7 +1045,8 @@ func apiStatus(err error) (codes.Code, error) {
 	case errors.As(err, new(roomError)):
 		return codes.ResourceExhausted, err
 	case !errors.As(err, &answer):
-		return cmp.Or(contextCode(err), codes.Unavailable), fmt.Errorf("no answer from the API server: %w", err)
+		return cmp.Or(contextCode(err), codes.Unavailable),
+			fmt.Errorf("no answer from the API server: %w", err)
 	}
 	switch answer.code {
 	case http.StatusBadRequest, http.StatusUnprocessableEntity:
@@ -816,6 +1065,7 @@ func apiStatus(err error) (codes.Code, error) {
 	return codes.Unavailable, err
 }
 
+// contextCode is the code for a call that was ended or ran out of time, or OK for any other error.
 func contextCode(err error) codes.Code {
 	switch {
 	case errors.Is(err, context.Canceled):
@@ -846,11 +1096,14 @@ func mountStatus(err error) error {
 	case errors.As(err, new(limitError)):
 		return status.Error(codes.ResourceExhausted, err.Error())
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.ENOMEM):
-		return status.Errorf(codes.ResourceExhausted, "no room for the volume's files: %v; look at the node's memory and the driver's limit", err)
+		return status.Errorf(codes.ResourceExhausted,
+			"no room for the volume's files: %v; look at the node's memory and the driver's limit", err)
 	case errors.Is(err, errNotOurs):
-		return status.Errorf(codes.FailedPrecondition, "%v; look at it on the node, and remove it if nothing uses it", err)
+		return status.Errorf(codes.FailedPrecondition,
+			"%v; look at it on the node, and remove it if nothing uses it", err)
 	}
-	return status.Errorf(codes.Internal, "the node's kernel refused the volume: %v; look at the driver's log and at dmesg on the node", err)
+	return status.Errorf(codes.Internal,
+		"the node's kernel refused the volume: %v; look at the driver's log and at dmesg on the node", err)
 }
 
 // errorStatus keeps a message within what an event can hold.
@@ -878,8 +1131,33 @@ func logCall(call string, err error, attributes ...any) {
 		}
 	}
 	if err != nil {
-		slog.Error(call, append(attributes, "code", status.Code(err).String(), "error", status.Convert(err).Message())...)
+		slog.Error(call, append(attributes, "code", status.Code(err).String(),
+			"error", status.Convert(err).Message())...)
 	} else {
 		slog.Info(call, attributes...)
 	}
+}
+
+// nearest returns the word with the fewest insertions, deletions and substitutions (Levenshtein distance).
+func nearest(word string, words []string) string {
+	distance := func(other string) int {
+		row := make([]int, len(other)+1)
+		for j := range row {
+			row[j] = j
+		}
+		for i := range len(word) {
+			diagonal := row[0]
+			row[0] = i + 1
+			for j := range len(other) {
+				cost := diagonal
+				if word[i] != other[j] {
+					cost++
+				}
+				diagonal = row[j+1]
+				row[j+1] = min(cost, row[j]+1, row[j+1]+1)
+			}
+		}
+		return row[len(other)]
+	}
+	return slices.MinFunc(words, func(a, b string) int { return cmp.Compare(distance(a), distance(b)) })
 }

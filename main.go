@@ -1,11 +1,28 @@
 // Command connectors-csi is a CSI driver that mounts the configuration of Connectors into Pods: rendered from
 // their ConnectorClasses, with a short-lived token of the Pod's ServiceAccount, and kept current.
 //
-// It runs as one privileged container on every node. The files, in the order of a publish:
+// It runs as one privileged container on every node. What happens to a volume there:
+//
+//   - Before a Pod's containers start, kubelet calls NodePublishVolume with the volume's attributes, a token
+//     of the Pod's ServiceAccount and the target path, at which the volume is to be mounted. If that fails it
+//     calls again.
+//   - From then on kubelet republishes: it makes the same call every 60 to 90 seconds, with a newer token now
+//     and then.
+//   - When a Connector or a class has changed, the driver pushes: it does what a republish does, without
+//     being called.
+//   - When the Pod has ended, kubelet calls NodeUnpublishVolume, again and again until it succeeds.
+//   - A driver that was restarted finds the volumes mounted, and knows of each what it needs after kubelet's
+//     next call.
+//
+// Each time that files are written they make a new generation, a directory; the link ..data of the volume
+// leads to the newest, so that they change all at once. A reader is a ServiceAccount with whose token
+// Connectors are read, or the driver, with its own token for classes.
+//
+// The files, in the order of a publish:
 //
 //	main.go    flags, wiring, the command render, kubelet's plugin registration, health and metrics
-//	csi.go     the gRPC services: validates, reads, renders, mounts; errors for people and for kubelet
-//	kube.go    the Kubernetes API: objects, tokens, a cache, and what each namespace may take of them
+//	csi.go     the gRPC services: validates, reads, renders, mounts; pushes; errors for people and for kubelet
+//	kube.go    the Kubernetes API: objects, tokens, a cache, watches, and what each namespace may take of them
 //	render.go  objects in, files out; and the renderer, the child process that does it
 //	mount.go   files in, a read-only tmpfs out
 package main
@@ -33,14 +50,12 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/encoding"
-	_ "google.golang.org/grpc/encoding/proto" // the codec that kubelet's messages come in
-	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 )
 
@@ -70,21 +85,25 @@ func main() {
 const usage = `connectors-csi [flags]
   is the CSI driver: it serves kubelet on a node of a cluster.
 connectors-csi render [flags]
-  prints the files that a Pod would get, without a cluster: from the ConnectorClasses and Connectors on standard
-  input, as "kubectl get -o json" prints them. Its flags: connectors-csi render --help
+  prints the files that a Pod would get, without a cluster: from the ConnectorClasses and Connectors on
+  standard input, as "kubectl get -o json" prints them. Its flags: connectors-csi render --help
 
 The flags of the driver:
 `
 
-const builtInUsage = "mount the built-in files (.env, context.token, ca.crt, …) in every volume, and make configuration.names optional"
+const builtInUsage = "mount the built-in files (.env, context.token, ca.crt, …) in every volume, and make " +
+	"configuration.names optional"
 
+// run is the driver: flags, checks that end the start with a remedy, and then serve.
 func run() error {
 	nodeName := flag.String("node-name", os.Getenv("NODE_NAME"), "name of this node; default: $NODE_NAME")
 	kubeletDir := flag.String("kubelet-dir", "/var/lib/kubelet", "kubelet's --root-dir")
 	httpAddress := flag.String("http-address", ":9808", "address for /healthz, /readyz and /metrics")
-	refresh := flag.Duration("refresh-interval", time.Minute, "how old a Connector or ConnectorClass may be when a mounted volume is refreshed")
+	refresh := flag.Duration("refresh-interval", time.Minute,
+		"how old a Connector or ConnectorClass may be when a mounted volume is refreshed")
 	builtIn := flag.Bool("builtin-files", false, builtInUsage)
-	volumesBudget := flag.Int("volumes-budget", 240, "memory for the mounted volumes of all Pods together, in MiB; it is part of the container's memory limit")
+	volumesBudget := flag.Int("volumes-budget", 240, "memory for the mounted volumes of all Pods together, "+
+		"in MiB; it is part of the container's memory limit")
 	showVersion := flag.Bool("version", false, "print the version and exit")
 	flag.Usage = func() { fmt.Fprint(os.Stderr, usage); flag.PrintDefaults() }
 	flag.Parse()
@@ -111,6 +130,9 @@ func run() error {
 	if err := checkShared(podsDir); err != nil {
 		return err
 	}
+	if err := dropCapabilities(); err != nil {
+		return err
+	}
 	b, err := newBudget(podsDir, int64(*volumesBudget)<<20)
 	if err != nil {
 		return err
@@ -121,17 +143,57 @@ func run() error {
 		return err
 	}
 	d := &driver{
-		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, kube: k, renderers: newRenderers("/proc/self/exe", m), budget: b, metrics: m,
-		busy: map[string]bool{}, volumes: map[string]*volume{}, tokens: map[string]issuedToken{},
+		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, kube: k,
+		renderers: newRenderers("/proc/self/exe", m), budget: b, metrics: m,
+		busy: map[string]*holder{}, volumes: map[string]*volume{}, tokens: map[string]issuedToken{},
 	}
 	go func() {
 		for range time.Tick(time.Minute) {
-			b.forgetUnmounted()
+			d.forgetUnmounted()
 		}
 	}()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	return serve(ctx, d, filepath.Join(*kubeletDir, "plugins_registry", driverName+"-reg.sock"), *httpAddress)
+}
+
+// neededCapabilities is what the driver keeps of a privileged container's capabilities(7): it mounts, gives
+// files to a Pod's fsGroup, writes into directories that nobody may write, and starts renderers as another
+// user with an empty root directory, and ends them.
+const neededCapabilities = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE |
+	1<<unix.CAP_SETUID | 1<<unix.CAP_SETGID | 1<<unix.CAP_SETPCAP | 1<<unix.CAP_SYS_CHROOT | 1<<unix.CAP_KILL
+
+// dropCapabilities gives up all others for ever, on all threads, and whatever a program could gain when it is
+// executed.
+func dropCapabilities() error {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var sets [2]unix.CapUserData // the numbers of the needed ones are all in the first
+	if err := unix.Capget(&header, &sets[0]); err != nil {
+		return fmt.Errorf("capget: %w", err)
+	}
+	kept := sets[0].Permitted & neededCapabilities
+	sets = [2]unix.CapUserData{{Effective: kept, Permitted: kept}}
+	var errno syscall.Errno
+	for number := uintptr(0); errno == 0; number++ { // EINVAL comes after the last
+		if neededCapabilities>>number&1 == 0 {
+			_, _, errno = syscall.AllThreadsSyscall(unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, number, 0)
+		}
+	}
+	if errno == unix.EINVAL {
+		_, _, errno = syscall.AllThreadsSyscall(unix.SYS_CAPSET, uintptr(unsafe.Pointer(&header)),
+			uintptr(unsafe.Pointer(&sets)), 0)
+	}
+	if errno == 0 {
+		_, _, errno = syscall.AllThreadsSyscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0)
+	}
+	switch errno {
+	case 0:
+		return nil
+	case unix.ENOTSUP: // a program that is linked with a C library has threads that Go does not know
+		slog.Warn("the driver keeps all capabilities: build it with CGO_ENABLED=0")
+		return nil
+	}
+	return fmt.Errorf("giving up capabilities: %w", errno)
 }
 
 // preview is the command render:
@@ -145,12 +207,14 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	flags := flag.NewFlagSet("connectors-csi render", flag.ExitOnError)
 	attributes := map[string]string{}
 	for _, name := range knownAttributes {
-		flags.Func(name, "as in the Pod's volumeAttributes", func(value string) error { attributes[name] = value; return nil })
+		flags.Func(name, "as in the Pod's volumeAttributes",
+			func(value string) error { attributes[name] = value; return nil })
 	}
 	namespace := flags.String("namespace", "", "the Pod's namespace (default: that of the first Connector)")
 	builtIn := flags.Bool("builtin-files", false, builtInUsage)
 	tokenFile := flags.String("token-file", "", "a file with the token to render (default: the word TOKEN)")
-	outputDir := flags.String("output-dir", "", "write the files into this directory, instead of printing them")
+	outputDir := flags.String("output-dir", "",
+		"write the files into this directory, instead of printing them")
 	flags.Parse(arguments)
 	if flags.NArg() > 0 {
 		return fmt.Errorf("unexpected argument %q", flags.Arg(0))
@@ -182,7 +246,8 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	}
 
 	// 3. find
-	c := (&kube{namespaces: map[string]*share{}, held: newHoldings()}).begin(podNamespace, false)
+	k := &kube{namespaces: map[string]*share{}, held: newHoldings()}
+	c := k.begin(podIdentity{namespace: podNamespace}, token, false)
 	sources, err := collectSources(c, podIdentity{}, a.connectors, input.connector, input.class)
 	if err == nil {
 		_, err = proxyAudiences(sources)
@@ -225,8 +290,9 @@ func (in *input) class(name string) (*apiObject, error) {
 	return nil, objectError{errors.New("it is not in the input")}
 }
 
-// readInput reads objects, lists of objects, or several of either one after the other. Kinds that have nothing to do
-// with rendering are passed over. A Connector without a namespace is one of the given namespace, or of "default".
+// readInput reads objects, lists of objects, or several of either one after the other. Kinds that have
+// nothing to do with rendering are passed over. A Connector without a namespace is one of the given
+// namespace, or of "default".
 func readInput(stdin io.Reader, namespace string) (*input, error) {
 	in := &input{connectors: map[reference]*apiObject{}, classes: map[string]*apiObject{}}
 	for d := json.NewDecoder(stdin); ; {
@@ -246,6 +312,7 @@ func readInput(stdin io.Reader, namespace string) (*input, error) {
 	return in, nil
 }
 
+// add takes an object, or the items of a list.
 func (in *input) add(raw json.RawMessage, namespace string) error {
 	var list struct {
 		Kind  string            `json:"kind"`
@@ -320,7 +387,8 @@ func printFiles(f files, dir string, stdout io.Writer) error {
 // serve runs the driver until ctx ends. Then it finishes the calls under way, each of which ends by itself
 // within publishTimeout, and removes the socket.
 func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
-	server := grpc.NewServer(grpc.ForceServerCodecV2(codec{encoding.GetCodecV2("proto")}), grpc.MaxRecvMsgSize(maxRequestBytes))
+	// Two calls at a time run on goroutines that were there before, with stacks that have grown already.
+	server := grpc.NewServer(grpc.MaxRecvMsgSize(maxRequestBytes), grpc.NumStreamWorkers(2))
 	csi.RegisterIdentityServer(server, d)
 	csi.RegisterNodeServer(server, d)
 	r := &registration{socket: socket, server: server}
@@ -331,7 +399,8 @@ func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 		return err
 	}
 	defer probe.Close()
-	web := &http.Server{Handler: webHandler(r, csi.NewIdentityClient(probe), d.metrics), ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second}
+	web := &http.Server{Handler: webHandler(r, csi.NewIdentityClient(probe), d.metrics),
+		ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second}
 	listener, err := net.Listen("tcp", httpAddress)
 	if err != nil {
 		return err
@@ -342,10 +411,12 @@ func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 	if err := r.listen(); err != nil {
 		return err
 	}
-	slog.Info("started", "version", version, "node", d.nodeName, "socket", socket, "http", listener.Addr().String())
+	slog.Info("started", "version", version, "node", d.nodeName, "socket", socket,
+		"http", listener.Addr().String())
+	go d.pushChanges(ctx)
 	err = r.watch(ctx)
 	server.GracefulStop()
-	d.renderers.close()
+	d.close()
 	slog.Info("stopped")
 	return err
 }
@@ -375,8 +446,9 @@ func webHandler(r *registration, identity csi.IdentityClient, m *metrics) http.H
 }
 
 // registration makes kubelet know the driver, by kubelet's plugin registration API, version 1
-// (k8s.io/kubelet/pkg/apis/pluginregistration/v1): kubelet finds the socket in its plugins_registry directory,
-// asks for the plugin's name and says how the registration went. The same socket serves the CSI services.
+// (k8s.io/kubelet/pkg/apis/pluginregistration/v1): kubelet finds the socket in its plugins_registry
+// directory, asks for the plugin's name and says how the registration went. The same socket serves the CSI
+// services.
 type registration struct {
 	socket string
 	server *grpc.Server
@@ -387,8 +459,8 @@ type registration struct {
 	registered bool
 }
 
-// listen makes the socket and serves on it. A socket that a killed process left is replaced; anything else that
-// has its name is not.
+// listen makes the socket and serves on it. A socket that a killed process left is replaced; anything else
+// that has its name is not.
 func (r *registration) listen() error {
 	if info, err := os.Lstat(r.socket); err == nil {
 		if info.Mode().Type() != fs.ModeSocket {
@@ -437,7 +509,7 @@ func (r *registration) watch(ctx context.Context) error {
 	}
 }
 
-// present tells whether the socket is still the one that this process made.
+// present reports whether the socket is still the one that this process made.
 func (r *registration) present() bool {
 	info, err := os.Lstat(r.socket)
 	r.mu.Lock()
@@ -445,6 +517,7 @@ func (r *registration) present() bool {
 	return err == nil && os.SameFile(info, r.inode)
 }
 
+// ready returns why kubelet would not call the driver now, or nil.
 func (r *registration) ready() error {
 	if !r.present() {
 		return errors.New("the registration socket is gone")
@@ -469,60 +542,38 @@ func (r *registration) notified(registered bool, message string) {
 	}
 }
 
-// The registration API has two calls whose messages have six fields in all. They are encoded here by hand,
-// which saves a module and its code: https://protobuf.dev/programming-guides/encoding/.
-
-// wireMessage is a protobuf message as it is on the wire.
-type wireMessage []byte
-
-// codec passes wireMessages through and leaves all other messages to the real codec.
-type codec struct{ encoding.CodecV2 }
-
-func (c codec) Marshal(v any) (mem.BufferSlice, error) {
-	if m, ok := v.(*wireMessage); ok {
-		return mem.BufferSlice{mem.SliceBuffer(*m)}, nil
-	}
-	return c.CodecV2.Marshal(v)
-}
-
-func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
-	if m, ok := v.(*wireMessage); ok {
-		*m = data.Materialize()
-		return nil
-	}
-	return c.CodecV2.Unmarshal(data, v)
-}
-
+// The registration API has two calls whose messages have six fields in all. Instead of a module with their
+// code, they are taken as the unknown fields of a message that has none:
+// https://protobuf.dev/programming-guides/encoding/.
 var registrationService = grpc.ServiceDesc{
 	ServiceName: "pluginregistration.Registration",
 	HandlerType: (*any)(nil),
 	Methods: []grpc.MethodDesc{
-		{MethodName: "GetInfo", Handler: func(_ any, _ context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
-			if err := decode(new(wireMessage)); err != nil {
-				return nil, err
-			}
-			info := pluginInfo()
-			return &info, nil
+		{MethodName: "GetInfo", Handler: func(_ any, _ context.Context, decode func(any) error,
+			_ grpc.UnaryServerInterceptor) (any, error) {
+			info := new(csi.ProbeRequest)
+			info.ProtoReflect().SetUnknown(pluginInfo())
+			return info, decode(new(csi.ProbeRequest))
 		}},
-		{MethodName: "NotifyRegistrationStatus", Handler: func(r any, _ context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
-			var message wireMessage
-			if err := decode(&message); err != nil {
+		{MethodName: "NotifyRegistrationStatus", Handler: func(r any, _ context.Context,
+			decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
+			message := new(csi.ProbeRequest)
+			if err := decode(message); err != nil {
 				return nil, err
 			}
-			registered, text, err := parseRegistrationStatus(message)
-			if err != nil {
-				return nil, err
+			registered, text, err := parseRegistrationStatus(message.ProtoReflect().GetUnknown())
+			if err == nil {
+				r.(*registration).notified(registered, text)
 			}
-			r.(*registration).notified(registered, text)
-			return new(wireMessage), nil // RegistrationStatusResponse has no fields
+			return new(csi.ProbeRequest), err // RegistrationStatusResponse has no fields
 		}},
 	},
 }
 
-// pluginInfo is the message PluginInfo: type = 1, name = 2, endpoint = 3, supported_versions = 4, all strings.
-// Without an endpoint kubelet takes the socket that it found.
-func pluginInfo() wireMessage {
-	var m wireMessage
+// pluginInfo is the message PluginInfo: type = 1, name = 2, endpoint = 3, supported_versions = 4, all
+// strings. Without an endpoint kubelet takes the socket that it found.
+func pluginInfo() []byte {
+	var m []byte
 	for _, field := range []struct {
 		number byte
 		text   string
@@ -533,8 +584,9 @@ func pluginInfo() wireMessage {
 	return m
 }
 
-// parseRegistrationStatus reads the message RegistrationStatus: plugin_registered = 1 (bool), error = 2 (string).
-func parseRegistrationStatus(m wireMessage) (registered bool, message string, err error) {
+// parseRegistrationStatus reads the message RegistrationStatus: plugin_registered = 1 (bool), error = 2
+// (string).
+func parseRegistrationStatus(m []byte) (registered bool, message string, err error) {
 	malformed := errors.New("malformed RegistrationStatus")
 	for len(m) > 0 {
 		tag, n := binary.Uvarint(m)
@@ -561,30 +613,60 @@ func parseRegistrationStatus(m wireMessage) (registered bool, message string, er
 	return registered, message, nil
 }
 
+// The metrics that are counted here, each with the one method that takes it.
+type (
+	counter   string
+	gauge     string
+	histogram string
+)
+
+const (
+	publishTotal          counter = "connectors_csi_publish_total"
+	unpublishTotal        counter = "connectors_csi_unpublish_total"
+	pushesTotal           counter = "connectors_csi_pushes_total"
+	apiRequestsTotal      counter = "connectors_csi_api_requests_total"
+	templateFailuresTotal counter = "connectors_csi_template_failures_total"
+	rendererLimitsTotal   counter = "connectors_csi_renderer_limits_total"
+
+	watchesOpen gauge = "connectors_csi_watches"
+
+	publishDuration histogram = "connectors_csi_publish_duration_seconds"
+	pushDuration    histogram = "connectors_csi_push_duration_seconds"
+)
+
 // metrics are the driver's own, in the text format of Prometheus. Labels never hold names of users' objects.
 type metrics struct {
 	budget *budget
 
-	mu       sync.Mutex
-	counters map[string]map[string]uint64 // by metric, then by labels as they are written
-	buckets  []uint64                     // of the durations of publishes, not cumulative
-	seconds  float64
+	mu        sync.Mutex
+	counters  map[counter]map[string]uint64 // by the labels as they are written
+	gauges    map[gauge]int
+	durations map[histogram]*durations
 }
 
-var durationBuckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
+// durations are counted by their length.
+type durations struct {
+	buckets [len(durationBuckets) + 1]uint64 // not cumulative
+	seconds float64                          // of all together
+}
+
+// durationBuckets are the upper limits of the histograms, in seconds.
+var durationBuckets = [...]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
 
 func newMetrics(b *budget) *metrics {
-	return &metrics{budget: b, buckets: make([]uint64, len(durationBuckets)+1), counters: map[string]map[string]uint64{
-		"connectors_csi_api_requests_total":      {},
-		"connectors_csi_publish_total":           {},
-		"connectors_csi_renderer_limits_total":   {},
-		"connectors_csi_template_failures_total": {"": 0},
-		"connectors_csi_unpublish_total":         {},
-	}}
+	return &metrics{
+		budget: b,
+		counters: map[counter]map[string]uint64{
+			publishTotal: {}, unpublishTotal: {}, pushesTotal: {}, apiRequestsTotal: {},
+			templateFailuresTotal: {"": 0}, rendererLimitsTotal: {},
+		},
+		gauges:    map[gauge]int{watchesOpen: 0},
+		durations: map[histogram]*durations{publishDuration: {}, pushDuration: {}},
+	}
 }
 
 // inc counts one event of the metric; the labels are names and values in turn.
-func (m *metrics) inc(metric string, labels ...string) {
+func (m *metrics) inc(metric counter, labels ...string) {
 	var pairs []string
 	for pair := range slices.Chunk(labels, 2) {
 		pairs = append(pairs, fmt.Sprintf("%s=%q", pair[0], pair[1]))
@@ -594,15 +676,24 @@ func (m *metrics) inc(metric string, labels ...string) {
 	m.counters[metric][strings.Join(pairs, ",")]++
 }
 
-func (m *metrics) published(code codes.Code, took time.Duration) {
-	m.inc("connectors_csi_publish_total", "code", code.String())
+// add adds to a gauge.
+func (m *metrics) add(metric gauge, number int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	bucket, _ := slices.BinarySearch(durationBuckets, took.Seconds())
-	m.buckets[bucket]++
-	m.seconds += took.Seconds()
+	m.gauges[metric] += number
 }
 
+// observe adds a duration to a histogram.
+func (m *metrics) observe(metric histogram, took time.Duration) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	h := m.durations[metric]
+	bucket, _ := slices.BinarySearch(durationBuckets[:], took.Seconds())
+	h.buckets[bucket]++
+	h.seconds += took.Seconds()
+}
+
+// text gives all metrics in the text format of Prometheus, always in the same order.
 func (m *metrics) text() string {
 	var b strings.Builder
 	volumes, used := m.budget.total()
@@ -614,21 +705,31 @@ func (m *metrics) text() string {
 			fmt.Fprintf(&b, "%s{%s} %d\n", metric, labels, m.counters[metric][labels])
 		}
 	}
-	const duration = "connectors_csi_publish_duration_seconds"
-	fmt.Fprintf(&b, "# TYPE %s histogram\n", duration)
+	for _, metric := range slices.Sorted(maps.Keys(m.gauges)) {
+		fmt.Fprintf(&b, "# TYPE %s gauge\n%s %d\n", metric, metric, m.gauges[metric])
+	}
+	for _, metric := range slices.Sorted(maps.Keys(m.durations)) {
+		m.durations[metric].write(&b, metric)
+	}
+	fmt.Fprintf(&b, "# TYPE connectors_csi_volumes gauge\nconnectors_csi_volumes %d\n", volumes)
+	fmt.Fprintf(&b, "# TYPE connectors_csi_volumes_bytes gauge\nconnectors_csi_volumes_bytes %d\n", used)
+	fmt.Fprintf(&b, "# TYPE connectors_csi_volumes_budget_bytes gauge\nconnectors_csi_volumes_budget_bytes "+
+		"%d\n", m.budget.limit)
+	fmt.Fprintf(&b, "# TYPE connectors_csi_build_info gauge\nconnectors_csi_build_info{version=%q} 1\n",
+		version)
+	return b.String()
+}
+
+func (h *durations) write(b *strings.Builder, metric histogram) {
+	fmt.Fprintf(b, "# TYPE %s histogram\n", metric)
 	var count uint64
-	for i, n := range m.buckets {
+	for i, n := range h.buckets {
 		limit := "+Inf"
 		if i < len(durationBuckets) {
 			limit = strconv.FormatFloat(durationBuckets[i], 'g', -1, 64)
 		}
 		count += n
-		fmt.Fprintf(&b, "%s_bucket{le=%q} %d\n", duration, limit, count)
+		fmt.Fprintf(b, "%s_bucket{le=%q} %d\n", metric, limit, count)
 	}
-	fmt.Fprintf(&b, "%s_sum %g\n%s_count %d\n", duration, m.seconds, duration, count)
-	fmt.Fprintf(&b, "# TYPE connectors_csi_volumes gauge\nconnectors_csi_volumes %d\n", volumes)
-	fmt.Fprintf(&b, "# TYPE connectors_csi_volumes_bytes gauge\nconnectors_csi_volumes_bytes %d\n", used)
-	fmt.Fprintf(&b, "# TYPE connectors_csi_volumes_budget_bytes gauge\nconnectors_csi_volumes_budget_bytes %d\n", m.budget.limit)
-	fmt.Fprintf(&b, "# TYPE connectors_csi_build_info gauge\nconnectors_csi_build_info{version=%q} 1\n", version)
-	return b.String()
+	fmt.Fprintf(b, "%s_sum %g\n%s_count %d\n", metric, h.seconds, metric, count)
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"iter"
 	"maps"
 	"os"
 	"path/filepath"
@@ -35,7 +36,8 @@ const (
 	maxPodVolumes = 16
 	maxPodMemory  = 2 << 20 // of all volumes of a Pod together, as the kernel charges it
 
-	// What the kernel charges beside the pages. Measured with a memory cgroup: 5 to 17 KiB and 1.0 to 1.5 KiB.
+	// What the kernel charges beside the pages. Measured with a memory cgroup: 5 to 17 KiB and 1.0 to 1.5
+	// KiB.
 	mountMemory = 20 << 10
 	inodeMemory = 1536 // of a file, a link or a directory; the longer its name, the more
 
@@ -50,8 +52,9 @@ var errNotOurs = errors.New("the target path holds something that connectors-csi
 // files are the contents of a volume by file name.
 type files map[string][]byte
 
-// writing is held, shared, while a new volume's files are written, and alone while a child process is started: until
-// that executes its program, it has copies of all descriptors, and a mount that has a writer cannot be made read-only.
+// writing is held, shared, while a new volume's files are written, and alone while a child process is
+// started: until that executes its program, it has copies of all descriptors, and a mount that has a writer
+// cannot be made read-only.
 var writing sync.RWMutex
 
 // access says who may read a volume: everyone, or only root and the Pod's fsGroup.
@@ -60,6 +63,7 @@ type access struct {
 	hasGroup bool
 }
 
+// modes are the permissions of directories and files.
 func (a access) modes() (dir, file os.FileMode) {
 	if a.hasGroup {
 		return 0o550, 0o440
@@ -123,25 +127,68 @@ func mountVolume(target string, f files, who access) error {
 // updateVolume brings the files of a mounted volume up to date without ever making the mount writable for
 // the containers that use it: it writes through a private clone of the mount.
 func updateVolume(target string, f files, who access, keepOld bool) (changed bool, err error) {
-	clone, err := unix.OpenTree(unix.AT_FDCWD, target, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+	err = throughClone(target, func(clone int) (err error) {
+		changed, err = writeGeneration(clone, f, who, keepOld)
+		return err
+	})
+	return changed, err
+}
+
+// sweepVolume removes the generations that are not the current one.
+func sweepVolume(target string) error {
+	return throughClone(target, func(clone int) error {
+		root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", clone))
+		if err != nil {
+			return err
+		}
+		defer root.Close()
+		current, err := root.Readlink(dataLink)
+		if err != nil {
+			return err
+		}
+		generations, err := fs.Glob(root.FS(), generationPrefix+"*")
+		if err != nil {
+			return err
+		}
+		return removeGenerations(root, slices.Values(generations), current)
+	})
+}
+
+// removeGenerations removes those of the names that are generations, except the current one.
+func removeGenerations(root *os.Root, names iter.Seq[string], current string) error {
+	for name := range names {
+		if !strings.HasPrefix(name, generationPrefix) || name == current {
+			continue
+		}
+		if err := root.RemoveAll(name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// throughClone calls change with a writable clone of the mount, which nobody else sees.
+func throughClone(target string, change func(clone int) error) error {
+	clone, err := unix.OpenTree(unix.AT_FDCWD, target,
+		unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
 	if err != nil {
-		return false, fmt.Errorf("open_tree %s: %w", target, err)
+		return fmt.Errorf("open_tree %s: %w", target, err)
 	}
 	defer unix.Close(clone)
 	var stat unix.Statfs_t
 	if err := unix.Fstatfs(clone, &stat); err != nil {
-		return false, fmt.Errorf("fstatfs %s: %w", target, err)
+		return fmt.Errorf("fstatfs %s: %w", target, err)
 	}
 	if stat.Type != unix.TMPFS_MAGIC {
-		return false, fmt.Errorf("%s: %w", target, errNotOurs)
+		return fmt.Errorf("%s: %w", target, errNotOurs)
 	}
 	if err := setReadOnly(clone, false); err != nil {
-		return false, err
+		return err
 	}
-	if changed, err = writeGeneration(clone, f, who, keepOld); err != nil {
-		err = fmt.Errorf("%s: %w", target, err)
+	if err := change(clone); err != nil {
+		return fmt.Errorf("%s: %w", target, err)
 	}
-	return changed, err
+	return nil
 }
 
 // unpublishVolume unmounts whatever is mounted at the target path and removes the directory. Nothing there,
@@ -162,13 +209,16 @@ func unpublishVolume(target string) (changed bool, err error) {
 			return changed, nil
 		case errors.Is(err, unix.EBUSY) && unmounted: // there was another mount below
 			changed = true
+		case errors.Is(err, unix.ENOTEMPTY):
+			return changed, fmt.Errorf("rmdir %s: %w", target, errNotOurs)
 		default:
 			return changed, fmt.Errorf("rmdir %s: %w", target, err)
 		}
 	}
 }
 
-// newTmpfs creates a tmpfs that is mounted nowhere, with room for two generations as large as a Pod may have one.
+// newTmpfs creates a tmpfs that is mounted nowhere, with room for two generations as large as a Pod may have
+// one.
 func newTmpfs(who access) (mount int, err error) {
 	mode, _ := who.modes()
 	options := [][2]string{
@@ -197,13 +247,15 @@ func newTmpfs(who access) (mount int, err error) {
 	if err := unix.FsconfigCreate(conf); err != nil {
 		return -1, fmt.Errorf("create tmpfs: %w", err)
 	}
-	mount, err = unix.Fsmount(conf, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	mount, err = unix.Fsmount(conf, unix.FSMOUNT_CLOEXEC,
+		unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
 	if err != nil {
 		return -1, fmt.Errorf("fsmount tmpfs: %w", err)
 	}
 	return mount, nil
 }
 
+// setReadOnly changes the mount alone, not the file system: a clone of it may be the other way.
 func setReadOnly(mount int, readOnly bool) error {
 	attr := unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}
 	if readOnly {
@@ -221,8 +273,8 @@ func setReadOnly(mount int, readOnly bool) error {
 //     one's directory anew
 //  2. create the visible links that are missing; they dangle until ..data has their file
 //  3. switch ..data to the generation, by rename
-//  4. remove what belongs neither to it nor to the generation that was current until now. If keepOld is set, that
-//     one stays until the next call, since somebody may be following ..data into it at this very moment
+//  4. remove what belongs neither to it nor to the generation that was current until now. If keepOld is set,
+//     that one stays until the next call, since somebody may be following ..data into it at this very moment
 //
 // Every step finds by itself what is left to do, so an interrupted update is completed by the next one. It
 // reports whether it changed what users see; if not, nothing is left to do.
@@ -252,13 +304,8 @@ func writeGeneration(mount int, f files, who access, keepOld bool) (changed bool
 	// 1. write
 	if current != generation {
 		changed = true
-		for name := range present {
-			if !strings.HasPrefix(name, generationPrefix) || name == current {
-				continue
-			}
-			if err := root.RemoveAll(name); err != nil {
-				return true, err
-			}
+		if err := removeGenerations(root, maps.Keys(present), current); err != nil {
+			return true, err
 		}
 		if err := writeFiles(root, generation, f, who); err != nil {
 			return true, errors.Join(err, root.RemoveAll(generation))
@@ -291,7 +338,8 @@ func writeGeneration(mount int, f files, who access, keepOld bool) (changed bool
 
 	// 4. sweep
 	for name := range present {
-		if _, wanted := f[name]; wanted || name == generation || name == current && keepOld || name == dataLink {
+		if _, wanted := f[name]; wanted || name == generation || name == current && keepOld ||
+			name == dataLink {
 			continue
 		}
 		if err := root.RemoveAll(name); err != nil {
@@ -368,8 +416,9 @@ func isPublished(target string) bool {
 	return err == nil && mounted && unix.Access(target+"/"+dataLink, unix.F_OK) == nil
 }
 
-// A tmpfs belongs to the memory of the container that wrote it, and outlives its processes: volumes without a limit
-// would kill the driver, and every driver after it. budget limits those of a Pod, and those of the node.
+// A tmpfs belongs to the memory of the container that wrote it, and outlives its processes: volumes without a
+// limit would kill the driver, and every driver after it. budget limits those of a Pod, and those of the
+// node.
 type budget struct {
 	podsDir string
 	limit   int64 // of all volumes
@@ -384,7 +433,7 @@ type budget struct {
 // footprint is the memory of a volume.
 type footprint struct {
 	held int64 // by its files alone; 0 until it is mounted
-	used int64 // by all that is in it, so by old files too, as long as somebody has them open; and what is set aside
+	used int64 // by all that is in it: also by old files that somebody has open, and by what is set aside
 }
 
 // limitError is an error of a volume that a limit of memory or number leaves no room for.
@@ -422,6 +471,19 @@ func (b *budget) publish(target string, f files, who access) (changed bool, err 
 	return changed, err
 }
 
+// sweep is sweepVolume, and gives the memory back.
+func (b *budget) sweep(target string) error {
+	err := sweepVolume(target)
+	used := memoryOf(target)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if volume, _, _ := b.inPod(target); volume.held > 0 {
+		volume.used = used
+		b.set(target, volume)
+	}
+	return err
+}
+
 // unpublish is unpublishVolume, and gives the memory back.
 func (b *budget) unpublish(target string) (changed bool, err error) {
 	if changed, err = unpublishVolume(target); err == nil {
@@ -435,14 +497,17 @@ func (b *budget) unpublish(target string) (changed bool, err error) {
 // reserve sets memory aside for a volume whose files will need so much:
 //
 //  1. see what the Pod's other volumes use, and all others
-//  2. refuse a volume that is new or grows, if that goes beyond a limit. One that does not grow needs no room, so that
-//     the tokens of what is mounted go on; but a Pod that keeps old files beyond its limit has to let go of them first
+//  2. refuse a volume that is new or grows, if that goes beyond a limit. One that does not grow needs no
+//     room, so that the tokens of what is mounted go on; but a Pod that keeps old files beyond its limit has
+//     to let go of them first
 //  3. let the old files stay beside the new ones (keepOld), where the limits leave room for both
 func (b *budget) reserve(target string, need int64) (keepOld bool, err error) {
 	used := memoryOf(target)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	refuse := func(format string, a ...any) (bool, error) { return false, limitError{fmt.Errorf(format, a...)} }
+	refuse := func(format string, a ...any) (bool, error) {
+		return false, limitError{fmt.Errorf(format, a...)}
+	}
 
 	// 1. see
 	volume, count, pod := b.inPod(target)
@@ -456,17 +521,21 @@ func (b *budget) reserve(target string, need int64) (keepOld bool, err error) {
 	// 2. refuse
 	switch {
 	case volume.held == 0 && count >= maxPodVolumes:
-		return refuse("the Pod has %d other volumes of %s, and may have %d in all: mount several configurations in one volume",
+		return refuse("the Pod has %d other volumes of %s, and may have %d in all: mount several "+
+			"configurations in one volume",
 			count, mountSource, maxPodVolumes)
 	case grows > 0 && podUsed+grows > maxPodMemory:
-		return refuse("the volume takes %d KiB of memory and the Pod's other volumes take %d KiB, but together they may take %d KiB: "+
-			"mount fewer or smaller files", need>>10, pod.used>>10, maxPodMemory>>10)
+		return refuse("the volume takes %d KiB of memory and the Pod's other volumes take %d KiB, but "+
+			"together they may take %d KiB: mount fewer or smaller files", need>>10, pod.used>>10,
+			maxPodMemory>>10)
 	case grows > 0 && allUsed+grows > b.limit:
-		return refuse("the volume takes %d KiB of memory and the node's other volumes take %d KiB, but together they may take %d KiB: "+
-			"raise --volumes-budget and the memory limit of the DaemonSet, or use another node", need>>10, all>>10, b.limit>>10)
+		return refuse("the volume takes %d KiB of memory and the node's other volumes take %d KiB, but "+
+			"together they may take %d KiB: raise --volumes-budget and the memory limit of the DaemonSet, "+
+			"or use another node", need>>10, all>>10, b.limit>>10)
 	case !keepOld && podUsed > max(pod.held+volume.held, maxPodMemory):
-		return refuse("the Pod's volumes take %d KiB of memory, %d KiB of it for old files that its containers have open or mount by "+
-			"subPath, but may take %d KiB: restart the containers", podUsed>>10, (podUsed-pod.held-volume.held)>>10, maxPodMemory>>10)
+		return refuse("the Pod's volumes take %d KiB of memory, %d KiB of it for old files that its "+
+			"containers have open or mount by subPath, but may take %d KiB: restart the containers",
+			podUsed>>10, (podUsed-pod.held-volume.held)>>10, maxPodMemory>>10)
 	}
 
 	// 3. keep
@@ -540,7 +609,8 @@ func (b *budget) forgetUnmounted() {
 			continue
 		}
 		b.mu.Lock()
-		if volume, _, _ := b.inPod(target); volume.held > 0 && memoryOf(target) == 0 { // and not being mounted
+		// and not being mounted
+		if volume, _, _ := b.inPod(target); volume.held > 0 && memoryOf(target) == 0 {
 			b.set(target, footprint{})
 		}
 		b.mu.Unlock()
@@ -567,7 +637,8 @@ func (f files) memory() int64 {
 			pages++
 		}
 	}
-	return memoryFor(int64(pages*page), int64(len(f)*2+3)) // a file and a link each; ..data, its directory and the root
+	// a file and a link each; ..data, its directory and the root
+	return memoryFor(int64(pages*page), int64(len(f)*2+3))
 }
 
 // memoryOf is what the volume that is mounted at the target path takes, or 0 if none is.
@@ -612,13 +683,15 @@ func checkShared(dir string) error {
 		}
 	}
 	if !around.shared {
-		return fmt.Errorf("%s is not on a shared mount (it is on the one at %s), so no Pod would see its volumes: "+
-			"mount kubelet's pods directory there with mountPropagation: Bidirectional, and set --kubelet-dir to kubelet's --root-dir",
+		return fmt.Errorf("%s is not on a shared mount (it is on the one at %s), so no Pod would see its "+
+			"volumes: mount kubelet's pods directory there with mountPropagation: Bidirectional, and set "+
+			"--kubelet-dir to kubelet's --root-dir",
 			dir, cmp.Or(around.point, "/"))
 	}
 	return nil
 }
 
+// mountInfo is what is needed of one line of the mount table.
 type mountInfo struct {
 	point, source string
 	shared        bool
@@ -646,7 +719,9 @@ func readMounts() ([]mountInfo, error) {
 		mounts = append(mounts, mountInfo{
 			point:  unescape.Replace(left[4]),
 			source: right[1],
-			shared: slices.ContainsFunc(left[6:], func(s string) bool { return strings.HasPrefix(s, "shared:") }),
+			shared: slices.ContainsFunc(left[6:], func(s string) bool {
+				return strings.HasPrefix(s, "shared:")
+			}),
 		})
 	}
 	return mounts, nil

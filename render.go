@@ -43,6 +43,12 @@ type mountedConnector struct {
 	connector, class object
 }
 
+// mountedClass is one of their classes, with the Connectors of that class, in their order.
+type mountedClass struct {
+	class      object
+	connectors []object
+}
+
 // selection is what a Pod wants of its Connectors' classes.
 type selection struct {
 	configurations []string                   // by name; files of later ones replace files of earlier ones
@@ -65,9 +71,10 @@ var errTooLarge = fmt.Errorf("a volume may hold %d KiB in %d files", maxVolumeBy
 //     each class, in the order in which the Connectors name the classes, with the Connectors of that class
 //  3. the exclusions
 //
-// It runs in the renderer, and says by announce what it is about to do, in case it does not return. No error it
-// returns contains the token.
-func render(mounted []mountedConnector, want selection, token string, announce func(step string)) (files, error) {
+// It runs in the renderer, and says by announce what it is about to do, in case it does not return. No error
+// it returns contains the token.
+func render(mounted []mountedConnector, want selection, token string,
+	announce func(step string)) (files, error) {
 	for _, m := range mounted {
 		if err := checkValues(m); err != nil {
 			return nil, err
@@ -86,12 +93,13 @@ func render(mounted []mountedConnector, want selection, token string, announce f
 	// 2. configurations
 	for _, name := range want.configurations {
 		found := false
-		for _, group := range classes {
-			for _, configuration := range configurationsOf(group[0].class, name) {
+		for _, c := range classes {
+			for _, configuration := range configurationsOf(c.class, name) {
 				found = true
-				where := fmt.Sprintf("ConnectorClass %q, configuration %q", nameOf(group[0].class), name)
+				where := fmt.Sprintf("ConnectorClass %q, configuration %q", nameOf(c.class), name)
 				step := func(file string) { announce(fmt.Sprintf("%s, file %q: rendering it", where, file)) }
-				if err := renderConfiguration(out, group, configuration, want.params[name], token, step); err != nil {
+				err := renderConfiguration(out, c, configuration, want.params[name], token, step)
+				if err != nil {
 					return nil, fmt.Errorf("%s: %w", where, err)
 				}
 			}
@@ -104,8 +112,9 @@ func render(mounted []mountedConnector, want selection, token string, announce f
 	// 3. exclusions
 	for _, name := range want.excluded {
 		if _, ok := out.files[name]; !ok {
-			return nil, podError{fmt.Errorf("configuration.names excludes the file %q, but the volume's files are: %s",
-				cut(name, maxQuotedBytes), strings.Join(slices.Sorted(maps.Keys(out.files)), ", "))}
+			return nil, podError{fmt.Errorf("configuration.names excludes the file %q, but the volume's "+
+				"files are: %s", cut(name, maxQuotedBytes),
+				strings.Join(slices.Sorted(maps.Keys(out.files)), ", "))}
 		}
 	}
 	for _, name := range want.excluded {
@@ -114,10 +123,12 @@ func render(mounted []mountedConnector, want selection, token string, announce f
 	return out.files, nil
 }
 
-// checkValues refuses addresses that could end the line or the quotes that a class puts them in, since whoever
-// writes a Connector shall not write other people's configuration, and keeps of CACerts just the certificates.
+// checkValues refuses addresses that could end the line or the quotes that a class puts them in, since
+// whoever writes a Connector shall not write other people's configuration, and keeps of CACerts just the
+// certificates.
 func checkValues(m mountedConnector) error {
-	connector, class := fmt.Sprintf("Connector %q", fullName(m.connector)), fmt.Sprintf("ConnectorClass %q", nameOf(m.class))
+	connector, class := fmt.Sprintf("Connector %q", fullName(m.connector)),
+		fmt.Sprintf("ConnectorClass %q", nameOf(m.class))
 	for _, field := range []struct {
 		of   string
 		in   object
@@ -129,12 +140,14 @@ func checkValues(m mountedConnector) error {
 		{class, m.class, []string{"status", "proxyAddress"}},
 		{class, m.class, []string{"status", "proxy", "httpAddress", "url"}},
 	} {
-		if err := checkAddress(field.of, strings.Join(field.path, "."), stringAt(field.in, field.path...)); err != nil {
+		if err := checkAddress(field.of, strings.Join(field.path, "."),
+			stringAt(field.in, field.path...)); err != nil {
 			return err
 		}
 	}
 	for _, extension := range objectList(m.connector, "spec", "addressExtensions") {
-		if err := checkAddress(connector, "spec.addressExtensions", stringAt(extension, "value")); err != nil {
+		if err := checkAddress(connector, "spec.addressExtensions",
+			stringAt(extension, "value")); err != nil {
 			return err
 		}
 	}
@@ -144,19 +157,21 @@ func checkValues(m mountedConnector) error {
 	return keepCertificates(class, m.class)
 }
 
+// checkAddress refuses an address that is more than one word; the error has the one character that is at
+// fault.
 func checkAddress(of, field, address string) error {
 	bad := func(r rune) bool {
 		return unicode.IsControl(r) || unicode.IsSpace(r) || strings.ContainsRune("\"'\\`", r)
 	}
 	if i := strings.IndexFunc(address, bad); i >= 0 {
-		return fmt.Errorf("%s: %s holds %q at position %d: white space, control characters, quotes, backslashes and backticks "+
-			"are not allowed in an address", of, field, []rune(address[i:])[0], i+1)
+		return fmt.Errorf("%s: %s holds %q at position %d: white space, control characters, quotes, "+
+			"backslashes and backticks are not allowed in an address", of, field, []rune(address[i:])[0], i+1)
 	}
 	return nil
 }
 
-// keepCertificates replaces status.proxy.httpAddress.CACerts by the certificates in it, encoded anew: bundles have
-// lines of comment between them, which would reach files.
+// keepCertificates replaces status.proxy.httpAddress.CACerts by the certificates in it, encoded anew: bundles
+// have lines of comment between them, which would reach files.
 func keepCertificates(of string, o object) error {
 	address, _ := valueAt(o, "status", "proxy", "httpAddress").(object)
 	bundle := stringAt(address, "CACerts")
@@ -166,7 +181,8 @@ func keepCertificates(of string, o object) error {
 	var certificates []byte
 	for block, rest := pem.Decode([]byte(bundle)); block != nil; block, rest = pem.Decode(rest) {
 		if block.Type == "CERTIFICATE" {
-			certificates = append(certificates, pem.EncodeToMemory(&pem.Block{Type: block.Type, Bytes: block.Bytes})...)
+			plain := &pem.Block{Type: block.Type, Bytes: block.Bytes}
+			certificates = append(certificates, pem.EncodeToMemory(plain)...)
 		}
 	}
 	if certificates == nil {
@@ -177,17 +193,18 @@ func keepCertificates(of string, o object) error {
 }
 
 // groupByClass groups the Connectors by class, keeping the order in which each class came first.
-func groupByClass(mounted []mountedConnector) [][]mountedConnector {
-	var groups [][]mountedConnector
+func groupByClass(mounted []mountedConnector) []mountedClass {
+	var classes []mountedClass
 	for _, m := range mounted {
-		i := slices.IndexFunc(groups, func(g []mountedConnector) bool { return nameOf(g[0].class) == nameOf(m.class) })
+		i := slices.IndexFunc(classes,
+			func(c mountedClass) bool { return nameOf(c.class) == nameOf(m.class) })
 		if i < 0 {
-			groups = append(groups, []mountedConnector{m})
-		} else {
-			groups[i] = append(groups[i], m)
+			i = len(classes)
+			classes = append(classes, mountedClass{class: m.class})
 		}
+		classes[i].connectors = append(classes[i].connectors, m.connector)
 	}
-	return groups
+	return classes
 }
 
 // configurationsOf returns the class's configurations of that name; the CRD does not forbid two.
@@ -201,20 +218,23 @@ func configurationsOf(class object, name string) []object {
 	return found
 }
 
-func unknownConfiguration(name string, classes [][]mountedConnector) error {
+// unknownConfiguration names the configurations that there are.
+func unknownConfiguration(name string, classes []mountedClass) error {
 	var known []string
-	for _, group := range classes {
+	for _, c := range classes {
 		var names []string
-		for _, c := range objectList(group[0].class, "spec", "configurations") {
-			names = append(names, stringAt(c, "name"))
+		for _, configuration := range objectList(c.class, "spec", "configurations") {
+			names = append(names, stringAt(configuration, "name"))
 		}
-		known = append(known, fmt.Sprintf("ConnectorClass %q has: %s", nameOf(group[0].class), cmp.Or(strings.Join(names, ", "), "none")))
+		known = append(known, fmt.Sprintf("ConnectorClass %q has: %s",
+			nameOf(c.class), cmp.Or(strings.Join(names, ", "), "none")))
 	}
-	return fmt.Errorf("configuration %q of configuration.names does not exist; %s", cut(name, maxQuotedBytes), strings.Join(known, "; "))
+	return fmt.Errorf("configuration %q of configuration.names does not exist; %s", cut(name, maxQuotedBytes),
+		strings.Join(known, "; "))
 }
 
-// renderConfiguration renders the files of one configuration of a class, with the Connectors of that class.
-func renderConfiguration(out *volumeFiles, group []mountedConnector, configuration object, supplied json.RawMessage,
+// renderConfiguration renders the files of one configuration of the class.
+func renderConfiguration(out *volumeFiles, c mountedClass, configuration object, supplied json.RawMessage,
 	token string, announce func(file string)) error {
 	value, err := decodeJSON([]byte(cmp.Or(string(supplied), "{}")))
 	if err != nil {
@@ -235,10 +255,10 @@ func renderConfiguration(out *volumeFiles, group []mountedConnector, configurati
 			return err
 		}
 		announce(name)
-		data := func(token string) any { return templateData(group, params, token) }
+		data := func(token string) any { return templateData(c, params, token) }
 		content, err := renderFile(name, text, out.room(name), data, token)
 		if err != nil {
-			return fmt.Errorf("%w%s", err, hintNoProxy(text, group))
+			return fmt.Errorf("%w%s", err, hintNoProxy(text, c.connectors))
 		}
 		if err := out.add(name, content); err != nil {
 			return fmt.Errorf("file %q: %w", name, err)
@@ -247,25 +267,27 @@ func renderConfiguration(out *volumeFiles, group []mountedConnector, configurati
 	return nil
 }
 
-// hintNoProxy names the usual reason why a template that uses the proxy fails on a Connector created a moment ago.
-func hintNoProxy(text string, group []mountedConnector) string {
-	for _, m := range group {
-		if strings.Contains(text, "proxy") && proxyAddress(m.connector) == "" {
-			return fmt.Sprintf("; Connector %s has no proxy address yet (status.proxy.httpAddress.url): wait for the Connectors "+
-				"operator to set it, or look at the class's spec.proxy and the Connector's conditions", fullName(m.connector))
+// hintNoProxy names the usual reason why a template that uses the proxy fails on a Connector created a moment
+// ago.
+func hintNoProxy(text string, connectors []object) string {
+	for _, connector := range connectors {
+		if strings.Contains(text, "proxy") && proxyAddress(connector) == "" {
+			return fmt.Sprintf("; Connector %s has no proxy address yet (status.proxy.httpAddress.url): "+
+				"wait for the Connectors operator to set it, or look at the class's spec.proxy and the "+
+				"Connector's conditions", fullName(connector))
 		}
 	}
 	return ""
 }
 
 // templateData is what the templates of a class see.
-func templateData(group []mountedConnector, params map[string]any, token string) map[string]any {
+func templateData(c mountedClass, params map[string]any, token string) map[string]any {
 	var connectors []any
-	for _, m := range group {
-		connectors = append(connectors, connectorData(m.connector))
+	for _, connector := range c.connectors {
+		connectors = append(connectors, connectorData(connector))
 	}
 	class := object{}
-	if address := proxyAddress(group[0].class); address != "" {
+	if address := proxyAddress(c.class); address != "" {
 		class["proxyAddress"] = address
 	}
 	return map[string]any{
@@ -273,12 +295,12 @@ func templateData(group []mountedConnector, params map[string]any, token string)
 		"connectors":     connectors,
 		"connectorclass": class,
 		"configurations": deepCopy(params),
-		"context":        map[string]any{"token": token, "proxy": map[string]any{"caCert": caCert(group)}},
+		"context":        map[string]any{"token": token, "proxy": map[string]any{"caCert": caCert(c)}},
 	}
 }
 
-// connectorData is the Connector as the API server sent it, with status.proxyAddress, name and namespace. It is
-// a copy all through: other volumes share the object, and sprig has functions that change their arguments.
+// connectorData is the Connector as the API server sent it, with status.proxyAddress, name and namespace. It
+// is a copy all through: other volumes share the object, and sprig has functions that change their arguments.
 func connectorData(connector object) object {
 	data := deepCopy(connector).(object)
 	data["name"], data["namespace"] = nameOf(connector), stringAt(connector, "metadata", "namespace")
@@ -295,13 +317,13 @@ func proxyAddress(o object) string {
 
 // caCert is the CA certificate of the proxy: the last one that a Connector of the class names, or else the
 // class's, or else "".
-func caCert(group []mountedConnector) string {
-	for _, m := range slices.Backward(group) {
-		if pem := stringAt(m.connector, "status", "proxy", "httpAddress", "CACerts"); pem != "" {
+func caCert(c mountedClass) string {
+	for _, connector := range slices.Backward(c.connectors) {
+		if pem := stringAt(connector, "status", "proxy", "httpAddress", "CACerts"); pem != "" {
 			return pem
 		}
 	}
-	return stringAt(group[0].class, "status", "proxy", "httpAddress", "CACerts")
+	return stringAt(c.class, "status", "proxy", "httpAddress", "CACerts")
 }
 
 // resolveParams checks the supplied parameters against the declared ones and adds the defaults. Parameters
@@ -314,7 +336,8 @@ func resolveParams(declared []object, supplied map[string]any) (map[string]any, 
 		value, ok := supplied[name]
 		if !ok {
 			if params[name], ok = d["default"]; !ok {
-				return nil, fmt.Errorf("required configuration param %q is missing: set it in configuration.params", name)
+				return nil, fmt.Errorf("required configuration param %q is missing: set it in "+
+					"configuration.params", name)
 			}
 			continue
 		}
@@ -327,8 +350,10 @@ func resolveParams(declared []object, supplied map[string]any) (map[string]any, 
 			values = []any{value}
 		}
 		for _, v := range values {
-			if len(allowed) > 0 && !slices.ContainsFunc(allowed, func(a any) bool { return fmt.Sprint(a) == fmt.Sprint(v) }) {
-				return nil, fmt.Errorf("configuration param %q must be one of %v, not %q", name, allowed, cut(fmt.Sprint(v), maxQuotedBytes))
+			if len(allowed) > 0 && !slices.ContainsFunc(allowed,
+				func(a any) bool { return fmt.Sprint(a) == fmt.Sprint(v) }) {
+				return nil, fmt.Errorf("configuration param %q must be one of %v, not %q", name, allowed,
+					cut(fmt.Sprint(v), maxQuotedBytes))
 			}
 		}
 	}
@@ -352,14 +377,14 @@ func kindOf(value any) string {
 
 // renderBuiltIn makes the files that the product mounts in every volume since its release 1.6. One that has
 // no value, since there is no proxy or no CA, is left out. The proxy and the CA are those of the last class.
-func renderBuiltIn(out *volumeFiles, mounted, lastClass []mountedConnector, token string) error {
-	address := proxyAddress(lastClass[0].class)
+func renderBuiltIn(out *volumeFiles, mounted []mountedConnector, last mountedClass, token string) error {
+	address := proxyAddress(last.class)
 	if len(mounted) == 1 || address == "" {
-		address = cmp.Or(proxyAddress(lastClass[len(lastClass)-1].connector), address)
+		address = cmp.Or(proxyAddress(last.connectors[len(last.connectors)-1]), address)
 	}
 	add := map[string]string{"context.token": token, "connector.status.proxyAddress": address}
 	for _, name := range []string{"context.proxy.caCert", "ca.crt", "ca.cert"} {
-		add[name] = caCert(lastClass)
+		add[name] = caCert(last)
 	}
 	if address != "" {
 		proxy, err := authenticatedProxy(address, mounted, token)
@@ -368,7 +393,8 @@ func renderBuiltIn(out *volumeFiles, mounted, lastClass []mountedConnector, toke
 		}
 		add["http.proxy"], add["https.proxy"] = proxy, proxy
 		add[".curlrc"] = "proxy = " + proxy + "\n"
-		for _, v := range [][2]string{{"http_proxy", proxy}, {"https_proxy", proxy}, {"no_proxy", "localhost,127.0.0.1"}} {
+		for _, v := range [][2]string{{"http_proxy", proxy}, {"https_proxy", proxy},
+			{"no_proxy", "localhost,127.0.0.1"}} {
 			add[".env"] += v[0] + "=" + v[1] + "\n" + strings.ToUpper(v[0]) + "=" + v[1] + "\n"
 		}
 	}
@@ -427,16 +453,16 @@ var fileName = regexp.MustCompile(`^[-._a-zA-Z0-9]+$`)
 // checkFileName allows what a ConfigMap's key may be: no path, and no name that the volume's layout uses.
 func checkFileName(name string) error {
 	if !fileName.MatchString(name) || len(name) > 253 || name == "." || strings.HasPrefix(name, "..") {
-		return fmt.Errorf("file name %q is not allowed: it must consist of 1 to 253 letters, digits, '-', '_' or '.', "+
-			"must not be '.' and must not begin with '..'", name)
+		return fmt.Errorf("file name %q is not allowed: it must consist of 1 to 253 letters, digits, '-', "+
+			"'_' or '.', must not be '.' and must not begin with '..'", name)
 	}
 	return nil
 }
 
 // renderFile renders one template into at most limit bytes.
 //
-// The text of an error may come out of the template ({{ fail .context.token }}), so an error is reported as it
-// is without the token: from a second run that has a placeholder in its place.
+// The text of an error may come out of the template ({{ fail .context.token }}), so an error is reported as
+// it is without the token: from a second run that has a placeholder in its place.
 func renderFile(name, text string, limit int, data func(token string) any, token string) ([]byte, error) {
 	t, err := parseTemplate(name, text)
 	if err != nil {
@@ -452,6 +478,7 @@ func renderFile(name, text string, limit int, data func(token string) any, token
 	return nil, fmt.Errorf("file %q fails because of the token's value", name)
 }
 
+// execute runs a template until it has written more than limit bytes.
 func execute(t *template.Template, limit int, data any) ([]byte, error) {
 	out := &limitedBuffer{left: limit}
 	if err := t.Execute(out, data); err != nil {
@@ -478,8 +505,8 @@ type missingValue struct{ expression string }
 
 func (e missingValue) Error() string { return e.expression + " has no value" }
 
-// templateError is what text/template says of a template: its name, the line, the column, which may be missing,
-// and, where it was executed, what was being evaluated and which function failed.
+// templateError is what text/template says of a template: its name, the line, the column, which may be
+// missing, and, where it was executed, what was being evaluated and which function failed.
 var templateError = regexp.MustCompile(
 	`(?s)^template: .*?:(\d+)(?::(\d+))?: (?:executing ".*?" at (<.*?>): )?(?:error calling \w+: )?(.*)$`)
 
@@ -507,11 +534,12 @@ func plainError(file string, err error) error {
 	return fmt.Errorf("%s: %s", where, text)
 }
 
-// checkValue is a function that guard puts into templates. It is added after parsing, so no template can name it.
+// checkValue is a function that guard puts into templates. It is added after parsing, so no template can name
+// it.
 const checkValue = "printedValue"
 
-// functions are what templates may call: all of sprig, less what would hand the driver's environment and network
-// to the author of a class.
+// functions are what templates may call: all of sprig, less what would hand the driver's environment and
+// network to the author of a class.
 var functions = func() template.FuncMap {
 	functions := sprig.TxtFuncMap()
 	for _, f := range []string{"env", "expandenv", "getHostByName"} {
@@ -521,11 +549,12 @@ var functions = func() template.FuncMap {
 	return functions
 }()
 
-// parseTemplate parses a template and puts the guards into it. It gets only the functions that its text can name,
-// since each one costs more time than the search for it.
+// parseTemplate parses a template and puts the guards into it. It gets only the functions that its text can
+// name, since each one costs more time than the search for it.
 func parseTemplate(name, text string) (*template.Template, error) {
 	named := template.FuncMap{}
-	for word := range strings.FieldsFuncSeq(text, func(r rune) bool { return r != '_' && !unicode.IsLetter(r) && !unicode.IsDigit(r) }) {
+	separates := func(r rune) bool { return r != '_' && !unicode.IsLetter(r) && !unicode.IsDigit(r) }
+	for word := range strings.FieldsFuncSeq(text, separates) {
 		if f := functions[word]; f != nil {
 			named[word] = f
 		}
@@ -559,6 +588,7 @@ var printingFunctions = template.FuncMap{
 	},
 }
 
+// strict makes of a function that prints one that refuses to print what is missing.
 func strict(print func(...any) string) func(...any) (string, error) {
 	return func(args ...any) (string, error) {
 		if i := slices.Index(args, nil); i >= 0 {
@@ -568,8 +598,8 @@ func strict(print func(...any) string) func(...any) (string, error) {
 	}
 }
 
-// guard rewrites a parsed template, in the way of html/template's escapers: whatever an action prints goes through
-// checkValue, so that a missing value fails the mount instead of putting "<no value>" into somebody's
+// guard rewrites a parsed template, in the way of html/template's escapers: whatever an action prints goes
+// through checkValue, so that a missing value fails the mount instead of putting "<no value>" into somebody's
 // configuration. Conditions, assignments and arguments stay lenient.
 func guard(list *parse.ListNode) {
 	if list == nil {
@@ -599,7 +629,8 @@ func checkCommand(n *parse.ActionNode) *parse.CommandNode {
 	expression := "{{ " + n.Pipe.String() + " }}"
 	return &parse.CommandNode{NodeType: parse.NodeCommand, Pos: n.Pos, Args: []parse.Node{
 		parse.NewIdentifier(checkValue).SetPos(n.Pos),
-		&parse.StringNode{NodeType: parse.NodeString, Pos: n.Pos, Quoted: strconv.Quote(expression), Text: expression},
+		&parse.StringNode{NodeType: parse.NodeString, Pos: n.Pos, Quoted: strconv.Quote(expression),
+			Text: expression},
 	}}
 }
 
@@ -618,6 +649,7 @@ func decodeJSON(data []byte) (any, error) {
 	return normalize(value), nil
 }
 
+// normalize brings a decoded value into the form that decodeJSON promises, in place.
 func normalize(value any) any {
 	switch v := value.(type) {
 	case object:
@@ -693,15 +725,15 @@ func fullName(o object) string { return stringAt(o, "metadata", "namespace") + "
 
 // ---- The renderer: the process that runs render, and that nobody trusts ----
 //
-// Whoever writes a template, a Connector or a Pod's parameters can make render take all memory and time there is:
-// sprig allocates before anybody can look, and an endless recursion ends a Go process. So the driver runs it in a
-// child process of the same binary, in which the kernel limits memory and time, and which reaches nothing but the
-// pipes to its parent.
+// Whoever writes a template, a Connector or a Pod's parameters can make render take all memory and time there
+// is: sprig allocates before anybody can look, and an endless recursion ends a Go process. So the driver runs
+// it in a child process of the same binary, in which the kernel limits memory and time, and which reaches
+// nothing but the pipes to its parent.
 //
-// The life of a renderer: start clones it into namespaces of its own; confine takes from it whatever it does not
-// need, and executes the binary once more, so that every thread is confined; serve answers one request after
-// another, each for one volume of the namespace that it was started for. It ends when it has been idle for
-// rendererIdle, when a Pod of another namespace needs its place, or when it hits a limit.
+// The life of a renderer: start clones it into namespaces of its own; confine takes from it whatever it does
+// not need, and executes the binary once more, so that every thread is confined; serve answers one request
+// after another, each for one volume of the namespace that it was started for. It ends when it has been idle
+// for rendererIdle, when a Pod of another namespace needs its place, or when it hits a limit.
 
 const (
 	confineArgument = "renderer"          // the first argument of a process that is to call confine
@@ -714,8 +746,8 @@ const (
 	rendererIdle = 10 * time.Second
 	rendererUID  = 65532 // user and group, where the driver may choose
 
-	// What rendering one volume may take. The kernel counts what the process maps beyond what it maps at its start;
-	// rendererMemory is for Go's own needs.
+	// What rendering one volume may take. The kernel counts what the process maps beyond what it maps at its
+	// start; rendererMemory is for Go's own needs.
 	renderMemory        = 64 << 20
 	rendererMemory      = 8 << 20
 	renderProcessorTime = 2 * time.Second
@@ -741,8 +773,8 @@ type job struct {
 	token     string
 }
 
-// renderers runs the renderers of the node, at most maxRenderers at a time. Whoever waits for one is served in the
-// order of the fullest account, so that one namespace's slow templates make nobody else wait for long.
+// renderers runs the renderers of the node, at most maxRenderers at a time. Whoever waits for one is served
+// in the order of the fullest account, so that one namespace's slow templates make nobody else wait for long.
 type renderers struct {
 	binary  string // this program
 	metrics *metrics
@@ -769,8 +801,8 @@ type account struct {
 	mostBy string        // the step at which that ended
 }
 
-// accountError is returned while a namespace's account is empty, rendererError when a renderer ended for no reason
-// that lies in its request.
+// accountError is returned while a namespace's account is empty, rendererError when a renderer ended for no
+// reason that lies in its request.
 type (
 	accountError  struct{ error }
 	rendererError struct{ error }
@@ -787,7 +819,8 @@ func newRenderers(binary string, m *metrics) *renderers {
 //  3. ask it
 //  4. charge the account, and let the next call in
 //
-// It returns a podError, an accountError, a rendererError, the error of ctx, or one of a class or a Connector.
+// It returns a podError, an accountError, a rendererError, the error of ctx, or one of a class or a
+// Connector.
 func (p *renderers) render(ctx context.Context, namespace string, j job) (files, error) {
 	// 1. wait
 	if err := p.wait(ctx, namespace); err != nil {
@@ -805,7 +838,7 @@ func (p *renderers) render(ctx context.Context, namespace string, j job) (files,
 	before := r.used
 	f, err := r.ask(ctx, j)
 	if r.limit != "" {
-		p.metrics.inc("connectors_csi_renderer_limits_total", "limit", r.limit)
+		p.metrics.inc(rendererLimitsTotal, "limit", r.limit)
 	}
 
 	// 4. charge
@@ -836,8 +869,8 @@ func (p *renderers) wait(ctx context.Context, namespace string) error {
 	return fmt.Errorf("others were served first: %w", ctx.Err())
 }
 
-// admit gives the free places to those who wait, the fullest account first, and refuses those whose account is
-// empty. The caller holds the lock.
+// admit gives the free places to those who wait, the fullest account first, and refuses those whose account
+// is empty. The caller holds the lock.
 func (p *renderers) admit() {
 	p.waiting = slices.DeleteFunc(p.waiting, func(t *turn) bool {
 		err := p.refusal(t.namespace)
@@ -847,7 +880,9 @@ func (p *renderers) admit() {
 		return err != nil
 	})
 	for ; p.free > 0 && len(p.waiting) > 0; p.free-- {
-		next := slices.MaxFunc(p.waiting, func(a, b *turn) int { return cmp.Compare(p.left(a.namespace), p.left(b.namespace)) })
+		next := slices.MaxFunc(p.waiting, func(a, b *turn) int {
+			return cmp.Compare(p.left(a.namespace), p.left(b.namespace))
+		})
 		p.waiting = slices.DeleteFunc(p.waiting, func(t *turn) bool { return t == next })
 		next.granted <- nil
 	}
@@ -869,9 +904,11 @@ func (p *renderers) refusal(namespace string) error {
 		return nil
 	}
 	a := p.accounts[namespace]
-	return accountError{fmt.Errorf("rendering for namespace %q has used up its %v of processor time, of which %v come back each minute, "+
-		"enough for the next try in %v; what took most, %v, is %s", namespace, accountSize, time.Duration(accountRefill*float64(time.Minute)),
-		time.Duration(float64(-left)/accountRefill).Truncate(time.Second)+time.Second, a.most.Round(10*time.Millisecond), a.mostBy)}
+	return accountError{fmt.Errorf("rendering for namespace %q has used up its %v of processor time, of "+
+		"which %v come back each minute, enough for the next try in %v; what took most, %v, is %s", namespace,
+		accountSize, time.Duration(accountRefill*float64(time.Minute)),
+		time.Duration(float64(-left)/accountRefill).Truncate(time.Second)+time.Second,
+		a.most.Round(10*time.Millisecond), a.mostBy)}
 }
 
 // take returns a renderer for the namespace to a caller that holds a place.
@@ -911,7 +948,8 @@ func (p *renderers) leave(r *renderer, namespace string, used time.Duration) {
 			r.retirement = time.AfterFunc(rendererIdle, func() { p.retire(r) })
 		}
 	}
-	maps.DeleteFunc(p.accounts, func(namespace string, _ *account) bool { return p.left(namespace) == accountSize })
+	isFull := func(namespace string, _ *account) bool { return p.left(namespace) == accountSize }
+	maps.DeleteFunc(p.accounts, isFull)
 	p.free++
 	p.admit()
 }
@@ -955,8 +993,8 @@ type renderer struct {
 
 const otherNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWIPC
 
-// confinements are the ways to confine a renderer, best first. A kernel, or a container around this one, may refuse
-// namespaces, and only root may choose another user.
+// confinements are the ways to confine a renderer, best first. A kernel, or a container around this one, may
+// refuse namespaces, and only root may choose another user.
 var confinements = []struct {
 	name    string // tells confine which one it is
 	flags   uintptr
@@ -976,14 +1014,16 @@ func (p *renderers) start(namespace string) (*renderer, error) {
 		r, err := p.startConfined(namespace, c.name, c.flags, c.uid)
 		switch {
 		case errors.Is(err, io.EOF), errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOMEM):
-			return nil, err // it was killed, or there is no room for it: nothing that less confinement helps against
+			// it was killed, or there is no room for it: nothing that less confinement helps against
+			return nil, err
 		case err != nil:
 			refusals = append(refusals, err)
 			continue
 		}
 		if c.missing != "" {
 			p.warn.Do(func() {
-				slog.Warn("renderers are less confined than they could be; all limits hold", "missing", c.missing, "error", errors.Join(refusals...))
+				slog.Warn("renderers are less confined than they could be; all limits hold", "missing",
+					c.missing, "error", errors.Join(refusals...))
 			})
 		}
 		return r, nil
@@ -994,11 +1034,13 @@ func (p *renderers) start(namespace string) (*renderer, error) {
 func (p *renderers) startConfined(namespace, confinement string, flags uintptr, uid int) (*renderer, error) {
 	cmd := exec.Command(p.binary, confineArgument, confinement)
 	// The last one is for programs that are linked with a C library, which reserves 64 MiB for a thread.
-	cmd.Env = []string{"GOMAXPROCS=1", fmt.Sprintf("GOMEMLIMIT=%d", renderMemory*3/4), "GOTRACEBACK=none", "MALLOC_ARENA_MAX=1"}
+	cmd.Env = []string{"GOMAXPROCS=1", fmt.Sprintf("GOMEMLIMIT=%d", renderMemory*3/4), "GOTRACEBACK=none",
+		"MALLOC_ARENA_MAX=1"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Setsid: true} // kill(0) is for it alone
 	if flags&unix.CLONE_NEWUSER != 0 {
 		ids := []syscall.SysProcIDMap{{HostID: uid, Size: 1}}
-		// As root of its namespace it has the capabilities to empty its root directory with, until confine ends.
+		// As root of its namespace it has the capabilities to empty its root directory with, until confine
+		// ends.
 		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings = ids, ids
 		cmd.SysProcAttr.GidMappingsEnableSetgroups = uid == rendererUID
 		cmd.SysProcAttr.Credential = &syscall.Credential{NoSetGroups: true}
@@ -1042,8 +1084,8 @@ func (r *renderer) begin() (err error) {
 	return cmp.Or(err, errors.New(string(text)))
 }
 
-// shareMemory makes memory that a child process can have as well, which costs neither of them a system call for what
-// it writes there.
+// shareMemory makes memory that a child process can have as well, which costs neither of them a system call
+// for what it writes there.
 func shareMemory(size int64) (*os.File, error) {
 	memory, err := unix.MemfdCreate("connectors-csi", unix.MFD_CLOEXEC)
 	if err != nil {
@@ -1117,7 +1159,8 @@ func (r *renderer) ask(ctx context.Context, j job) (files, error) {
 	case ctx.Err() != nil:
 		return nil, ctx.Err()
 	case !inTime && r.used-before < renderProcessorTime/4: // no template waits for anything but the processor
-		return nil, rendererError{fmt.Errorf("the node is too busy: %s had %v of processor time in %v", r.step, r.used-before, renderTime)}
+		return nil, rendererError{fmt.Errorf("the node is too busy: %s had %v of processor time in %v",
+			r.step, r.used-before, renderTime)}
 	case !inTime:
 		r.limit = "time"
 		return nil, fmt.Errorf("%s takes more than %v", r.step, renderTime)
@@ -1128,7 +1171,8 @@ func (r *renderer) ask(ctx context.Context, j job) (files, error) {
 		r.limit = "memory"
 		return nil, fmt.Errorf("%s takes more than %d MiB of memory", r.step, renderMemory>>20)
 	}
-	return nil, rendererError{fmt.Errorf("the renderer ended (%v, %v); its last step was %s", state, err, r.step)}
+	return nil, rendererError{fmt.Errorf("the renderer ended (%v, %v); its last step was %s", state, err,
+		r.step)}
 }
 
 // processorTime is what the process has used since its start.
@@ -1144,8 +1188,8 @@ func (r *renderer) processorTime() time.Duration {
 	return time.Duration(t.Nano())
 }
 
-// readAnswer reads the files of a volume, or the failure that the renderer reports. An error means that the answer
-// is none.
+// readAnswer reads the files of a volume, or the failure that the renderer reports. An error means that the
+// answer is none.
 func (r *renderer) readAnswer(token string) (_ files, failure, err error) {
 	out := &volumeFiles{files: files{}}
 	name := ""
@@ -1182,11 +1226,12 @@ func plainText(said []byte, token string) string {
 	return strings.ToValidUTF8(cut(strings.ReplaceAll(string(said), token, "TOKEN"), maxTextBytes), "?")
 }
 
-// A frame is a kind, a length in four bytes, and as many bytes. A request is a frameJob, whose JSON says how many
-// frameObjects follow it; an answer is any number of pairs of frameName and frameContent, and then a frameDone, a
-// frameFailure or a framePodFailure. A renderer begins with a frameDone, or with a frameFailure.
+// A frame is a kind, a length in four bytes, and as many bytes. A request is a frameJob, whose JSON says how
+// many frameObjects follow it; an answer is any number of pairs of frameName and frameContent, and then a
+// frameDone, a frameFailure or a framePodFailure. A renderer begins with a frameDone, or with a frameFailure.
 //
-// What it is about to do, in case it does not come back, it writes into memory that it shares with the driver.
+// What it is about to do, in case it does not come back, it writes into memory that it shares with the
+// driver.
 const (
 	frameJob        = 'J'
 	frameObject     = 'O'
@@ -1210,6 +1255,7 @@ func writeFrame(w io.Writer, kind byte, content []byte) error {
 	return err
 }
 
+// readFrame reads a frame with a content of at most limit bytes.
 func readFrame(r io.Reader, limit int) (kind byte, content []byte, err error) {
 	var header [5]byte
 	if _, err := io.ReadFull(r, header[:]); err != nil {
@@ -1249,7 +1295,8 @@ func (j job) write(w io.Writer) error {
 			h.Classes = append(h.Classes, s.class.name)
 		}
 		objects = append(objects, s.connector)
-		h.Connectors, h.ClassOf = append(h.Connectors, s.connector.namespace+"/"+s.connector.name), append(h.ClassOf, i)
+		h.Connectors, h.ClassOf = append(h.Connectors, s.connector.namespace+"/"+s.connector.name),
+			append(h.ClassOf, i)
 	}
 	header, err := json.Marshal(h)
 	if err != nil {
@@ -1322,12 +1369,13 @@ func confine(confinement string) error {
 	}
 	noPath := []byte{0}
 	_, _, errno := unix.Syscall6(unix.SYS_EXECVEAT, uintptr(self), uintptr(unsafe.Pointer(&noPath[0])),
-		uintptr(unsafe.Pointer(&arguments[0])), uintptr(unsafe.Pointer(&environment[0])), unix.AT_EMPTY_PATH, 0)
+		uintptr(unsafe.Pointer(&arguments[0])), uintptr(unsafe.Pointer(&environment[0])),
+		unix.AT_EMPTY_PATH, 0)
 	return fmt.Errorf("execveat: %w", errno)
 }
 
-// setLimits sets the limits of this process, which hold for what it executes as well, and makes it the one that
-// yields to all others.
+// setLimits sets the limits of this process, which hold for what it executes as well, and makes it the one
+// that yields to all others.
 func setLimits() error {
 	for _, limit := range []struct {
 		name     string
@@ -1387,8 +1435,8 @@ func emptyRoot() error {
 	return nil
 }
 
-// dropPrivileges gives up, for this thread, every capability for ever, the groups, and the user root, which is none of
-// the node's where there is a user namespace.
+// dropPrivileges gives up, for this thread, every capability for ever, the groups, and the user root, which
+// is none of the node's where there is a user namespace.
 func dropPrivileges(confinement string) error {
 	for capability := range uintptr(64) {
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0)
@@ -1398,17 +1446,20 @@ func dropPrivileges(confinement string) error {
 	}
 	// The system calls, since Go's own functions would change all threads, which are about to end.
 	const id = rendererUID
-	for _, call := range [][4]uintptr{{unix.SYS_SETGROUPS}, {unix.SYS_SETRESGID, id, id, id}, {unix.SYS_SETRESUID, id, id, id}} {
+	for _, call := range [][4]uintptr{{unix.SYS_SETGROUPS}, {unix.SYS_SETRESGID, id, id, id},
+		{unix.SYS_SETRESUID, id, id, id}} {
 		if confinement == "user" && call[0] != unix.SYS_SETGROUPS {
 			continue
 		}
 		_, _, errno := unix.RawSyscall(call[0], call[1], call[2], call[3])
-		if errno != 0 && (confinement == "user" || confinement == "root") { // the others need not be allowed to
+		// the others need not be allowed to
+		if errno != 0 && (confinement == "user" || confinement == "root") {
 			return fmt.Errorf("change user and groups: %w", errno)
 		}
 	}
 	none := [2]unix.CapUserData{}
-	if err := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); err != nil {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	if err := unix.Capset(&header, &none[0]); err != nil {
 		return fmt.Errorf("capset: %w", err)
 	}
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
@@ -1417,7 +1468,8 @@ func dropPrivileges(confinement string) error {
 	return nil
 }
 
-// rendererMain is what a process does that was started as a renderer; the first argument says with which half.
+// rendererMain is what a process does that was started as a renderer; the first argument says with which
+// half.
 func rendererMain(arguments []string) (exitCode int) {
 	var err error
 	if arguments[0] == confineArgument {
@@ -1470,13 +1522,13 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 	return 1
 }
 
-// limitMemory limits what this process may map beyond what it has mapped until now, which /proc/self/status tells:
-// proc_pid_status(5). Each limit has what the other lacks:
+// limitMemory limits what this process may map beyond what it has mapped until now, which /proc/self/status
+// tells: proc_pid_status(5). Each limit has what the other lacks:
 //
-//   - RLIMIT_DATA counts what the process can write, but not what takes the place of something reserved, until the
-//     limit is passed: so it lets one last allocation through.
-//   - RLIMIT_AS counts all. Go reserves its heap in arenas of 64 MiB, so this limit leaves it one more of them than it
-//     has at its start. Two arenas are what a renderer's heap can have at most.
+//   - RLIMIT_DATA counts what the process can write, but not what takes the place of something reserved,
+//     until the limit is passed: so it lets one last allocation through.
+//   - RLIMIT_AS counts all. Go reserves its heap in arenas of 64 MiB, so this limit leaves it one more of
+//     them than it has at its start. Two arenas are what a renderer's heap can have at most.
 func limitMemory() error {
 	file := os.NewFile(statusDescriptor, "/proc/self/status")
 	defer file.Close()
@@ -1502,12 +1554,13 @@ func limitMemory() error {
 	return nil
 }
 
-// limitProcessorTime lets SIGXCPU come when this process has used renderProcessorTime from now on, to the next
-// whole second.
+// limitProcessorTime lets SIGXCPU come when this process has used renderProcessorTime from now on, to the
+// next whole second.
 func limitProcessorTime() error {
 	var used unix.Rusage
 	var limit unix.Rlimit
-	if err := errors.Join(unix.Getrusage(unix.RUSAGE_SELF, &used), unix.Getrlimit(unix.RLIMIT_CPU, &limit)); err != nil {
+	err := errors.Join(unix.Getrusage(unix.RUSAGE_SELF, &used), unix.Getrlimit(unix.RLIMIT_CPU, &limit))
+	if err != nil {
 		return err
 	}
 	seconds := time.Duration(used.Utime.Nano()+used.Stime.Nano()) + renderProcessorTime + time.Second - 1
@@ -1550,6 +1603,7 @@ func serveJob(requests io.Reader, header []byte, announce func(step string)) (f 
 	for i := range mounted {
 		mounted[i] = mountedConnector{objects[i], objects[len(h.Connectors)+h.ClassOf[i]]}
 	}
-	want := selection{configurations: h.Configurations, excluded: h.Excluded, params: h.Params, builtIn: h.BuiltIn}
+	want := selection{configurations: h.Configurations, excluded: h.Excluded, params: h.Params,
+		builtIn: h.BuiltIn}
 	return render(mounted, want, h.Token, announce)
 }
