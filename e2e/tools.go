@@ -16,25 +16,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// installPackages makes sure that the machine has what Go modules don't provide. On Debian and its
-// derivatives it installs what is missing; elsewhere it says what that is.
-func installPackages() error {
-	command := func(name string) bool { _, err := exec.LookPath(name); return err == nil }
-	var names, packages []string
-	for _, need := range []struct {
-		name, pkg string
-		present   bool
-	}{
-		{"a C compiler", "gcc", command("gcc")},
+// need is something that the machine must have and Go modules don't provide, and Debian's package of it.
+type need struct {
+	name, pkg string
+	present   bool
+}
+
+// nodeNeeds are those of a node.
+func nodeNeeds() []need {
+	return []need{
+		{"a C compiler", "gcc", hasCommand("gcc")},
 		{"the C library's headers", "libc6-dev", exists("/usr/include/stdlib.h")},
-		{"pkg-config", "pkg-config", command("pkg-config")},
+		{"pkg-config", "pkg-config", hasCommand("pkg-config")},
 		{"libseccomp's headers", "libseccomp-dev", exec.Command("pkg-config", "--exists", "libseccomp").Run() == nil},
 		{"a static busybox", "busybox-static", isStatic("busybox")},
-		{"mount", "mount", command("mount")},
-		{"nsenter", "util-linux", command("nsenter")},
-		{"git", "git", command("git")},
-		{"curl", "curl", command("curl")},
-	} {
+		{"mount", "mount", hasCommand("mount")},
+		{"nsenter", "util-linux", hasCommand("nsenter")},
+		{"git", "git", hasCommand("git")},
+		{"curl", "curl", hasCommand("curl")},
+	}
+}
+
+// installPackages makes sure that the machine has what is needed. On Debian and its derivatives it installs
+// what is missing; elsewhere it says what that is.
+func installPackages(needs []need) error {
+	var names, packages []string
+	for _, need := range needs {
 		if !need.present {
 			names, packages = append(names, need.name), append(packages, need.pkg)
 		}
@@ -42,7 +49,7 @@ func installPackages() error {
 	if len(packages) == 0 {
 		return nil
 	}
-	if !command("apt-get") {
+	if !hasCommand("apt-get") {
 		return fmt.Errorf("this machine lacks %s: install it and try again", strings.Join(names, ", "))
 	}
 	fmt.Println("Installing", strings.Join(packages, " "))
@@ -57,12 +64,17 @@ func installPackages() error {
 	return run(install...)
 }
 
+func hasCommand(name string) bool {
+	_, err := exec.LookPath(name)
+	return err == nil
+}
+
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
 }
 
-// isStatic tells whether a command runs without an interpreter, and so in an image that has nothing else.
+// isStatic reports whether a command runs without an interpreter, and so in an image that has nothing else.
 func isStatic(command string) bool {
 	path, err := exec.LookPath(command)
 	if err != nil {
@@ -96,10 +108,78 @@ func cacheDir() (string, error) {
 	return dir, os.MkdirAll(dir, 0o755)
 }
 
-// buildTools builds the programs that go.mod lists as tools, unless an earlier run did, and returns their
+// envKubernetes names the release of Kubernetes to run, one of those in the directory kubernetes. Where it is
+// not set, the node runs the one of go.mod.
+const envKubernetes = "E2E_KUBERNETES"
+
+// releaseModule returns the directory of the module that builds the release, or "" for go.mod's own.
+func releaseModule() (string, error) {
+	release := os.Getenv(envKubernetes)
+	if release == "" {
+		return "", nil
+	}
+	entries, err := os.ReadDir("kubernetes")
+	if err != nil {
+		return "", err
+	}
+	var known []string
+	for _, entry := range entries {
+		if entry.Name() == release {
+			return filepath.Join("kubernetes", release), nil
+		}
+		known = append(known, entry.Name())
+	}
+	return "", fmt.Errorf("unknown Kubernetes release %q: there are %s, and without it the default",
+		release, strings.Join(known, ", "))
+}
+
+// knowsAllFields reports whether the release has every field of deploy.yaml: serviceAccountTokenInSecrets of a
+// CSIDriver is there since 1.35.
+func knowsAllFields() bool {
+	release := os.Getenv(envKubernetes)
+	return release == "" || release >= "1.35"
+}
+
+// validation is what kubectl apply is to do with a field of deploy.yaml that the release does not know.
+func validation() string {
+	if knowsAllFields() {
+		return "--validate=strict"
+	}
+	return "--validate=warn"
+}
+
+// linkTools makes a directory with links to the node's programs. Those of another Kubernetes release take the
+// place of the default's. The same for all are etcd, containerd, runc, the network's, and kubectl, since the tests use
+// what only a newer one has (1.30 has no wait --for=create).
+func linkTools(dir, module string) error {
+	modules := []string{"."}
+	if module != "" {
+		modules = append(modules, module)
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	for _, module := range modules {
+		tools, err := buildTools(module)
+		if err != nil {
+			return err
+		}
+		programs, err := filepath.Glob(filepath.Join(tools, "*"))
+		if err != nil {
+			return err
+		}
+		link := append([]string{"ln", "-sf", "-t", dir, "--"}, programs...)
+		if err := run(link...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// buildTools builds the programs that a module lists as tools, unless an earlier run did, and returns their
 // directory. Its name depends on all that they are built from, so it never holds outdated programs.
-func buildTools() (string, error) {
-	version, err := output("go", "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
+func buildTools(module string) (string, error) {
+	version, err := output("go", "-C", module, "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
 	if err != nil {
 		return "", fmt.Errorf("%w\n(start it with: go -C e2e run .)", err)
 	}
@@ -107,7 +187,7 @@ func buildTools() (string, error) {
 	flags := []string{"-tags", "seccomp", "-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=" + version}
 	hash := sha256.New()
 	for _, file := range []string{"go.mod", "go.sum"} {
-		content, err := os.ReadFile(file)
+		content, err := os.ReadFile(filepath.Join(module, file))
 		if err != nil {
 			return "", err
 		}
@@ -133,23 +213,23 @@ func buildTools() (string, error) {
 	if err := os.RemoveAll(unfinished); err != nil {
 		return "", err
 	}
-	if err := install(unfinished, flags); err != nil {
+	if err := install(module, version, unfinished, flags); err != nil {
 		return "", err
 	}
 	return dir, os.Rename(unfinished, dir)
 }
 
-// install runs go install for all tools and prints how far it is.
-func install(dir string, flags []string) error {
-	fmt.Println("Building Kubernetes, etcd, containerd and runc: about 10 to 15 minutes on two cores, once.")
+// install runs go install for all of a module's tools and prints how far it is.
+func install(module, version, dir string, flags []string) error {
+	fmt.Println("Building Kubernetes", version, "and what else the node needs: about 10 to 15 minutes on two cores, once.")
 	began := time.Now()
-	list := append(append([]string{"go", "list"}, flags...), "-deps", "tool")
+	list := append(append([]string{"go", "-C", module, "list"}, flags...), "-deps", "tool")
 	packages, err := output(list...)
 	if err != nil {
 		return err
 	}
 	total := strings.Count(packages, "\n") + 1
-	cmd := exec.Command("go", append(append([]string{"install", "-v"}, flags...), "tool")...)
+	cmd := exec.Command("go", append(append([]string{"-C", module, "install", "-v"}, flags...), "tool")...)
 	cmd.Env = append(os.Environ(), "GOBIN="+dir)
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
@@ -201,15 +281,4 @@ func lock(path string) (unlock func() error, err error) {
 		return nil, err
 	}
 	return file.Close, nil
-}
-
-// buildDriver builds a static binary from the driver's sources in a directory, as its Dockerfile does.
-func buildDriver(sources, binary string) error {
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", binary, ".")
-	cmd.Dir = sources
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("go build of the driver: %w\n%s", err, out)
-	}
-	return nil
 }
