@@ -3,9 +3,11 @@ package main
 import (
 	"archive/tar"
 	"bytes"
-	"crypto/sha256"
 	"encoding/json"
 	"fmt"
+	"io"
+	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path"
@@ -14,10 +16,18 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+
+	"github.com/distribution/reference"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	tarballs "github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// The node reaches no registry. Every image that a test needs is written here, as the tar archive that
-// `docker save` writes, and imported under the name by which manifests refer to it.
+// The node reaches no registry. Every image that a test needs is written here, as an OCI archive, and imported under
+// the name by which manifests refer to it. The driver's is the one that the command image writes.
 
 const (
 	pauseImage   = "localhost/pause:1"
@@ -28,7 +38,15 @@ const (
 type image struct {
 	name       string
 	entrypoint []string
-	files      []file
+	files      map[string][]file // by platform, as in linux/amd64
+}
+
+// hostPlatform is that of this machine.
+const hostPlatform = "linux/" + runtime.GOARCH
+
+// here returns an image for this machine.
+func here(name string, entrypoint []string, files []file) image {
+	return image{name, entrypoint, map[string][]file{hostPlatform: files}}
 }
 
 // file is one entry of an image's only layer. A name that ends with "/" is a directory.
@@ -49,11 +67,10 @@ func (n *Node) importImages() error {
 	if err != nil {
 		return err
 	}
-	binary, err := os.ReadFile(n.path("connectors-csi"))
+	driver, err := driverFiles(n.path("connectors-csi"))
 	if err != nil {
 		return err
 	}
-	driver := []file{{name: "connectors-csi", mode: 0o755, content: binary}}
 	busybox, err := busyboxFiles()
 	if err != nil {
 		return err
@@ -64,11 +81,11 @@ func (n *Node) importImages() error {
 	}
 	for _, image := range []image{
 		// A Pod's sandbox needs a process that does nothing, to hold the Pod's namespaces.
-		{pauseImage, []string{"/bin/tail", "-f", "/dev/null"}, busybox},
-		{readmeName, nil, busybox},
-		{clientImage, nil, slices.Concat(busybox, clients)},
-		{driverName, []string{"/connectors-csi"}, driver},
-		{upgradeImage, []string{"/connectors-csi"}, append(driver, file{name: "2", mode: 0o444})},
+		here(pauseImage, []string{"/bin/tail", "-f", "/dev/null"}, busybox),
+		here(readmeName, nil, busybox),
+		here(clientImage, nil, slices.Concat(busybox, clients)),
+		here(driverName, driverEntrypoint, driver),
+		here(upgradeImage, driverEntrypoint, append(driver, file{name: "2", mode: 0o444})),
 	} {
 		if err := importImage(image); err != nil {
 			return fmt.Errorf("image %s: %w", image.name, err)
@@ -177,35 +194,105 @@ func importImage(image image) error {
 	return nil
 }
 
-// archive returns the image in the format of `docker save`: a manifest, a configuration, a layer.
+// archive returns the image as a tar of an OCI image layout, with what `docker load` of an older engine looks for. The
+// same files give the same bytes.
+// https://github.com/opencontainers/image-spec/blob/main/image-layout.md
 func (i image) archive() ([]byte, error) {
-	layer, err := tarball(i.files)
+	dir, err := os.MkdirTemp("", prefix+"image-")
 	if err != nil {
 		return nil, err
 	}
-	config, err := json.Marshal(map[string]any{
-		"architecture": runtime.GOARCH,
-		"os":           "linux",
-		"config":       map[string]any{"Entrypoint": i.entrypoint, "Env": []string{"PATH=/usr/bin:/bin"}},
-		"rootfs": map[string]any{
-			"type":     "layers",
-			"diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer))},
-		},
+	defer os.RemoveAll(dir)
+	name, err := reference.ParseDockerRef(i.name)
+	if err != nil {
+		return nil, err
+	}
+	platforms := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
+	var legacy []legacyImage
+	for _, platform := range slices.Sorted(maps.Keys(i.files)) {
+		built, err := i.build(platform)
+		if err != nil {
+			return nil, err
+		}
+		parsed, err := v1.ParsePlatform(platform)
+		if err != nil {
+			return nil, err
+		}
+		platforms = mutate.AppendManifests(platforms, mutate.IndexAddendum{Add: built, Descriptor: v1.Descriptor{Platform: parsed}})
+		manifest, err := built.Manifest()
+		if err != nil {
+			return nil, err
+		}
+		if len(legacy) == 0 || platform == hostPlatform { // the older format knows one platform
+			legacy = []legacyImage{{blob(manifest.Config), []string{i.name}, []string{blob(manifest.Layers[0])}}}
+		}
+	}
+	written, err := layout.Write(dir, empty.Index)
+	if err != nil {
+		return nil, err
+	}
+	if err := written.AppendIndex(platforms, layout.WithAnnotations(map[string]string{
+		"io.containerd.image.name":          name.String(),
+		"org.opencontainers.image.ref.name": name.(reference.Tagged).Tag(),
+	})); err != nil {
+		return nil, err
+	}
+	text, err := json.Marshal(legacy)
+	if err != nil {
+		return nil, err
+	}
+	return tarOf(dir, file{name: "manifest.json", mode: 0o644, content: text})
+}
+
+// legacyImage is an entry of manifest.json, as `docker save` writes it.
+type legacyImage struct {
+	Config   string
+	RepoTags []string
+	Layers   []string
+}
+
+// blob is where the layout has it.
+func blob(of v1.Descriptor) string { return "blobs/" + of.Digest.Algorithm + "/" + of.Digest.Hex }
+
+// build makes the image of one platform, of one layer.
+func (i image) build(platform string) (v1.Image, error) {
+	content, err := tarball(i.files[platform])
+	if err != nil {
+		return nil, err
+	}
+	opener := func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(content)), nil }
+	layer, err := tarballs.LayerFromOpener(opener, tarballs.WithMediaType(types.OCILayer))
+	if err != nil {
+		return nil, err
+	}
+	os, arch, _ := strings.Cut(platform, "/")
+	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	image, err = mutate.ConfigFile(image, &v1.ConfigFile{
+		OS: os, Architecture: arch,
+		Config: v1.Config{Entrypoint: i.entrypoint, Env: []string{"PATH=/usr/bin:/bin"}},
+		RootFS: v1.RootFS{Type: "layers"},
 	})
 	if err != nil {
 		return nil, err
 	}
-	manifest, err := json.Marshal([]map[string]any{{
-		"Config": "config.json", "RepoTags": []string{i.name}, "Layers": []string{"layer.tar"},
-	}})
+	return mutate.AppendLayers(image, layer)
+}
+
+// tarOf returns the files of a directory and one more.
+func tarOf(dir string, more file) ([]byte, error) {
+	files := []file{more}
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error { // in the order of their names
+		if err != nil || entry.IsDir() {
+			return err
+		}
+		content, err := os.ReadFile(path)
+		files = append(files, file{name: path[len(dir)+1:], mode: 0o644, content: content})
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
-	return tarball([]file{
-		{name: "manifest.json", mode: 0o644, content: manifest},
-		{name: "config.json", mode: 0o644, content: config},
-		{name: "layer.tar", mode: 0o644, content: layer},
-	})
+	return tarball(files)
 }
 
 func tarball(files []file) ([]byte, error) {
