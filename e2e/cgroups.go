@@ -6,7 +6,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -147,4 +149,25 @@ func removeStaleCgroups() {
 			}
 		}
 	}
+}
+
+// cgroupValue returns the first number in a file of a container's cgroup: one below a controller's hierarchy with
+// cgroup v1, or one of v2.
+func (n *Node) cgroupValue(id, v1, v2 string) (int64, error) {
+	root, file := filepath.Join(cgroupRoot, filepath.Dir(v1)), filepath.Base(v1)
+	if isV2, err := isCgroup2(); err != nil {
+		return 0, err
+	} else if isV2 {
+		root, file = cgroupRoot, v2
+	}
+	paths, _ := filepath.Glob(filepath.Join(root, filepath.Base(n.dir), "kubepods/*/*", id, file))
+	if len(paths) != 1 {
+		return 0, fmt.Errorf("the cgroup of container %s: %q", id, paths)
+	}
+	content, err := os.ReadFile(paths[0])
+	if err != nil {
+		return 0, err
+	}
+	number := regexp.MustCompile(`\d+`).FindString(string(content)) // "123", or "usage_usec 123" and more
+	return strconv.ParseInt(number, 10, 64)
 }

@@ -3,13 +3,12 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"net/http"
+	"iter"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,7 +29,7 @@ const limit = 3 * time.Minute
 var node *Node
 
 func TestMain(m *testing.M) {
-	if err := buildOldDriver(); err != nil {
+	if err := errors.Join(installPackages(clientNeeds()), buildOldDriver()); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		os.Exit(1)
 	}
@@ -48,8 +47,6 @@ func begin(t *testing.T, driverArgs ...string) namespace {
 	return newNamespace(t)
 }
 
-var driverArgsList = regexp.MustCompile(`\n( *)args:\n(?: *- --.*\n)+`)
-
 // installDriver applies deploy.yaml, with further arguments for the driver, and waits until it is ready. It
 // returns what kubectl apply said. Where everything is so already, it takes half a second.
 func installDriver(t *testing.T, args ...string) string {
@@ -66,17 +63,11 @@ func applyDriver(t *testing.T, args ...string) string {
 
 func applyManifest(t *testing.T, content string, args ...string) string {
 	t.Helper()
-	manifest := driverArgsList.ReplaceAllStringFunc(content, func(list string) string {
-		indent := driverArgsList.FindStringSubmatch(list)[1]
-		for _, arg := range args {
-			list += indent + "- " + arg + "\n"
-		}
-		return list
-	})
-	if len(args) > 0 && manifest == content {
-		t.Fatal("deploy.yaml has no list args to add to")
+	manifest, err := withArgs(content, args...)
+	if err != nil {
+		t.Fatal(err)
 	}
-	applied, err := kubectlStdin(manifest, "apply", "-f", "-")
+	applied, err := kubectlStdin(manifest, "apply", validation(), "-f", "-")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,6 +83,17 @@ const driverPods = "--selector=app.kubernetes.io/name=connectors-csi"
 func driverPod(t *testing.T, field string) string {
 	t.Helper()
 	return driverNamespace(t).kubectl("get", "pod", driverPods, "--output=jsonpath={.items[0]"+field+"}")
+}
+
+// sorted goes over a table in the order of its keys, so that a test is the same each time.
+func sorted[K cmp.Ordered, V any](table map[K]V) iter.Seq2[K, V] {
+	return func(yield func(K, V) bool) {
+		for _, key := range slices.Sorted(maps.Keys(table)) {
+			if !yield(key, table[key]) {
+				return
+			}
+		}
+	}
 }
 
 // awaitDriver waits until the driver's DaemonSet is rolled out.
@@ -114,20 +116,6 @@ func stopDriver(t *testing.T) {
 func driverURL(t *testing.T) string {
 	t.Helper()
 	return "http://" + driverPod(t, ".status.podIP") + ":9808"
-}
-
-// httpGet returns the body of an answer that is a success.
-func httpGet(url string) (string, error) {
-	response, err := http.Get(url)
-	if err != nil {
-		return "", err
-	}
-	defer response.Body.Close()
-	body, err := io.ReadAll(response.Body)
-	if err == nil && response.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s: %s", url, response.Status, body)
-	}
-	return string(body), err
 }
 
 // saveState writes what there is to know about the cluster after a failure, and the driver's log, beside the
@@ -262,27 +250,6 @@ const mountTarget = `{connector.name: target, configuration.names: config}`
 func (ns namespace) pod(name, attributes string, fields ...string) {
 	ns.Helper()
 	ns.apply(podManifest(name, attributes, fields...))
-}
-
-// podManifest gives a Pod one second of grace, since sleep ignores the signal to end.
-func podManifest(name, attributes string, fields ...string) string {
-	return fmt.Sprintf(`
-apiVersion: v1
-kind: Pod
-metadata: {name: %s}
-spec:
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: main
-    image: %s
-    command: [sleep, infinity]
-    volumeMounts:
-    - {name: volume, mountPath: /volume}
-  volumes:
-  - name: volume
-    csi: {driver: connectors-csi, readOnly: true, volumeAttributes: %s}
-  %s
-`, name, clientImage, attributes, strings.Join(fields, "\n  "))
 }
 
 // running waits until Pods are.
@@ -436,33 +403,6 @@ func (ns namespace) uid(pod string) string {
 	return ns.kubectl("get", "pod", pod, "--output=jsonpath={.metadata.uid}")
 }
 
-// kubeletPods is where kubelet has a directory for each Pod, by uid.
-const kubeletPods = "/var/lib/kubelet/pods/"
-
-// volumeDir is where a Pod's volume is mounted on the node.
-func volumeDir(uid, volume string) string {
-	return filepath.Join(kubeletPods, uid, "volumes/kubernetes.io~csi", volume, "mount")
-}
-
-// mounts returns the lines of the node's mount table for the CSI volumes of a Pod.
-func mounts(uid string) []string {
-	return mountsBelow(kubeletPods + uid + "/volumes/kubernetes.io~csi/")
-}
-
-func mountsBelow(dir string) (lines []string) {
-	table, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		panic(err)
-	}
-	for line := range strings.Lines(string(table)) {
-		// "36 35 98:0 / /mount/point ro,nosuid - tmpfs source rw"
-		if strings.HasPrefix(strings.Fields(line)[4], dir) {
-			lines = append(lines, line)
-		}
-	}
-	return lines
-}
-
 // wantOneMount checks that the Pod's only volume is mounted once, read-only on the node too, and returns the
 // mount's ID.
 func (ns namespace) wantOneMount(uid string) string {
@@ -568,23 +508,11 @@ func driverProcessorTime(t *testing.T) time.Duration {
 	return time.Duration(driverCgroup(t, "cpuacct/cpuacct.usage", ""))
 }
 
-// driverCgroup returns the first number in a file of the driver's container: one below a controller's hierarchy with
-// cgroup v1, or one of v2.
+// driverCgroup is cgroupValue of the driver's container.
 func driverCgroup(t *testing.T, v1, v2 string) (value int64) {
 	t.Helper()
 	id := strings.TrimPrefix(driverPod(t, ".status.containerStatuses[0].containerID"), "containerd://")
-	root, file := filepath.Join(cgroupRoot, filepath.Dir(v1)), filepath.Base(v1)
-	if isV2, err := isCgroup2(); err != nil {
-		t.Fatal(err)
-	} else if isV2 {
-		root, file = cgroupRoot, v2
-	}
-	paths, _ := filepath.Glob(filepath.Join(root, filepath.Base(node.dir), "kubepods/*/*", id, file))
-	if len(paths) != 1 {
-		t.Fatalf("the cgroup of container %s: %q", id, paths)
-	}
-	number := regexp.MustCompile(`\d+`).FindString(readFile(t, paths[0])) // "123", or "usage_usec 123" and more
-	value, err := strconv.ParseInt(number, 10, 64)
+	value, err := node.cgroupValue(id, v1, v2)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -644,31 +572,10 @@ func percentile99(of []publish) time.Duration {
 	return sorted[(len(sorted)*99+99)/100-1].took
 }
 
-// claims are those of a ServiceAccount's token that the tests look at.
-type claims struct {
-	Audiences  []string `json:"aud"`
-	Expires    int64    `json:"exp"`
-	IssuedAt   int64    `json:"iat"`
-	Kubernetes struct {
-		Pod struct {
-			UID string `json:"uid"`
-		} `json:"pod"`
-	} `json:"kubernetes.io"`
-}
-
-func (c claims) lifetime() time.Duration { return time.Duration(c.Expires-c.IssuedAt) * time.Second }
-
-func (ns namespace) claims(token string) (c claims) {
+func (ns namespace) claims(token string) claims {
 	ns.Helper()
-	parts := strings.Split(token, ".")
-	if len(parts) != 3 {
-		ns.Fatalf("this is not a token: %q", token)
-	}
-	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
+	c, err := parseClaims(token)
 	if err != nil {
-		ns.Fatal(err)
-	}
-	if err := json.Unmarshal(payload, &c); err != nil {
 		ns.Fatal(err)
 	}
 	return c

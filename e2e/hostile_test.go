@@ -123,6 +123,7 @@ func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
 		case p.code == "FailedPrecondition" && says("rendering it takes more than"):
 		case p.code == "ResourceExhausted" && says("processor time"):
 		case p.code == "DeadlineExceeded" && says("rendering took too long"): // in the line behind the others
+		case says("no answer from the API server"): // which starts 130 Pods on the same two cores
 		default:
 			t.Errorf("a hostile Pod was refused with %s: %s", p.code, p.err)
 		}

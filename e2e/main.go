@@ -1,31 +1,45 @@
 // Command e2e starts a real single-node Kubernetes on this machine, without a container engine, and runs
-// the driver on it: as a demonstration (quickstart), to try things out (up, kubectl), or to test it (go test).
+// the driver on it: as a demonstration (quickstart), to try things out (up, kubectl), to measure it (scale), or to
+// test it (go test).
 package main
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
-	"time"
 )
 
 const usage = `usage, from the repository's root, as root:
 
   go -C e2e run . quickstart    start a node, install the driver, walk through README.md's quick start
   go -C e2e run . up            start a node, install the driver, keep both until Ctrl-C
+  go -C e2e run . soak …        kill and change things at random, and check what Pods see (--help: what can be set)
   go -C e2e run . kubectl …     run kubectl on the running node
+  go -C e2e run . scale …       measure 1, 10 and 50 drivers at one API server (--help: what can be set)
+  go -C e2e run . image …       write the driver's image as an archive, and its bills of materials (needs no root)
+  go -C e2e run . dockerfile    build the Dockerfile and compare what it makes with what the image has
   go -C e2e test -v -timeout 60m ./...
                                 start a node and run all tests on it (60m, since the first run builds Kubernetes)
+
+quickstart and up take --kubernetes 1.30 and the like, and the tests E2E_KUBERNETES=1.30, for another release of
+Kubernetes than the default; e2e/kubernetes has a directory for each.
 `
 
 func main() {
 	command := ""
 	if len(os.Args) > 1 {
 		command = os.Args[1]
+	}
+	if command == "quickstart" || command == "up" {
+		flags := flag.NewFlagSet(command, flag.ExitOnError)
+		release := flags.String("kubernetes", os.Getenv(envKubernetes), "release of Kubernetes; the default is go.mod's")
+		flags.Parse(os.Args[2:])
+		os.Setenv(envKubernetes, *release)
 	}
 	switch command {
 	case "quickstart":
@@ -37,6 +51,19 @@ func main() {
 			code = 0
 		}
 		os.Exit(code)
+	case "soak":
+		duration, seed := parseSoakOptions(os.Args[2:])
+		if err := buildOldDriver(); err != nil {
+			os.Exit(report(err))
+		}
+		os.Exit(onNode(func(n *Node) int { return report(runSoak(n, duration, seed)) }))
+	case "scale":
+		options := parseScaleOptions(os.Args[2:])
+		os.Exit(onNode(func(n *Node) int { return report(scale(n, options)) }))
+	case "image":
+		os.Exit(report(writeImage(parseImageOptions(os.Args[2:]))))
+	case "dockerfile":
+		os.Exit(report(checkDockerfile()))
 	case "kubectl":
 		os.Exit(report(execKubectl(os.Args[2:])))
 	default:
@@ -91,95 +118,6 @@ func up(n *Node) error {
 Logs are in %s. Ctrl-C ends the node.
 `, n.dir)
 	select {}
-}
-
-// step is a shell script that README.md shows.
-type step block
-
-// readmeSteps returns the scripts, fenced as sh, in one of README.md's sections. Of the section "Install"
-// only the first counts: what follows is for other clusters than this one.
-func readmeSteps(section string) ([]step, error) {
-	blocks, err := readmeBlocks(section)
-	if err != nil {
-		return nil, err
-	}
-	var steps []step
-	for _, b := range blocks {
-		if b.language == "sh" {
-			steps = append(steps, step(b))
-		}
-	}
-	if len(steps) == 0 {
-		return nil, fmt.Errorf("README.md has no section %q with a code block fenced as sh", section)
-	}
-	if section == "Install" {
-		steps = steps[:1]
-	}
-	return steps, nil
-}
-
-// block is one of README.md's code blocks, with the heading above it.
-type block struct{ title, language, text string }
-
-// readmeBlocks returns the code blocks in one of README.md's sections.
-func readmeBlocks(section string) ([]block, error) {
-	readme, err := os.ReadFile("../README.md")
-	if err != nil {
-		return nil, err
-	}
-	var blocks []block
-	var title string
-	inBlock, inSection := false, false
-	for line := range strings.Lines(string(readme)) {
-		text := strings.TrimRight(line, "\n")
-		switch {
-		case inBlock && text == "```":
-			inBlock = false
-		case inBlock && inSection:
-			blocks[len(blocks)-1].text += line
-		case inBlock:
-		case strings.HasPrefix(text, "```"):
-			inBlock = true
-			if inSection {
-				blocks = append(blocks, block{title: title, language: strings.TrimPrefix(text, "```")})
-			}
-		case strings.HasPrefix(text, "## "):
-			title = strings.TrimPrefix(text, "## ")
-			inSection = title == section
-		case strings.HasPrefix(text, "### "):
-			title = strings.TrimPrefix(text, "### ")
-		}
-	}
-	return blocks, nil
-}
-
-// run runs the script at the repository's root. One that looks for events is repeated until it sees the
-// one that the README is about, since kubelet needs a second or two to report it.
-func (s step) run() (output string, err error) {
-	runOnce := func() error {
-		cmd := exec.Command("bash", "-euo", "pipefail", "-c", s.text)
-		cmd.Dir = ".."
-		out, err := cmd.CombinedOutput()
-		output = string(out)
-		if err != nil {
-			return fmt.Errorf("README.md, %q: %w\n%s", s.title, err, out)
-		}
-		return nil
-	}
-	if !strings.Contains(s.text, "kubectl events") {
-		err = runOnce()
-		return output, err
-	}
-	err = await(2*time.Minute, func() error {
-		if err := runOnce(); err != nil {
-			return err
-		}
-		if !strings.Contains(output, "FailedMount") {
-			return fmt.Errorf("README.md, %q: no FailedMount event yet", s.title)
-		}
-		return nil
-	})
-	return output, err
 }
 
 // pointTo makes a node the one that execKubectl finds.

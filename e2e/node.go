@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -37,7 +38,7 @@ import (
 // connections, plain paths.
 const (
 	envProcess = "E2E_PROCESS" // "init" or "work"; not set: command
-	envDir     = "E2E_DIR"     // the node's directory on the host: logs, kubeconfig files, bin (a link to the programs)
+	envDir     = "E2E_DIR"     // the node's directory on the host: logs, kubeconfig files, bin (links to the programs)
 )
 
 // interrupted is the exit code after Ctrl-C, as shells have it.
@@ -81,10 +82,10 @@ func runCommand() (code int, err error) {
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGTERM), 0, 0, 0); err != nil {
 		return 0, err
 	}
-	if err := installPackages(); err != nil {
+	if err := installPackages(nodeNeeds()); err != nil {
 		return 0, err
 	}
-	tools, err := buildTools()
+	module, err := releaseModule()
 	if err != nil {
 		return 0, err
 	}
@@ -96,7 +97,10 @@ func runCommand() (code int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	if code, err = runNode(dir, tools); err == nil && (code == 0 || code == interrupted) {
+	if err := linkTools(filepath.Join(dir, "bin"), module); err != nil {
+		return 0, errors.Join(err, os.RemoveAll(dir))
+	}
+	if code, err = runNode(dir); err == nil && (code == 0 || code == interrupted) {
 		return code, os.RemoveAll(dir)
 	}
 	fmt.Fprintln(os.Stderr, "e2e: the logs of all components are in", dir)
@@ -104,13 +108,14 @@ func runCommand() (code int, err error) {
 }
 
 // runNode runs init in new namespaces until it ends, or a signal ends it.
-func runNode(dir, tools string) (code int, err error) {
+func runNode(dir string) (code int, err error) {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
-	if err := os.Symlink(tools, filepath.Join(dir, "bin")); err != nil {
+	version, err := driverVersion()
+	if err != nil {
 		return 0, err
 	}
-	if err := buildDriver("..", filepath.Join(dir, "connectors-csi")); err != nil {
+	if err := buildDriver("..", filepath.Join(dir, "connectors-csi"), runtime.GOARCH, version); err != nil {
 		return 0, err
 	}
 	init, release, err := startInit(dir)
@@ -423,9 +428,11 @@ syncFrequency: 5s
 `
 
 // restrict_oom_score_adj: without CAP_SYS_RESOURCE, which containers and some machines lack, a lower
-// score than containerd's own can't be set and no Pod would start.
+// score than containerd's own can't be set and no Pod would start. root: not in the state directory,
+// /run/containerd, which would be created for it with access for root only, and not with the passage that Pods in a
+// user namespace of their own need.
 const containerdFormat = `version = 3
-root = "/run/containerd/root"
+root = "/run/containerd-root"
 
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
 sandbox = %q
@@ -471,14 +478,15 @@ type component struct {
 	ended   chan struct{} // closed when the process has ended
 }
 
-// run starts a component. Should it end without stop having been called, the whole run fails: nothing
-// that comes after would mean anything.
+// run starts a component that is one of the programs that buildTools built.
 func (n *Node) run(name string, args ...string) *component {
-	c := &component{
-		cmd:   exec.Command(filepath.Join(n.path("bin"), name), args...),
-		log:   n.path(name + ".log"),
-		ended: make(chan struct{}),
-	}
+	return n.supervise(name, exec.Command(filepath.Join(n.path("bin"), name), args...))
+}
+
+// supervise starts a component. Should it end without end having been called, the whole run fails: nothing
+// that comes after would mean anything.
+func (n *Node) supervise(name string, cmd *exec.Cmd) *component {
+	c := &component{cmd: cmd, log: n.path(name + ".log"), ended: make(chan struct{})}
 	log, err := os.OpenFile(c.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		c.fail(err)
@@ -508,9 +516,12 @@ func (c *component) fail(err error) {
 }
 
 // stop kills the component, as a crash would.
-func (c *component) stop() {
+func (c *component) stop() { c.end(unix.SIGKILL) }
+
+// end ends the component with a signal.
+func (c *component) end(signal syscall.Signal) {
 	c.stopped.Store(true)
-	c.cmd.Process.Kill()
+	c.cmd.Process.Signal(signal)
 	<-c.ended
 }
 

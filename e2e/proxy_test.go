@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/elazarl/goproxy"
 )
 
 // What the driver's files are for: proxies that ask the API server who a token's bearer is, and whether he may
@@ -38,12 +40,23 @@ func gitServer(t *testing.T) *url.URL {
 		Path: filepath.Join(helpers, "git-http-backend"),
 		Env:  []string{"GIT_PROJECT_ROOT=" + dir + "/repositories", "GIT_HTTP_EXPORT_ALL=1"},
 	}
+	return behindPassword(t, backend)
+}
+
+const (
+	targetUser     = "proxy"
+	targetPassword = "known to the proxy only"
+)
+
+// behindPassword serves to those who know the target's password.
+func behindPassword(t *testing.T, handler http.Handler) *url.URL {
+	t.Helper()
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if user, password, _ := r.BasicAuth(); user != "git" || password != gitPassword {
+		if user, password, _ := r.BasicAuth(); user != targetUser || password != targetPassword {
 			http.Error(w, "who are you?", http.StatusUnauthorized)
 			return
 		}
-		backend.ServeHTTP(w, r)
+		handler.ServeHTTP(w, r)
 	}))
 	t.Cleanup(server.Close)
 	address, err := url.Parse(server.URL)
@@ -53,17 +66,21 @@ func gitServer(t *testing.T) *url.URL {
 	return address
 }
 
-const gitPassword = "known to the proxy only"
-
-// gitProxy is a reverse proxy as the product has them: it puts the target's credentials in the place of the
-// token, if the API server confirms the token and lets its owner read the Connector.
-func (ns namespace) gitProxy(target *url.URL, connector string) string {
+// reverseProxy is a proxy as the product has them: it puts the target's credentials in the place of the token, if
+// the API server confirms the token and lets its owner read the Connector.
+func (ns namespace) reverseProxy(target *url.URL, connector string) string {
 	forward := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
 		r.SetURL(target)
-		r.Out.SetBasicAuth("git", gitPassword)
+		r.Out.SetBasicAuth(targetUser, targetPassword)
 	}}
 	return serveToPods(ns.T, func(w http.ResponseWriter, r *http.Request) {
-		if _, err := authorize(r.Header.Get("Authorization"), []string{ns.name + "/" + connector}); err != nil {
+		header := r.Header.Get("Authorization")
+		if header == "" { // container-registry clients ask first what they are to show
+			w.Header().Set("WWW-Authenticate", `Basic realm="connectors"`)
+			http.Error(w, "no token", http.StatusUnauthorized)
+			return
+		}
+		if _, err := authorize(header, []string{ns.name + "/" + connector}); err != nil {
 			http.Error(w, err.Error(), http.StatusForbidden)
 			return
 		}
@@ -73,18 +90,32 @@ func (ns namespace) gitProxy(target *url.URL, connector string) string {
 
 // forwardProxy is a proxy that serves those whose user name lists exactly these Connectors, and whose token
 // lets them read all of them.
-func forwardProxy(t *testing.T, connectors []string) string {
+func forwardProxy(t *testing.T, connectors []string, forward http.HandlerFunc) string {
 	return serveToPods(t, func(w http.ResponseWriter, r *http.Request) {
 		user, err := authorize(r.Header.Get("Proxy-Authorization"), connectors)
 		if err == nil && user != strings.Join(connectors, ",") {
 			err = fmt.Errorf("the user is %q", user)
 		}
 		if err != nil {
+			w.Header().Set("Proxy-Authenticate", `Basic realm="connectors"`)
 			http.Error(w, err.Error(), http.StatusProxyAuthRequired)
 			return
 		}
-		fmt.Fprintf(w, "the proxy answers for %s", r.URL)
+		forward(w, r)
 	})
+}
+
+// tlsProxy is a forward proxy as the product has them: it ends the client's TLS with a certificate of its own CA,
+// which Connectors name in their status, and adds the target's credentials.
+func (ns namespace) tlsProxy(target *url.URL, connector string) string {
+	proxy := goproxy.NewProxyHttpServer()
+	proxy.OnRequest().HandleConnect(goproxy.AlwaysMitm)
+	proxy.OnRequest().DoFunc(func(r *http.Request, _ *goproxy.ProxyCtx) (*http.Request, *http.Response) {
+		r.URL.Scheme, r.URL.Host = target.Scheme, target.Host
+		r.SetBasicAuth(targetUser, targetPassword)
+		return r, nil
+	})
+	return forwardProxy(ns.T, []string{ns.name + "/" + connector}, proxy.ServeHTTP)
 }
 
 // authorize checks the token in a header: the API server must confirm it and let its owner read all these

@@ -9,8 +9,9 @@ import (
 	"testing"
 )
 
-// What the API server itself refuses, as deploy.yaml tells it: tokens that the driver's ServiceAccount has no use
-// for, and addresses that would write more into a file than an address.
+// What the driver may not: the capabilities that its process gives up, and what the API server itself refuses, as
+// deploy.yaml tells it: tokens that the driver's ServiceAccount has no use for, and addresses that would write more into
+// a file than an address.
 
 func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 	ns := begin(t)
@@ -63,6 +64,31 @@ func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 	for _, resource := range []string{"pods", "events", "secrets"} {
 		if _, err := kubectl("--kubeconfig", stolen, "get", resource, "--all-namespaces"); err == nil || !strings.Contains(err.Error(), "forbidden") {
 			t.Errorf("the driver's token lets one list %s: %v", resource, err)
+		}
+	}
+}
+
+func TestDriverKeepsFewCapabilities(t *testing.T) {
+	ns := begin(t)
+	ns.target("rights", map[string]string{"address": "{{ .connector.spec.address }}"})
+	ns.pod("pod", mountTarget)
+	ns.running("pod")
+	driver, err := new(watch).driver()
+	if err != nil {
+		t.Fatal(err)
+	}
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", driver.pid))
+	if err != nil || len(threads) == 0 {
+		t.Fatalf("no thread of the driver: %v", err)
+	}
+	// CHOWN, DAC_OVERRIDE, KILL, SETGID, SETUID, SETPCAP, SYS_CHROOT, SYS_ADMIN
+	const none, kept = "0000000000000000", "00000000002401e3"
+	for _, thread := range threads {
+		status := readFile(t, thread)
+		for _, line := range []string{"CapInh:\t" + none, "CapPrm:\t" + kept, "CapEff:\t" + kept, "CapBnd:\t" + kept, "CapAmb:\t" + none, "NoNewPrivs:\t1"} {
+			if !strings.Contains(status, "\n"+line+"\n") {
+				t.Errorf("%s has no line %q:\n%s", thread, line, status)
+			}
 		}
 	}
 }

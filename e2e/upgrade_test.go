@@ -3,62 +3,18 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 )
 
-// The driver and the deploy.yaml from which clusters are upgraded: those of the last commit before volumes and
-// addresses had the limits of today.
-const (
-	oldCommit = "0427f7a"
-	oldImage  = "localhost/connectors-csi:" + oldCommit
-)
-
-func oldDriver() (binary string, err error) {
-	cache, err := cacheDir()
-	return filepath.Join(cache, "connectors-csi-"+oldCommit), err
-}
-
-// buildOldDriver builds the old driver from git's history, unless an earlier run did. The command calls it, since
-// the node has no network.
-func buildOldDriver() error {
-	binary, err := oldDriver()
-	if err != nil || os.Getenv(envProcess) != "" || exists(binary) {
-		return err
-	}
-	sources, err := os.MkdirTemp("", prefix+"sources-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(sources)
-	archive := sources + "/driver.tar"
-	if err := run("git", "-C", "..", "archive", "--output="+archive, oldCommit); err != nil {
-		return fmt.Errorf("the upgrade's test needs git's history: %w", err)
-	}
-	if err := run("tar", "-xf", archive, "-C", sources); err != nil {
-		return err
-	}
-	return buildDriver(sources, binary)
-}
-
 // installOldDriver applies the old deploy.yaml.
 func installOldDriver(t *testing.T, args ...string) {
 	t.Helper()
-	binary, err := oldDriver()
+	manifest, err := oldManifest()
 	if err != nil {
 		t.Fatal(err)
 	}
-	driver := []file{{name: "connectors-csi", mode: 0o755, content: []byte(readFile(t, binary))}}
-	if err := importImage(image{oldImage, []string{"/connectors-csi"}, driver}); err != nil {
-		t.Fatal(err)
-	}
-	manifest, err := output("git", "-C", "..", "show", oldCommit+":deploy.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	applyManifest(t, imageField.ReplaceAllString(manifest+"\n", "        image: "+oldImage), args...)
+	applyManifest(t, manifest, args...)
 	awaitDriver(t)
 	if image := driverPod(t, ".spec.containers[0].image"); image != oldImage {
 		t.Fatalf("the old driver is not installed, the image is %s", image)
