@@ -826,8 +826,7 @@ func (d *driver) renew(p *publication) *volume {
 	return v
 }
 
-// remember remembers a volume that was published, by the digest what from, and whether old files are left in
-// it.
+// remember keeps what a volume was published from, as its digest, and whether no old files are left in it.
 func (d *driver) remember(p *publication, made [sha256.Size]byte, swept bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

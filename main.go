@@ -226,7 +226,9 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 		if err != nil {
 			return err
 		}
-		token = strings.TrimSpace(string(text))
+		if token = strings.TrimSpace(string(text)); token == "" {
+			return fmt.Errorf("there is no token in %s", *tokenFile)
+		}
 	}
 
 	// 1. read
@@ -245,7 +247,7 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 		return err
 	}
 
-	// 3. find
+	// 3. find, as a call that asks no API server but counts the objects
 	k := &kube{namespaces: map[string]*share{}, held: newHoldings()}
 	c := k.begin(podIdentity{namespace: podNamespace}, token, false)
 	sources, err := collectSources(c, podIdentity{}, a.connectors, input.connector, input.class)

@@ -594,6 +594,7 @@ func TestPreview(t *testing.T) {
 		{"no configuration", []object{git, one}, nil, "configuration.names is missing"},
 		{"an attribute too much", []object{git, one}, []string{"--configuration.names=config", "--connectors=a", "--connector.name=b"}, "cannot be combined"},
 		{"an argument too much", []object{git, one}, []string{"--configuration.names=config", "more"}, `unexpected argument "more"`},
+		{"an empty token", []object{git, one}, []string{"--configuration.names=config", "--token-file=/dev/null"}, "there is no token in /dev/null"},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			if stdout, stderr, code := runRender(t, c.objects, c.arguments...); !strings.HasPrefix(stderr, "connectors-csi: ") || !strings.Contains(stderr, c.stderr) || stdout != "" || code != 1 {

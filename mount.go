@@ -26,7 +26,8 @@ import (
 //	..data         -> ..gen-0123456789ab  the current generation
 //	..gen-0123456789ab/name               the files; the directory's name is a digest of all of them
 //
-// The mount is the only state: a restarted driver finds in it all that it needs.
+// The mounts are the only state that outlives the process: a restarted driver goes on from what it finds in
+// them, and from kubelet's next calls.
 const (
 	mountSource = "connectors-csi" // what /proc/mounts shows as the device
 

@@ -300,7 +300,7 @@ func templateData(c mountedClass, params map[string]any, token string) map[strin
 }
 
 // connectorData is the Connector as the API server sent it, with status.proxyAddress, name and namespace. It
-// is a copy all through: other volumes share the object, and sprig has functions that change their arguments.
+// is a copy all through, for each file: sprig has functions that change their arguments.
 func connectorData(connector object) object {
 	data := deepCopy(connector).(object)
 	data["name"], data["namespace"] = nameOf(connector), stringAt(connector, "metadata", "namespace")
@@ -538,8 +538,8 @@ func plainError(file string, err error) error {
 // it.
 const checkValue = "printedValue"
 
-// functions are what templates may call: all of sprig, less what would hand the driver's environment and
-// network to the author of a class.
+// functions are what templates may call: all of sprig, except what would hand the environment and the network
+// of its process to the author of a class.
 var functions = func() template.FuncMap {
 	functions := sprig.TxtFuncMap()
 	for _, f := range []string{"env", "expandenv", "getHostByName"} {
