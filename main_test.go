@@ -383,17 +383,36 @@ func TestSocket(t *testing.T) {
 	}
 }
 
-// A new volume, other files in it, its end and a renderer need no more than what the driver keeps.
+// A new volume, other files in it, its end and a renderer's life need no more than what the driver keeps, also where
+// renderers have no user namespace. One that could not be confined as usual would be missed in the log.
 func TestDriverGivesUpCapabilities(t *testing.T) {
+	limit, err := os.ReadFile("/proc/sys/user/max_user_namespaces")
+	must(t, err)
+	refused := string(limit) == "0\n"
+	missing := ""
+	switch {
+	case refused:
+		missing = "a user namespace"
+	case !mayChooseUser(t):
+		missing = "a user of its own"
+	default:
+		t.Run("without user namespaces", runWithoutUserNamespaces)
+	}
 	n := newNode(t)
 	p := n.startBinary(rendererBinary(), "--refresh-interval=1ns")
 	v := n.volume()
 	v.change = group("0")
+	if mayChooseUser(t) {
+		v.change = group("1234")
+	}
 	v.mustPublish()
 	n.api.put(class("git", configuration("config", "file", "other")))
 	v.mustPublish()
 	v.wantFiles("file")
 	v.mustUnpublish()
+	if warned := regexp.MustCompile(`missing="(.*?)"`).FindStringSubmatch(p.log.String() + ` missing=""`); warned[1] != missing {
+		t.Errorf("renderers lack %q, not %q: %s", warned[1], missing, p.log)
+	}
 	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", p.Process.Pid))
 	must(t, err)
 	if len(threads) == 0 {
@@ -411,6 +430,27 @@ func TestDriverGivesUpCapabilities(t *testing.T) {
 				t.Errorf("thread %d has %s %s, not %s", id, want[0], is, want[1])
 			}
 		}
+	}
+	must(t, p.Process.Signal(syscall.SIGTERM))
+	select {
+	case <-p.exited:
+	case <-time.After(time.Minute):
+		t.Error("the driver does not end its renderer")
+	}
+}
+
+// runWithoutUserNamespaces runs the test that it is part of once more, in a user namespace that may have no other.
+func runWithoutUserNamespaces(t *testing.T) {
+	test, _, _ := strings.Cut(t.Name(), "/")
+	self, err := os.Executable()
+	must(t, err)
+	cmd := exec.Command("sh", "-c", `echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"`, "sh", self, "-test.run=^"+test+"$")
+	cmd.Env = append(os.Environ(), roleKey+"="+roleTests)
+	all := []syscall.SysProcIDMap{{HostID: 0, ContainerID: 0, Size: rendererUID + 1}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS, UidMappings: all, GidMappings: all,
+		GidMappingsEnableSetgroups: true, Pdeathsig: syscall.SIGKILL}
+	if output, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, output)
 	}
 }
 
