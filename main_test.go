@@ -36,7 +36,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/hmac"
-	crand "crypto/rand"
+	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
@@ -51,7 +51,6 @@ import (
 	"log/slog"
 	"maps"
 	"math/big"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -1306,10 +1305,10 @@ func TestAnotherServersCertificate(t *testing.T) {
 	right, err := os.ReadFile(ca)
 	must(t, err)
 	defer os.WriteFile(ca, right, 0o644)
-	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
 	authority := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, NotAfter: time.Now().Add(time.Hour)}
-	der, err := x509.CreateCertificate(crand.Reader, authority, authority, key.Public(), key)
+	der, err := x509.CreateCertificate(rand.Reader, authority, authority, key.Public(), key)
 	must(t, err)
 	must(t, os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644))
 	n.start()
@@ -3313,7 +3312,7 @@ func TestKilledDuringPushes(t *testing.T) {
 	change()
 	volumes := []*podVolume{n.volume(), n.volume()}
 	stop, results, readers := make(chan struct{}), make(chan error, 2), 0
-	for range 8 {
+	for round := range 8 {
 		p := n.startBinary(rendererBinary(), anHour)
 		for _, v := range volumes {
 			v.settle()
@@ -3324,7 +3323,7 @@ func TestKilledDuringPushes(t *testing.T) {
 		}
 		n.awaitWatches(2)
 		change()
-		for range rand.IntN(20) { // a random moment
+		for range round * 5 / 2 { // another moment each time
 			time.Sleep(100 * time.Microsecond)
 			change()
 		}
@@ -5906,7 +5905,7 @@ func TestKilledDuringUpdates(t *testing.T) {
 				err = v.publish()
 			}
 		}()
-		time.Sleep(time.Duration(rand.IntN(20)) * time.Millisecond) // a random moment
+		time.Sleep(time.Duration(round) * 3 / 2 * time.Millisecond) // another moment each time
 		p.kill()
 		<-updating
 		if text := v.file("a"); len(text) < 5000 {
