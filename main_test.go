@@ -148,7 +148,7 @@ func TestStartUpFailures(t *testing.T) {
 // wantFailure waits for the process's end, with exit code 1 and one line.
 func (p *process) wantFailure(t *testing.T, word string) {
 	t.Helper()
-	<-p.exited
+	p.awaitExit(t)
 	if log := p.log.String(); p.ProcessState.ExitCode() != 1 || strings.Count(log, "\n") != 1 || !strings.HasPrefix(log, "connectors-csi: ") || !strings.Contains(log, word) {
 		t.Errorf("exit code %d, and no single line with %q: %q", p.ProcessState.ExitCode(), word, log)
 	}
@@ -167,7 +167,7 @@ func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
 	eventually(t, "the socket is removed", func() bool { _, err := os.Lstat(n.socket()); return errors.Is(err, fs.ErrNotExist) })
 	gate.open()
 	must(t, <-result)
-	<-p.exited
+	p.awaitExit(t)
 	if code := p.ProcessState.ExitCode(); code != 0 || !strings.Contains(p.log.String(), "stopped") {
 		t.Errorf("exit code %d, log %s", code, p.log)
 	}
@@ -397,7 +397,7 @@ func TestDriverGivesUpCapabilities(t *testing.T) {
 		t.Run("without user namespaces", runWithoutUserNamespaces)
 	}
 	n := newNode(t)
-	p := n.startBinary(rendererBinary(), "--refresh-interval=1ns")
+	p := n.startProcess()
 	v := n.volume()
 	v.change = group("0")
 	if mayChooseUser(t) {
@@ -430,11 +430,7 @@ func TestDriverGivesUpCapabilities(t *testing.T) {
 		}
 	}
 	must(t, p.Process.Signal(syscall.SIGTERM))
-	select {
-	case <-p.exited:
-	case <-time.After(time.Minute):
-		t.Error("the driver does not end its renderer")
-	}
+	p.awaitExit(t) // after its renderer's end
 }
 
 // runWithoutUserNamespaces runs the test that it is part of once more, in a user namespace that may have no other.
@@ -3357,7 +3353,7 @@ func TestRestartOfAWatchingDriver(t *testing.T) {
 	v := n.watchedVolume()
 	generation := v.generation()
 	must(t, p.Process.Signal(syscall.SIGTERM)) // which no stream delays
-	<-p.exited
+	p.awaitExit(t)
 	if code := p.ProcessState.ExitCode(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
@@ -4041,7 +4037,7 @@ func (p *process) wantSound(t *testing.T) {
 		t.Errorf("%d renderers: %v", len(left), left)
 	}
 	must(t, p.Process.Signal(syscall.SIGTERM))
-	<-p.exited
+	p.awaitExit(t)
 	if code := p.ProcessState.ExitCode(); code != 0 {
 		t.Errorf("the driver ended with %d", code)
 	}
@@ -7404,6 +7400,16 @@ func (n *node) startBinary(binary string, arguments ...string) *process {
 	}
 	n.dial()
 	return p
+}
+
+// awaitExit waits until the process has ended by itself.
+func (p *process) awaitExit(t testing.TB) {
+	t.Helper()
+	select {
+	case <-p.exited:
+	case <-time.After(time.Minute):
+		t.Fatalf("the driver goes on: %s", p.log)
+	}
 }
 
 func (p *process) kill() {
