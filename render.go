@@ -1501,6 +1501,7 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 	requests, answers := bufio.NewReader(in), bufio.NewWriter(out)
 	writeFrame(answers, frameDone, nil)
 	for answers.Flush() == nil {
+		collectGarbage()
 		kind, header, err := readFrame(requests, maxFrameBytes)
 		if err != nil || kind != frameJob || limitProcessorTime() != nil {
 			return 1
@@ -1520,6 +1521,14 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 		}
 	}
 	return 1
+}
+
+// collectGarbage frees what is left of a large volume, so that the next one has as much memory as the first.
+func collectGarbage() {
+	var heap runtime.MemStats
+	if runtime.ReadMemStats(&heap); heap.HeapAlloc > renderMemory/8 {
+		runtime.GC()
+	}
 }
 
 // limitMemory limits what this process may map beyond what it has mapped until now, which /proc/self/status
