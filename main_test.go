@@ -5312,7 +5312,7 @@ func TestFullVolume(t *testing.T) {
 	}
 	must(t, file.Close())
 
-	_, err = publishVolume(v.target, map[string][]byte{"token": []byte("new")}, access{}, true)
+	_, err = publishVolume(v.target, map[string][]byte{"token": []byte("new")}, access{})
 	wantError(t, mountStatus(err), codes.ResourceExhausted, "no room", "no space left on device")
 	if !maps.Equal(v.read(), files) {
 		t.Error("the files changed")

@@ -75,13 +75,13 @@ func (a access) modes() (dir, file os.FileMode) {
 // publishVolume makes the files visible, complete and read-only, at the target path: by a new mount, or in
 // place where the target is mounted already. It reports whether that changed what users see. When it fails, a
 // target that was not mounted before is not mounted afterwards, and one that was still shows its old files.
-func publishVolume(target string, f files, who access, keepOld bool) (changed bool, err error) {
+func publishVolume(target string, f files, who access) (changed bool, err error) {
 	mounted, err := isMountRoot(target)
 	switch {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return false, err
 	case mounted:
-		return updateVolume(target, f, who, keepOld)
+		return updateVolume(target, f, who)
 	}
 	return true, mountVolume(target, f, who)
 }
@@ -104,7 +104,7 @@ func mountVolume(target string, f files, who access) error {
 	defer unix.Close(mount)
 
 	writing.RLock()
-	_, err = writeGeneration(mount, f, who, true) // 2. write
+	_, err = writeGeneration(mount, f, who) // 2. write
 	if err == nil {
 		err = setReadOnly(mount, true) // 3. read-only
 	}
@@ -127,9 +127,9 @@ func mountVolume(target string, f files, who access) error {
 
 // updateVolume brings the files of a mounted volume up to date without ever making the mount writable for
 // the containers that use it: it writes through a private clone of the mount.
-func updateVolume(target string, f files, who access, keepOld bool) (changed bool, err error) {
+func updateVolume(target string, f files, who access) (changed bool, err error) {
 	err = throughClone(target, func(clone int) (err error) {
-		changed, err = writeGeneration(clone, f, who, keepOld)
+		changed, err = writeGeneration(clone, f, who)
 		return err
 	})
 	return changed, err
@@ -274,12 +274,12 @@ func setReadOnly(mount int, readOnly bool) error {
 //     one's directory anew
 //  2. create the visible links that are missing; they dangle until ..data has their file
 //  3. switch ..data to the generation, by rename
-//  4. remove what belongs neither to it nor to the generation that was current until now. If keepOld is set,
-//     that one stays until the next call, since somebody may be following ..data into it at this very moment
+//  4. remove what belongs neither to it nor to the generation that was current until now: that one stays,
+//     since somebody may be following ..data into it at this very moment
 //
 // Every step finds by itself what is left to do, so an interrupted update is completed by the next one. It
 // reports whether it changed what users see; if not, nothing is left to do.
-func writeGeneration(mount int, f files, who access, keepOld bool) (changed bool, err error) {
+func writeGeneration(mount int, f files, who access) (changed bool, err error) {
 	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", mount))
 	if err != nil {
 		return false, err
@@ -339,8 +339,7 @@ func writeGeneration(mount int, f files, who access, keepOld bool) (changed bool
 
 	// 4. sweep
 	for name := range present {
-		if _, wanted := f[name]; wanted || name == generation || name == current && keepOld ||
-			name == dataLink {
+		if _, wanted := f[name]; wanted || name == generation || name == current || name == dataLink {
 			continue
 		}
 		if err := root.RemoveAll(name); err != nil {
@@ -456,7 +455,7 @@ func newBudget(podsDir string, limit int64) (*budget, error) {
 	return b, err
 }
 
-// publish is publishVolume within the limits.
+// publish is publishVolume within the limits. Where they leave no room for the old files, these go at once.
 func (b *budget) publish(target string, f files, who access) (changed bool, err error) {
 	need := f.memory()
 	keepOld, err := b.reserve(target, need)
@@ -466,7 +465,10 @@ func (b *budget) publish(target string, f files, who access) (changed bool, err 
 		keepOld, err = b.reserve(target, need) // since the one before may have used what there was
 	}
 	if err == nil {
-		changed, err = publishVolume(target, f, who, keepOld)
+		changed, err = publishVolume(target, f, who)
+	}
+	if err == nil && !keepOld {
+		err = sweepVolume(target)
 	}
 	b.settle(target, need, err)
 	return changed, err
