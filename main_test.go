@@ -337,14 +337,30 @@ func TestRegistration(t *testing.T) {
 
 	v := n.volume()
 	v.mustPublish()
-	must(t, os.Remove(n.socket())) // somebody cleans up
-	n.wantReady(503, "")
-	eventually(t, "the socket is there again", func() bool { _, err := os.Stat(n.socket()); return err == nil })
-	n.wantReady(503, "kubelet has not registered the driver yet")
-	n.conn.Close()
-	n.dial()
-	n.callRegistration("NotifyRegistrationStatus", registered)
-	n.wantReady(200, "ok")
+	for what, harm := range sorted(map[string]func() error{
+		"removed": func() error { return os.Remove(n.socket()) }, // somebody cleans up
+		"replaced": func() error { // another process of the driver was started and killed
+			other, err := net.ListenUnix("unix", &net.UnixAddr{Name: n.socket() + ".other"})
+			must(t, err)
+			other.SetUnlinkOnClose(false)
+			return errors.Join(other.Close(), os.Rename(n.socket()+".other", n.socket()))
+		},
+	}) {
+		must(t, harm())
+		n.wantReady(503, "")
+		eventually(t, "the socket that was "+what+" serves again", func() bool {
+			conn, err := net.Dial("unix", n.socket())
+			if err == nil {
+				conn.Close()
+			}
+			return err == nil
+		})
+		n.wantReady(503, "kubelet has not registered the driver yet")
+		n.conn.Close()
+		n.dial()
+		n.callRegistration("NotifyRegistrationStatus", registered)
+		n.wantReady(200, "ok")
+	}
 	v.mustUnpublish()
 
 	for _, malformed := range []struct {
