@@ -628,6 +628,9 @@ func TestPreview(t *testing.T) {
 		if text, err := os.ReadFile(filepath.Join(dir, name)); string(text) != want {
 			t.Errorf("%s is %q, %v", name, text, err)
 		}
+		if info, err := os.Stat(filepath.Join(dir, name)); err != nil || info.Mode() != 0o600 { // it may hold a token
+			t.Errorf("%s: %v, %v", name, info, err)
+		}
 	}
 
 	for _, c := range []struct {
