@@ -6117,6 +6117,7 @@ func FuzzParseObject(f *testing.F) {
 func FuzzRegistrationStatus(f *testing.F) {
 	f.Add([]byte{8, 1})
 	f.Add([]byte{8, 0, 18, 2, 'n', 'o'})
+	f.Add([]byte{18, 2, 'n'})
 	f.Add([]byte{18, 200, 1})
 	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1})
 	f.Add([]byte{26, 1, 'x', 8, 1, 32, 7})
