@@ -712,6 +712,7 @@ func (d *driver) take(target string, h *holder) (other *holder) {
 	return nil
 }
 
+// release lets go of the target path, and wakes those who wait for it.
 func (d *driver) release(target string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -783,6 +784,7 @@ func (d *driver) beginPush(target string) (p *publication, due time.Time) {
 	return v.publication, due
 }
 
+// endPush counts the pushes that failed since the volume was published.
 func (d *driver) endPush(target string, failed bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -888,6 +890,7 @@ func (d *driver) keepToken(target string, token issuedToken) {
 	d.tokens[target] = token
 }
 
+// keptToken returns what keepToken has kept for the volume, if anything.
 func (d *driver) keptToken(target string) issuedToken {
 	d.mu.Lock()
 	defer d.mu.Unlock()

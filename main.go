@@ -655,6 +655,7 @@ type durations struct {
 // durationBuckets are the upper limits of the histograms, in seconds.
 var durationBuckets = [...]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
 
+// newMetrics begins with the counters whose labels are known at zero.
 func newMetrics(b *budget) *metrics {
 	return &metrics{
 		budget: b,

@@ -378,6 +378,7 @@ func writeFiles(root *os.Root, generation string, f files, who access) error {
 	return errors.Join(who.apply(self, dirMode), self.Close())
 }
 
+// apply gives a file or a directory its group, if there is one, and its mode.
 func (a access) apply(file *os.File, mode os.FileMode) error {
 	if a.hasGroup {
 		if err := file.Chown(-1, a.gid); err != nil {
@@ -594,6 +595,7 @@ func (b *budget) set(target string, volume footprint) {
 	}
 }
 
+// podUID is the first part of a target path below podsDir.
 func (b *budget) podUID(target string) string {
 	uid, _, _ := strings.Cut(strings.TrimPrefix(target, b.podsDir+"/"), "/")
 	return uid
@@ -700,6 +702,7 @@ type mountInfo struct {
 	shared        bool
 }
 
+// holds reports whether the path is on the mount, or on one that is mounted within it.
 func (m mountInfo) holds(path string) bool {
 	return m.point == "/" || path == m.point || strings.HasPrefix(path, m.point+"/")
 }

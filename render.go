@@ -439,6 +439,7 @@ type volumeFiles struct {
 // room is how many bytes the file of that name may have.
 func (v *volumeFiles) room(name string) int { return maxVolumeBytes - v.bytes + len(v.files[name]) }
 
+// add puts a file in the place of an earlier one of that name, if there is one.
 func (v *volumeFiles) add(name string, content []byte) error {
 	if _, ok := v.files[name]; len(content) > v.room(name) || !ok && len(v.files) == maxVolumeFiles {
 		return errTooLarge
@@ -1031,6 +1032,7 @@ func (p *renderers) start(namespace string) (*renderer, error) {
 	return nil, errors.Join(refusals...)
 }
 
+// startConfined starts a renderer in one of the confinements.
 func (p *renderers) startConfined(namespace, confinement string, flags uintptr, uid int) (*renderer, error) {
 	cmd := exec.Command(p.binary, confineArgument, confinement)
 	// The last one is for programs that are linked with a C library, which reserves 64 MiB for a thread.
