@@ -257,6 +257,9 @@ func setUpNetwork() error {
 	}
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = bridge
+	// Its own address, or it would have the lowest of its ports: another one whenever a Pod comes or goes, which the
+	// others do not learn for up to two minutes.
+	attrs.HardwareAddr = net.HardwareAddr{0x02, 0, 0, 0, 0, 1}
 	br := &netlink.Bridge{LinkAttrs: attrs}
 	address := func(cidr string) *netlink.Addr {
 		ip, network, err := net.ParseCIDR(cidr)
