@@ -948,13 +948,14 @@ func TestRequestsRefused(t *testing.T) {
 		code   codes.Code
 		words  string
 	}{
-		"not read-only":  {func(r *csi.NodePublishVolumeRequest) { r.Readonly = false }, codes.InvalidArgument, "csi.readOnly: true"},
-		"no volume id":   {func(r *csi.NodePublishVolumeRequest) { r.VolumeId = "" }, codes.InvalidArgument, "volume_id"},
-		"no capability":  {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = nil }, codes.InvalidArgument, "volume_capability"},
-		"block":          {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessType = &csi.VolumeCapability_Block{} }, codes.InvalidArgument, "volume_capability"},
-		"group":          {group("staff"), codes.InvalidArgument, `volume_mount_group "staff"`},
-		"negative group": {group("-1"), codes.InvalidArgument, `volume_mount_group "-1"`},
-		"no access mode": {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessMode = nil }, codes.InvalidArgument, "no access_mode"},
+		"not read-only":    {func(r *csi.NodePublishVolumeRequest) { r.Readonly = false }, codes.InvalidArgument, "csi.readOnly: true"},
+		"no volume id":     {func(r *csi.NodePublishVolumeRequest) { r.VolumeId = "" }, codes.InvalidArgument, "volume_id"},
+		"no capability":    {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = nil }, codes.InvalidArgument, "volume_capability"},
+		"block":            {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessType = &csi.VolumeCapability_Block{} }, codes.InvalidArgument, "volume_capability"},
+		"group":            {group("staff"), codes.InvalidArgument, `volume_mount_group "staff"`},
+		"negative group":   {group("-1"), codes.InvalidArgument, `volume_mount_group "-1"`},
+		"too high a group": {group("2147483648"), codes.InvalidArgument, `volume_mount_group "2147483648"`},
+		"no access mode":   {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessMode = nil }, codes.InvalidArgument, "no access_mode"},
 		"unknown mode": {func(r *csi.NodePublishVolumeRequest) {
 			r.VolumeCapability.AccessMode.Mode = csi.VolumeCapability_AccessMode_UNKNOWN
 		}, codes.InvalidArgument, "no access_mode"},
@@ -1971,6 +1972,7 @@ func TestOwnTokenForAnotherExpiration(t *testing.T) {
 	if c, ok := decodeClaims(token); !ok || token == v.pod.token || c.Kubernetes.Pod["uid"] != v.pod.uid || time.Until(time.Unix(c.Expires, 0)) < 59*time.Minute {
 		t.Errorf("the token in the file has the claims %+v", c)
 	}
+	n.volume(attrs{"token.expiration": "10m"}).mustPublish() // the shortest
 }
 
 func TestOwnTokenIsRenewedAt80Percent(t *testing.T) {
@@ -2661,6 +2663,23 @@ func TestFailedPush(t *testing.T) {
 			n.awaitWatches(2)
 		})
 	}
+}
+
+// A volume that cannot be pushed waits 2, 4 and more seconds between two tries.
+func TestPushesThatFailBecomeRarer(t *testing.T) {
+	n := startNode(t)
+	v := n.watchedVolume()
+	var failed []time.Time
+	for i := range 3 {
+		n.api.put(classWith("token", fmt.Sprintf("{{ .connector.spec.none%d }}", i)))
+		n.awaitMetric(`connectors_csi_pushes_total{code="FailedPrecondition"}`, float64(i+1))
+		failed = append(failed, time.Now())
+	}
+	if all := failed[2].Sub(failed[0]); all < 4*time.Second { // 2 and 4, less what the first took longer
+		t.Errorf("three pushes failed within %v", all)
+	}
+	n.api.put(gitClass(), moved("git", "repaired"))
+	v.await(".gitconfig", "https://repaired")
 }
 
 func TestConnectorMadeAgainAtOnce(t *testing.T) {
