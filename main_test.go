@@ -1695,9 +1695,30 @@ func TestObjectsOfAVolumeAreLimited(t *testing.T) {
 		n.api.put(connector("default", name, "git", padded(1<<20-20_000)))
 		names = append(names, name)
 	}
+	paths := []string{classPath("git")}
+	for _, name := range names[:4] {
+		paths = append(paths, connectorPath("default", name))
+	}
 	v := n.volume(attrs{"connector.name": "-", "connectors": strings.Join(names[:4], ",")})
 	v.mustRefuse(codes.FailedPrecondition, `Connector "default/large-3"`, "more than 4096 KiB together") // the class counts once
-	n.api.put(connector("default", "large-3", "git", padded(1<<20-60_000)))
+	size := func(padding int) (all int) {                                                                // of the four and their class
+		n.api.put(connector("default", "large-3", "git", padded(padding)))
+		n.api.set(func() {
+			for _, path := range paths {
+				all += len(n.api.objects[path])
+			}
+		})
+		return all
+	}
+	room := 1<<20 - 60_000
+	for all := size(room); all != maxVolumeObjectsBytes; all = size(room) { // a resourceVersion may get a digit more
+		room += maxVolumeObjectsBytes - all
+	}
+	if all := size(room + 1); all != maxVolumeObjectsBytes+1 {
+		t.Fatalf("they have %d bytes", all)
+	}
+	v.mustRefuse(codes.FailedPrecondition, "more than 4096 KiB together")
+	size(room)
 	v.mustPublish()
 	n.api.put(connector("default", "large-3", "git", padded(1<<20), with("https://moved", "spec", "address")))
 	n.age()
