@@ -1926,6 +1926,19 @@ func TestFirstPublishChecksThePodsOwnToken(t *testing.T) {
 	if !strings.Contains(v.file(".gitconfig"), "https://changed") {
 		t.Error("a first publish was made from the cache")
 	}
+
+	// Not even what another Pod of the ServiceAccount was given since then counts.
+	n.api.put(connector("default", "slow", "git"))
+	gate, read := n.api.hold("/connectors/slow"), n.api.count(git)
+	published := make(chan error)
+	go func() { published <- n.volume(attrs{"connector.name": "-", "connectors": "slow,git"}).publish() }()
+	eventually(t, "the first Connector is read", func() bool { return gate.waiting.Load() == 1 })
+	n.volume().mustPublish()
+	gate.open()
+	must(t, <-published)
+	if read = n.api.count(git) - read; read != 2 {
+		t.Errorf("two first publishes read the Connector %d times", read)
+	}
 }
 
 func TestPermissionTakenAway(t *testing.T) {
