@@ -2456,6 +2456,25 @@ func TestWhateverAStreamSays(t *testing.T) {
 	n.wantForgotten()
 }
 
+// kubectl apply leaves the whole object in an annotation: an event can be larger than what is looked into, and says that
+// something has changed all the same, on a stream that goes on.
+func TestEventsWithLargeAnnotations(t *testing.T) {
+	n := startNode(t)
+	annotated := with(strings.Repeat("x", 100<<10), "metadata", "annotations", "kubectl.kubernetes.io/last-applied-configuration")
+	put := func(i int) {
+		n.api.put(connector("default", "git", "git", annotated, with(fmt.Sprintf("https://large-%d", i), "spec", "address")))
+	}
+	put(0)
+	v := n.watchedVolume()
+	for i := range 3 {
+		put(i + 1)
+		v.await(".gitconfig", fmt.Sprintf("https://large-%d", i+1))
+	}
+	if opened := n.readMetrics()[`connectors_csi_api_requests_total{resource="connectors",verb="watch",code="200"}`]; opened != 1 {
+		t.Errorf("the Connector's watch was opened %v times", opened)
+	}
+}
+
 // Where the API server does not open streams, objects are polled, and it is not asked again and again.
 func TestWatchesThatAreRefused(t *testing.T) {
 	thief := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
