@@ -180,7 +180,7 @@ func (r scaleReport) draw(path string) error {
 		p.X.Label.Text = "drivers"
 		p.X.Scale, p.Y.Scale = plot.LogScale{}, plot.LogScale{}
 		p.X.Tick.Marker, p.Y.Tick.Marker = numbers, powersOfTen
-		p.Legend.Top = true
+		p.Legend.Top, p.Legend.Left = true, true
 	}
 	watched := func(f scaleFigures) float64 {
 		return f.Rest.PerVolumeHour + float64(f.Streams)*streamsPerHour/float64(f.Volumes)
@@ -198,7 +198,7 @@ func (r scaleReport) draw(path string) error {
 		p.Y.Min, p.Y.Max = p.Y.Min/2, 20*p.Y.Max // room for the legend
 	}
 	canvas := vgsvg.New(24*vg.Centimeter, 10*vg.Centimeter)
-	tiles := draw.Tiles{Rows: 1, Cols: 2, PadX: vg.Centimeter}
+	tiles := draw.Tiles{Rows: 1, Cols: 2, PadX: vg.Centimeter, PadRight: vg.Centimeter / 2}
 	for i, c := range plot.Align([][]*plot.Plot{{latency, cost}}, tiles, draw.New(canvas))[0] {
 		[]*plot.Plot{latency, cost}[i].Draw(c)
 	}
