@@ -1268,22 +1268,24 @@ func TestAPIServerErrorsForClassAndToken(t *testing.T) {
 }
 
 func TestRetryAfterIsHonoured(t *testing.T) {
-	n := startNode(t)
-	var first time.Time
-	n.api.set(func() {
-		n.api.intercept = func(w http.ResponseWriter, r *http.Request) bool {
-			if !first.IsZero() {
-				return false
+	for _, seconds := range []string{"0", "1"} { // the least is a second
+		n := startNode(t)
+		var first time.Time
+		n.api.set(func() {
+			n.api.intercept = func(w http.ResponseWriter, r *http.Request) bool {
+				if !first.IsZero() {
+					return false
+				}
+				first = time.Now()
+				w.Header().Set("Retry-After", seconds)
+				w.WriteHeader(http.StatusTooManyRequests)
+				return true
 			}
-			first = time.Now()
-			w.Header().Set("Retry-After", "1")
-			w.WriteHeader(http.StatusTooManyRequests)
-			return true
+		})
+		n.volume().mustPublish()
+		if waited := time.Since(first); waited < time.Second {
+			t.Errorf("Retry-After: %s: it came again after %v", seconds, waited)
 		}
-	})
-	n.volume().mustPublish()
-	if waited := time.Since(first); waited < time.Second {
-		t.Errorf("it came again after %v", waited)
 	}
 }
 
@@ -2743,6 +2745,23 @@ func TestConnectorMadeAgainAtOnce(t *testing.T) {
 	v.await(".gitconfig", "https://another")
 	n.api.put(moved("git", "changed"))
 	v.await(".gitconfig", "https://changed")
+}
+
+// A stream that begins without the object says by its first bookmark that there is none.
+func TestConnectorThatIsGoneWhenItsStreamBegins(t *testing.T) {
+	n := startNode(t)
+	v := n.watchedVolume()
+	old := n.api.stream("default/default", gitPath)
+	n.api.set(func() { delete(n.api.objects, gitPath) }) // as while the API server forgets what has happened
+	old.send(`{"type":"ERROR","object":` + statusBody(http.StatusGone, "Expired", "too old") + "}\n")
+	var begun *apiStream
+	eventually(t, "another stream has begun", func() bool {
+		begun = n.api.stream("default/default", gitPath)
+		return begun != old
+	})
+	begun.send(`{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"1000"}}}` + "\n")
+	n.awaitMetric(`connectors_csi_pushes_total{code="NotFound"}`, 1)
+	wantError(t, v.publish(), codes.NotFound, "not found")
 }
 
 // When a Connector gets another class, that one is watched, and the old one no longer once nobody uses it.
