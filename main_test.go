@@ -5260,12 +5260,23 @@ func TestForeignMountIsLeftAlone(t *testing.T) {
 
 func TestFileAtTargetIsLeftAlone(t *testing.T) {
 	n := startNode(t)
-	v := n.volume()
-	must(t, os.WriteFile(v.target, []byte("precious"), 0o644))
-	wantError(t, v.publish(), codes.FailedPrecondition, "did not mount")
-	if text, err := os.ReadFile(v.target); string(text) != "precious" {
-		t.Error("it was touched:", err)
+	other := n.volume()
+	other.mustPublish()
+	for what, put := range sorted(map[string]func(target string) error{
+		"a file": func(target string) error { return os.WriteFile(target, []byte("precious"), 0o644) },
+		"a link": func(target string) error { return os.Symlink(other.target, target) },
+	}) {
+		t.Run(what, func(t *testing.T) {
+			v := n.volume()
+			must(t, put(v.target))
+			wantError(t, v.publish(), codes.FailedPrecondition, "did not mount")
+			wantError(t, v.unpublish(), codes.FailedPrecondition, "did not mount")
+			if _, err := os.Lstat(v.target); err != nil {
+				t.Error("it was touched:", err)
+			}
+		})
 	}
+	other.want("token", other.pod.token)
 }
 
 func TestMissingParentIsNotCreated(t *testing.T) {

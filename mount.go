@@ -210,7 +210,7 @@ func unpublishVolume(target string) (changed bool, err error) {
 			return changed, nil
 		case errors.Is(err, unix.EBUSY) && unmounted: // there was another mount below
 			changed = true
-		case errors.Is(err, unix.ENOTEMPTY):
+		case errors.Is(err, unix.ENOTEMPTY), errors.Is(err, unix.ENOTDIR):
 			return changed, fmt.Errorf("rmdir %s: %w", target, errNotOurs)
 		default:
 			return changed, fmt.Errorf("rmdir %s: %w", target, err)
