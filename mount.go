@@ -147,11 +147,11 @@ func sweepVolume(target string) error {
 		if err != nil {
 			return err
 		}
-		generations, err := fs.Glob(root.FS(), generationPrefix+"*")
+		names, err := fs.Glob(root.FS(), "*")
 		if err != nil {
 			return err
 		}
-		return removeGenerations(root, slices.Values(generations), current)
+		return removeGenerations(root, slices.Values(names), current)
 	})
 }
 
