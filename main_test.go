@@ -1636,10 +1636,7 @@ func TestReadsAreShared(t *testing.T) {
 
 	n.age()
 	gate := n.api.hold("/connectors/")
-	results := make(chan error)
-	for _, v := range volumes {
-		go func() { results <- v.publish() }()
-	}
+	results := publishAtOnce(volumes)
 	n.awaitCalls(len(volumes))
 	eventually(t, "each Connector is asked for, by each ServiceAccount", func() bool { return gate.waiting.Load() == 3 })
 	gate.open()
@@ -1664,10 +1661,8 @@ func TestReadsThatFailAreShared(t *testing.T) {
 	path := connectorPath("default", "git")
 	n.api.remove(path)
 	n.age()
-	before, gate, results := n.api.count(path), n.api.hold("/connectors/"), make(chan error)
-	for _, v := range volumes {
-		go func() { results <- v.publish() }()
-	}
+	before, gate := n.api.count(path), n.api.hold("/connectors/")
+	results := publishAtOnce(volumes)
 	n.awaitCalls(len(volumes))
 	eventually(t, "one asks", func() bool { return gate.waiting.Load() == 1 })
 	gate.open()
@@ -5121,10 +5116,7 @@ func TestPublishesOfDifferentTargetsRunInParallel(t *testing.T) {
 	gate := n.api.hold("/connectors/")
 	pod := n.pod()
 	volumes := []*podVolume{pod.volume("a"), pod.volume("b"), n.volume()}
-	results := make(chan error)
-	for _, v := range volumes {
-		go func() { results <- v.publish() }()
-	}
+	results := publishAtOnce(volumes)
 	eventually(t, "all have come to the API server", func() bool { return int(gate.waiting.Load()) == len(volumes) })
 	gate.open()
 	for range volumes {
@@ -5750,11 +5742,10 @@ func TestNodesBudget(t *testing.T) {
 	}
 
 	// Tokens go on, even all at once.
-	results := make(chan error)
 	for _, v := range volumes {
 		v.pod.renewToken()
-		go func() { results <- v.publish() }()
 	}
+	results := publishAtOnce(volumes)
 	for range volumes {
 		must(t, <-results)
 	}
@@ -5840,10 +5831,7 @@ func TestOldFilesThatAreOpenCount(t *testing.T) {
 	}
 	used := n.used()
 	pod.renewToken()
-	results := make(chan error)
-	for _, v := range volumes {
-		go func() { results <- v.publish() }()
-	}
+	results := publishAtOnce(volumes)
 	err := errors.Join(<-results, <-results) // one of them
 	wantError(t, err, codes.ResourceExhausted)
 	if err == nil || !strings.Contains(err.Error(), "983 KiB of it for old files that its containers have open or mount by subPath") {
@@ -7642,6 +7630,15 @@ func (v *podVolume) mustPublish() {
 	if n := len(mountsBelow(v.target)); n != 1 {
 		v.t.Fatalf("%s has %d mounts", v.target, n)
 	}
+}
+
+// publishAtOnce begins to publish all of the volumes at the same time. The channel has an outcome for each.
+func publishAtOnce(volumes []*podVolume) <-chan error {
+	results := make(chan error, len(volumes))
+	for _, v := range volumes {
+		go func() { results <- v.publish() }()
+	}
+	return results
 }
 
 // settle publishes twice, after which the driver has nothing left to do for the volume.

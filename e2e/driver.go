@@ -117,7 +117,7 @@ func mounts(uid string) []string {
 func mountsBelow(dir string) (lines []string) {
 	table, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
-		panic(err)
+		panic(err) // there is no /proc
 	}
 	for line := range strings.Lines(string(table)) {
 		// "36 35 98:0 / /mount/point ro,nosuid - tmpfs source rw"

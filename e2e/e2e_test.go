@@ -691,7 +691,7 @@ func TestChangesArriveAfterFiveMinutesWithoutTheAPIServer(t *testing.T) {
 
 	node.apiServer.stop()
 	changed := changeInEtcd("/registry/connectors.alauda.io/connectors/"+ns.name+"/target", "https://one.", "https://two.")
-	time.Sleep(away)
+	time.Sleep(away) // what is tried
 	kept, err := os.ReadFile(file)
 	node.kubelet.stop()
 	node.apiServer = node.restart(node.apiServer)

@@ -194,10 +194,8 @@ func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
 
 	before, used, began := len(publishes(t)), driverProcessorTime(t), time.Now()
 	beside, most := honest.fastest("beside"), control*3/2
-	for range 2 { // the rest of the machine is busy at times, too
-		if beside > most {
-			beside = min(beside, honest.fastest("beside"))
-		}
+	for try := 0; beside > most && try < 2; try++ { // the rest of the machine is busy at times, too
+		beside = min(beside, honest.fastest("beside"))
 	}
 	calls := slices.DeleteFunc(publishes(t)[before:], func(p publish) bool { return p.namespace != honest.name })
 	t.Logf("20 Pods of a neighbour run after %v alone, after %v beside as many Pods as the tenant's that wait for ConfigMaps, and after "+

@@ -226,7 +226,7 @@ func newScaleRun(n *Node, o scaleOptions) (*scaleRun, error) {
 	if err != nil {
 		return nil, err
 	}
-	time.Sleep(o.duration)
+	time.Sleep(o.duration) // over which is measured
 	after, err := processorTime(n.apiServer)
 	s.idleCPU = perHour(after-before, o.duration)
 	return s, err

@@ -289,7 +289,7 @@ func (w *watch) readLogs() {
 		w.mu.Lock()
 		from := w.offsets[path]
 		w.mu.Unlock()
-		added := make([]byte, 0)
+		var added []byte
 		if info, err := file.Stat(); err == nil && info.Size() > from {
 			added = make([]byte, info.Size()-from)
 			n, _ := file.ReadAt(added, from)
