@@ -1,0 +1,428 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+)
+
+// ---- Memory of volumes ----
+
+// sized is a class whose configuration "config" has the token in one file and so many bytes in another.
+func sized(bytes int) object {
+	return class("git", configuration("config", "token", "{{ .context.token }}", "large", fmt.Sprintf(`{{ repeat %d "x" }}`, bytes)))
+}
+
+// used is what all volumes of the node take, by the driver's metrics.
+func (n *node) used() int64 {
+	n.t.Helper()
+	return int64(n.readMetrics()["connectors_csi_volumes_bytes"])
+}
+
+// The driver's figure for files that are to be mounted is the one for the volume that holds them.
+func TestMemoryIsKnownBeforeTheMount(t *testing.T) {
+	n := newNode(t)
+	target := n.volume().target
+	many := files{}
+	for i := range 256 {
+		many[strconv.Itoa(i)] = nil
+	}
+	for what, f := range sorted(map[string]files{
+		"none":            {},
+		"empty":           {"a": nil},
+		"a byte":          {"a": []byte("x")},
+		"a page":          {"a": make([]byte, os.Getpagesize())},
+		"a byte more":     {"a": make([]byte, os.Getpagesize()+1)},
+		"long link":       {strings.Repeat("a", 120): nil},
+		"longer link":     {strings.Repeat("a", 121): nil},
+		"longest link":    {strings.Repeat("a", 253): []byte("x")},
+		"256 empty files": many,
+		"large":           {"a": make([]byte, 1<<20), "b": []byte("x")},
+	}) {
+		must(t, mountVolume(target, f, access{}))
+		if need, used := f.memory(), memoryOf(target); need != used {
+			t.Errorf("%s: %d bytes, but it takes %d", what, need, used)
+		}
+		_, err := unpublishVolume(target)
+		must(t, err)
+	}
+}
+
+// The memory that the kernel charges to the driver for volumes of 256 empty files, which have no blocks, is within
+// what the driver counts, and at least half of it.
+func TestMemoryIsWhatTheKernelCharges(t *testing.T) {
+	cgroup, usage := fmt.Sprintf("/sys/fs/cgroup/memory/connectors-csi-test-%d", os.Getpid()), "/memory.usage_in_bytes"
+	if err := os.Mkdir(cgroup, 0o755); err != nil {
+		cgroup, usage = fmt.Sprintf("/sys/fs/cgroup/connectors-csi-test-%d", os.Getpid()), "/memory.current"
+		if err := os.Mkdir(cgroup, 0o755); err != nil {
+			t.Skip("no cgroup can be made: ", err)
+		}
+	}
+	defer func() { eventually(t, "the cgroup is removed", func() bool { return os.Remove(cgroup) == nil }) }()
+	if _, err := os.Stat(cgroup + usage); err != nil {
+		t.Skip("the cgroup does not count memory: ", err)
+	}
+	n := newNode(t)
+	var data []string
+	for i := range 256 {
+		data = append(data, fmt.Sprint("file-", i), "")
+	}
+	n.api.put(class("git", configuration("config", data...)))
+	p := n.startProcess()
+	defer p.kill()
+	must(t, os.WriteFile(cgroup+"/cgroup.procs", []byte(strconv.Itoa(p.Process.Pid)), 0o644))
+	// charged is what the cgroup is charged for, less the process's own memory
+	charged := func() int64 {
+		text, err := os.ReadFile(cgroup + usage)
+		must(t, err)
+		bytes, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+		must(t, err)
+		text, err = os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+		must(t, err)
+		own, err := strconv.ParseInt(regexp.MustCompile(`RssAnon:\s+(\d+) kB`).FindStringSubmatch(string(text))[1], 10, 64)
+		must(t, err)
+		return bytes - own<<10
+	}
+	for range 20 {
+		n.volume().mustPublish()
+	}
+	before, usedBefore := charged(), n.used()
+	for range 100 {
+		must(t, n.volume().publish())
+	}
+	got, counted := charged()-before, n.used()-usedBefore
+	t.Logf("%d KiB are charged for a volume, and %d KiB counted", got/100>>10, counted/100>>10)
+	if got > counted || got < counted/2 {
+		t.Errorf("%d KiB are charged, and %d KiB counted", got>>10, counted>>10)
+	}
+}
+
+func TestPodMayHave16Volumes(t *testing.T) {
+	n := startNode(t)
+	pod := n.pod()
+	var volumes []*podVolume
+	for i := range 17 {
+		volumes = append(volumes, pod.volume(fmt.Sprint("v", i)))
+	}
+	for _, v := range volumes[:16] {
+		v.mustPublish()
+	}
+	volumes[16].mustRefuse(codes.ResourceExhausted, "16 other volumes of connectors-csi", "may have 16")
+	n.volume().mustPublish() // of another Pod
+	volumes[3].mustUnpublish()
+	volumes[16].mustPublish()
+	volumes[3].mustRefuse(codes.ResourceExhausted)
+	volumes[5].pod.renewToken()
+	volumes[5].mustPublish()
+}
+
+func TestPodsVolumesHaveALimitTogether(t *testing.T) {
+	n := startPolling(t)
+	n.api.put(sized(980 << 10))
+	pod := n.pod()
+	first, second, third := pod.volume("first"), pod.volume("second"), pod.volume("third")
+	first.mustPublish()
+	second.mustPublish()
+	third.mustRefuse(codes.ResourceExhausted, "takes 1014 KiB of memory", "other volumes take 2029 KiB", "may take 2048 KiB")
+	n.volume().mustPublish() // of another Pod
+
+	// Files may be replaced by as many, which leaves no room for the old ones beside them.
+	pod.renewToken()
+	first.mustPublish()
+	first.want("token", pod.token)
+	if generations, _ := filepath.Glob(first.target + "/..gen-*"); len(generations) != 1 {
+		t.Errorf("generations %v", generations)
+	}
+
+	// They may not grow beyond the limit, and stay as they were.
+	files := second.read()
+	n.api.put(sized(1010 << 10))
+	n.age()
+	wantError(t, second.publish(), codes.ResourceExhausted, "takes 1046 KiB of memory", "other volumes take 1014 KiB")
+	if !maps.Equal(second.read(), files) {
+		t.Error("the files changed")
+	}
+	second.wantClean()
+	n.api.put(sized(100 << 10))
+	n.age()
+	second.mustPublish()
+	third.mustPublish()
+}
+
+// Volumes of one Pod that are published at once do not pass the limit together.
+func TestPodsVolumesAtOnce(t *testing.T) {
+	n := startNode(t)
+	n.api.put(sized(500 << 10))
+	pod := n.pod()
+	results := make(chan error)
+	for i := range 16 {
+		v := pod.volume(fmt.Sprint("v", i))
+		go func() { results <- v.publish() }()
+	}
+	published := 0
+	for range 16 {
+		if err := <-results; err == nil {
+			published++
+		} else {
+			wantError(t, err, codes.ResourceExhausted, "other volumes take")
+		}
+	}
+	if published != 3 || len(mountsBelow(n.podsDir())) != 3 {
+		t.Errorf("%d volumes of 534 KiB are published, and %d mounted, of at most 2 MiB", published, len(mountsBelow(n.podsDir())))
+	}
+}
+
+// The node's budget: 1 MiB here, and volumes of 334.5 KiB.
+func TestNodesBudget(t *testing.T) {
+	n := newNode(t)
+	n.api.noWatch = true
+	n.api.put(sized(300 << 10))
+	p := n.startBinary(rendererBinary(), "--refresh-interval=1ns", "--volumes-budget=1")
+	volumes := []*podVolume{n.volume(), n.volume(), n.volume()}
+	for _, v := range volumes {
+		v.mustPublish()
+	}
+	v, refused := volumes[0], n.volume()
+	words := []string{"takes 334 KiB of memory", "other volumes take 1003 KiB", "may take 1024 KiB", "raise --volumes-budget"}
+	refused.mustRefuse(codes.ResourceExhausted, words...)
+	if got := n.readMetrics(); got["connectors_csi_volumes_bytes"] != 3*334.5*1024 || got["connectors_csi_volumes_budget_bytes"] != 1<<20 || got["connectors_csi_volumes"] != 3 {
+		t.Errorf("metrics %v", got)
+	}
+
+	// Tokens go on, even all at once.
+	for _, v := range volumes {
+		v.pod.renewToken()
+	}
+	results := publishAtOnce(volumes)
+	for range volumes {
+		must(t, <-results)
+	}
+	for _, v := range volumes {
+		v.wantClean()
+		v.want("token", v.pod.token)
+	}
+
+	// What grows beyond the budget is refused, and what grows within it is not.
+	files := v.read()
+	n.api.put(sized(324 << 10))
+	wantError(t, v.publish(), codes.ResourceExhausted, "takes 358 KiB of memory", "other volumes take 669 KiB", "--volumes-budget")
+	if !maps.Equal(v.read(), files) {
+		t.Error("the files changed")
+	}
+	v.wantClean()
+	n.api.put(sized(316 << 10))
+	v.mustPublish()
+	n.api.put(sized(300 << 10))
+	v.mustPublish()
+
+	// A driver that is started again knows the volumes, and not the subPath mounts.
+	subPath := filepath.Join(n.podsDir(), v.pod.uid, "volume-subpaths/config/client/0")
+	must(t, os.MkdirAll(subPath, 0o750))
+	must(t, unix.Mount(v.target, subPath, "", unix.MS_BIND, ""))
+	used := n.used()
+	p.kill()
+	n.startBinary(rendererBinary(), "--refresh-interval=1ns", "--volumes-budget=1")
+	if got := n.readMetrics()["connectors_csi_volumes"]; got != 3 || n.used() != used {
+		t.Errorf("after a restart there are %v volumes of %d bytes, and not 3 of %d", got, n.used(), used)
+	}
+	refused.mustRefuse(codes.ResourceExhausted, words...)
+	volumes[1].mustUnpublish()
+	refused.mustPublish()
+}
+
+// What an older driver has mounted beyond the limits is refreshed, by this one and the next.
+func TestVolumesBeyondTheLimitsGoOn(t *testing.T) {
+	n := newNode(t)
+	n.api.put(sized(300 << 10))
+	pod := n.pod()
+	var volumes []*podVolume
+	for i := range 20 {
+		v := pod.volume(fmt.Sprint("v", i))
+		must(t, mountVolume(v.target, files{"token": []byte(pod.token), "large": bytes.Repeat([]byte("x"), 300<<10)}, access{}))
+		volumes = append(volumes, v)
+	}
+	for range 2 {
+		p := n.startBinary(rendererBinary(), "--refresh-interval=1ns", "--volumes-budget=1")
+		for range 2 {
+			pod.renewToken()
+			for _, v := range volumes {
+				v.mustPublish()
+				v.want("token", pod.token)
+			}
+		}
+		pod.volume("more").mustRefuse(codes.ResourceExhausted, "20 other volumes")
+		n.volume().mustRefuse(codes.ResourceExhausted, "--volumes-budget")
+		p.kill()
+	}
+	n.startProcess()
+	for _, v := range volumes {
+		v.mustUnpublish()
+	}
+	if used := n.used(); used != 0 {
+		t.Errorf("%d bytes of no volumes", used)
+	}
+}
+
+// A Pod that keeps old files open gets new ones until it is beyond its limit, and again when it has closed them. Here
+// are two volumes of 1014 KiB each, so that there is room for no other.
+func TestOldFilesThatAreOpenCount(t *testing.T) {
+	n := startNode(t)
+	n.api.put(sized(980 << 10))
+	pod := n.pod()
+	volumes := []*podVolume{pod.volume("first"), pod.volume("second")}
+	var open []*os.File
+	for _, v := range volumes {
+		v.mustPublish()
+		file, err := os.Open(v.target + "/large")
+		must(t, err)
+		open = append(open, file)
+	}
+	used := n.used()
+	pod.renewToken()
+	results := publishAtOnce(volumes)
+	err := errors.Join(<-results, <-results) // one of them
+	wantError(t, err, codes.ResourceExhausted)
+	if err == nil || !strings.Contains(err.Error(), "983 KiB of it for old files that its containers have open or mount by subPath") {
+		t.Errorf("no figures in: %v", err)
+	}
+	if got := memoryOf(volumes[0].target) + memoryOf(volumes[1].target); got > 3<<20 || n.used() != got {
+		t.Errorf("%d KiB are held, and %d counted", got>>10, n.used()>>10)
+	}
+	for _, v := range volumes {
+		v.wantClean()
+	}
+	for _, file := range open {
+		file.Close()
+	}
+	for _, v := range volumes {
+		v.publish() // sees that they are closed
+	}
+	for _, v := range volumes {
+		v.mustPublish()
+		v.want("token", pod.token)
+	}
+	if n.used() != used {
+		t.Errorf("%d KiB are counted, and not %d", n.used()>>10, used>>10)
+	}
+}
+
+// Failed publishes take nothing, and neither does a volume that somebody has unmounted.
+func TestBudgetIsGivenBack(t *testing.T) {
+	n := startNode(t)
+	v, failing := n.volume(), n.volume()
+	must(t, os.RemoveAll(filepath.Dir(failing.target)))
+	failing.mustRefuse(codes.Internal)
+	if used := n.used(); used != 0 {
+		t.Errorf("a volume that is not mounted takes %d bytes", used)
+	}
+	v.mustPublish()
+	used := n.used()
+	n.driver.budget.forgetUnmounted()
+	if used == 0 || n.used() != used {
+		t.Errorf("a mounted volume takes %d bytes, and then %d", used, n.used())
+	}
+	must(t, unix.Unmount(v.target, unix.MNT_DETACH))
+	n.driver.budget.forgetUnmounted()
+	if used := n.used(); used != 0 {
+		t.Errorf("a volume that somebody has unmounted takes %d bytes", used)
+	}
+	v.mustPublish()
+	if n.used() != used {
+		t.Errorf("mounted again it takes %d bytes, and not %d", n.used(), used)
+	}
+
+	// One that is just being mounted is not forgotten.
+	next := n.volume()
+	_, err := n.driver.budget.reserve(next.target, 1<<20)
+	must(t, err)
+	n.driver.budget.forgetUnmounted()
+	if n.used() != used+1<<20 {
+		t.Errorf("%d bytes are set aside", n.used()-used)
+	}
+}
+
+// A scrape reads no list of mounts, so that no number of scrapers keeps a publish waiting. Here whoever opens the list
+// waits for ever.
+func TestMetricsDoNotReadMounts(t *testing.T) {
+	n := newNode(t)
+	p := n.startProcess()
+	fifo := t.TempDir() + "/mountinfo"
+	must(t, unix.Mkfifo(fifo, 0o600))
+	list := fmt.Sprintf("/proc/%d/mountinfo", p.Process.Pid)
+	must(t, unix.Mount(fifo, list, "", unix.MS_BIND, ""))
+	defer unix.Unmount(list, unix.MNT_DETACH)
+	scrapes := make(chan error)
+	for range 64 {
+		go func() {
+			client := http.Client{Timeout: 20 * time.Second}
+			response, err := client.Get("http://" + n.http + "/metrics")
+			if err == nil {
+				_, err = io.Copy(io.Discard, response.Body)
+				response.Body.Close()
+			}
+			scrapes <- err
+		}()
+	}
+	must(t, n.volume().publishWithin(20*time.Second))
+	for range 64 {
+		must(t, <-scrapes)
+	}
+	if got := n.readMetrics()["connectors_csi_volumes"]; got != 1 {
+		t.Errorf("%v volumes", got)
+	}
+}
+
+// A line of the list of mounts may be longer than 64 KiB, since a path may; all that comes after it is read as well.
+func TestLongMountLine(t *testing.T) {
+	n := newNode(t)
+	dir, err := unix.Open(t.TempDir(), unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	must(t, err)
+	for range 70 { // each space is written in four characters
+		name := strings.Repeat(" ", 255)
+		must(t, unix.Mkdirat(dir, name, 0o755))
+		next, err := unix.Openat(dir, name, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		must(t, err)
+		unix.Close(dir)
+		dir = next
+	}
+	mount, err := newTmpfs(access{})
+	must(t, err)
+	must(t, unix.MoveMount(mount, "", dir, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH))
+	unix.Close(dir)
+	defer unix.Close(mount)
+	defer unix.Unmount(fmt.Sprintf("/proc/self/fd/%d", mount), unix.MNT_DETACH)
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	must(t, err)
+	if !slices.ContainsFunc(strings.Split(string(text), "\n"), func(line string) bool { return len(line) > 64<<10 }) {
+		t.Fatal("there is no such line")
+	}
+
+	target := n.volume().target
+	must(t, mountVolume(target, files{"a": nil}, access{}))
+	mounts, err := readMounts()
+	must(t, err)
+	if !slices.ContainsFunc(mounts, func(m mountInfo) bool { return m.point == target && m.source == mountSource && m.shared }) {
+		t.Error("a mount after the long line is missing")
+	}
+	if !slices.ContainsFunc(mounts, func(m mountInfo) bool { return strings.HasSuffix(m.point, strings.Repeat(" ", 255)) }) {
+		t.Error("the mount of the long line is missing")
+	}
+	n.startProcess()
+	if got := n.readMetrics()["connectors_csi_volumes"]; got != 1 {
+		t.Errorf("%v volumes", got)
+	}
+}

@@ -1,0 +1,467 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+)
+
+// A new resourceVersion, or a status that nobody prints, writes nothing.
+func TestNothingIsWrittenIfNoByteChanges(t *testing.T) {
+	n := startNode(t)
+	v := n.watchedVolume()
+	generation, asked := v.generation(), n.api.count("")
+	n.api.put(connector("default", "git", "git", with("Degraded", "status", "conditions")))
+	n.awaitMetric(pushedOK, 1)
+	n.api.put(gitClass())
+	n.awaitMetric(pushedOK, 2)
+	if v.generation() != generation {
+		t.Error("it has written what was there already")
+	}
+	if got := n.api.count("") - asked; got != 2 {
+		t.Errorf("%d reads for two changes", got)
+	}
+}
+
+// An object is read once for all volumes of a ServiceAccount, also for those of one Pod, and its class once for all.
+func TestChangeIsReadOnce(t *testing.T) {
+	n := startNode(t)
+	pod, builder := n.pod(), n.pod("default/builder")
+	volumes := []*podVolume{pod.volume("a"), pod.volume("b"), n.volume(), n.volume(), builder.volume("a"), builder.volume("b")}
+	for _, v := range volumes {
+		v.settle()
+	}
+	n.awaitWatches(3)
+	for what, c := range sorted(map[string]struct {
+		path   string
+		reads  int
+		change object
+	}{
+		"Connector": {gitPath, 2, moved("git", "changed")},
+		"class":     {classPath("git"), 1, classWith("new", "{{ .connector.spec.address }}")},
+	}) {
+		pushed, asked := n.readMetrics()[pushedOK], n.api.count("")
+		n.api.put(c.change)
+		n.awaitMetric(pushedOK, pushed+float64(len(volumes)))
+		if got := n.api.count("") - asked; got != c.reads || n.api.count(c.path) == 0 {
+			t.Errorf("%s: %d reads, not %d", what, got, c.reads)
+		}
+	}
+	if got := n.readMetrics()["connectors_csi_push_duration_seconds_count"]; got != 2*float64(len(volumes)) {
+		t.Errorf("%v pushes were timed", got)
+	}
+}
+
+// A volume is pushed at most once a second, however often its objects change: the others wait for nothing.
+func TestFloodOfChanges(t *testing.T) {
+	n := startNode(t)
+	n.api.put(connector("team-a", "git", "git"), connector("team-a", "events", "git"))
+	hostile, events, v := n.pod("team-a/default").volume("config"), n.pod("team-a/default").volume("config", attrs{"connector.name": "events"}), n.volume()
+	for _, v := range []*podVolume{hostile, events, v} {
+		v.settle()
+	}
+	n.awaitWatches(4)
+	flood, stop, done := n.api.stream("team-a/default", connectorPath("team-a", "events")), make(chan struct{}), make(chan int)
+	began, pushed, asked := time.Now(), n.readMetrics()[pushedOK], n.api.count("")
+	go func() {
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				done <- i
+				return
+			case <-time.After(time.Millisecond):
+				n.api.put(connector("team-a", "git", "git", with(fmt.Sprintf("https://%d", i), "spec", "address")))
+				flood.send(fmt.Sprintf(`{"type":"MODIFIED","object":{"metadata":{"uid":"x","resourceVersion":"%d"}}}`, 1000+i) + "\n")
+			}
+		}
+	}()
+	for i := range 3 {
+		n.api.put(moved("git", fmt.Sprintf("others-%d", i)))
+		changed := time.Now()
+		v.await(".gitconfig", fmt.Sprintf("https://others-%d", i))
+		t.Logf("another volume's change took %v", time.Since(changed))
+	}
+	close(stop)
+	last := <-done
+	hostile.await(".gitconfig", fmt.Sprintf("https://%d\n", last-1))
+	limit := 3 * (2 + time.Since(began).Seconds())
+	if got := n.readMetrics()[pushedOK] - pushed; got > limit || last < 100 {
+		t.Errorf("%v pushes of three volumes in %v, for %d changes", got, time.Since(began), last)
+	}
+	if got := n.api.count("") - asked; float64(got) > limit {
+		t.Errorf("%d reads in %v", got, time.Since(began))
+	}
+}
+
+// A call of kubelet that comes during a push is not told to come again, and has kubelet's new token.
+func TestCallDuringAPush(t *testing.T) {
+	n := startNode(t)
+	v := n.watchedVolume()
+	asked, gate, result := n.api.count(gitPath), n.api.hold("/connectors/git"), make(chan error)
+	n.api.put(moved("git", "changed"))
+	eventually(t, "a push is under way", func() bool { return gate.waiting.Load() == 1 })
+	v.pod.renewToken()
+	go func() { result <- v.publish() }()
+	eventually(t, "the call reads as well", func() bool { return n.api.count(gitPath) == asked+2 })
+	gate.open()
+	must(t, <-result)
+	v.want("token", v.pod.token)
+	v.await(".gitconfig", "https://changed")
+}
+
+// A change that comes during a call of kubelet is pushed after it, also to a volume that is only then mounted.
+func TestPushDuringACall(t *testing.T) {
+	for _, mounted := range []bool{true, false} {
+		t.Run(fmt.Sprintf("mounted: %v", mounted), func(t *testing.T) {
+			n := startNode(t)
+			v, w := n.volume(attrs{"token.expiration": "1h"}), n.volume()
+			w.settle()
+			if mounted {
+				v.settle()
+				v.endToken()
+			}
+			n.awaitWatches(2)
+			gate, result := n.api.hold("/token"), make(chan error)
+			go func() { result <- v.publish() }()
+			eventually(t, "the call asks for a token, and has read the Connector", func() bool { return gate.waiting.Load() == 1 })
+			n.api.put(moved("git", "changed"))
+			w.await(".gitconfig", "https://changed")
+			gate.open()
+			must(t, <-result)
+			v.await(".gitconfig", "https://changed")
+		})
+	}
+}
+
+// A volume that is unpublished in the middle of its push is gone, at once and for ever.
+func TestUnpublishDuringAPush(t *testing.T) {
+	n := startNode(t)
+	v := n.watchedVolume()
+	gate := n.api.hold("/connectors/git")
+	n.api.put(moved("git", "changed"))
+	eventually(t, "a push is under way", func() bool { return gate.waiting.Load() == 1 })
+	logged := len(logs.String())
+	v.mustUnpublish()
+	gate.open()
+	n.wantForgotten()
+	v.wantNothing()
+	if strings.Contains(logs.String()[logged:], "level=ERROR") {
+		t.Errorf("the log has an error: %s", logs.String()[logged:])
+	}
+}
+
+// A volume that somebody else has unmounted is forgotten with its streams; a push does not mount it again.
+func TestUnmountedBySomebodyElse(t *testing.T) {
+	n := startNode(t)
+	v := n.watchedVolume()
+	must(t, unix.Unmount(v.target, unix.MNT_DETACH))
+	n.api.put(moved("git", "changed"))
+	eventually(t, "the driver knows no mount", func() bool { return len(mountsBelow(v.target)) == 0 })
+	n.driver.forgetUnmounted()
+	n.wantForgotten()
+	if len(mountsBelow(v.target)) != 0 {
+		t.Error("it is mounted again")
+	}
+}
+
+// A volume that was never mounted has no streams.
+func TestNoStreamForWhatIsNotMounted(t *testing.T) {
+	n := startNode(t)
+	n.api.put(class("broken", configuration("config", "file", "{{ .none }}")), connector("default", "broken", "broken"))
+	n.volume(attrs{"connector.name": "broken"}).mustRefuse(codes.FailedPrecondition)
+	n.volume(attrs{"connector.name": "none"}).mustRefuse(codes.NotFound)
+	v := n.watchedVolume() // two streams, and no more
+	v.mustUnpublish()
+	n.wantForgotten()
+	n.api.set(func() {
+		for _, w := range n.api.watches {
+			if w.path != gitPath && w.path != classPath("git") {
+				t.Errorf("%s was watched", w.path)
+			}
+		}
+	})
+}
+
+// A push uses the token that the driver asked for before.
+func TestPushAsksForNoToken(t *testing.T) {
+	n := startNode(t)
+	v := n.watchedVolume(attrs{"token.expiration": "1h"})
+	token := v.file("token")
+	n.api.put(moved("git", "changed"))
+	v.await(".gitconfig", "https://changed")
+	v.want("token", token)
+	if got := n.api.count(tokenPath("default", "default")); got != 1 {
+		t.Errorf("%d TokenRequests", got)
+	}
+}
+
+// Functions that give something else each time are rendered again when an input changes, and after a restart.
+func TestRandomFunctionsAreRenderedOnce(t *testing.T) {
+	n := startNode(t)
+	n.api.put(class("git", configuration("config", "random", "{{ uuidv4 }}", "token", "{{ .context.token }}")))
+	v := n.watchedVolume()
+	seen := map[string]bool{}
+	wantNew := func(what string) {
+		t.Helper()
+		random := v.file("random")
+		if seen[random] {
+			t.Errorf("%s: it was not rendered again", what)
+		}
+		seen[random] = true
+		for range 3 {
+			v.mustPublish()
+		}
+		if v.file("random") != random {
+			t.Errorf("%s: it was rendered again for nothing", what)
+		}
+	}
+	wantNew("at first")
+	v.pod.renewToken()
+	v.mustPublish()
+	wantNew("a new token")
+	n.api.put(connector("default", "git", "git"))
+	eventually(t, "a change of the object renders it", func() bool { return !seen[v.file("random")] })
+	n.awaitMetric(pushedOK, 1)
+	wantNew("a change")
+	n.stop()
+	n.start()
+	v.mustPublish()
+	wantNew("a restart")
+}
+
+// Every call is validated, and every part of a request that the files are made from counts.
+func TestEveryPartOfARequestCounts(t *testing.T) {
+	n := startNode(t)
+	declared := configuration("config", "token", "{{ .context.token }}", "value", "{{ .configurations.p }}")
+	declared["params"] = []any{param("p", "default", "none")}
+	n.api.put(class("git", declared, configuration("more", "more", "x")), connector("default", "other", "git"))
+	v := n.watchedVolume()
+	for _, step := range []struct {
+		what   string
+		change func()
+	}{
+		{"configurations", func() { v.attributes["configuration.names"] = "config,more" }},
+		{"exclusions", func() { v.attributes["configuration.names"] = "config,more,!value" }},
+		{"fewer exclusions", func() { v.attributes["configuration.names"] = "config,more" }},
+		{"params", func() { v.attributes["configuration.params"] = `{"config":{"p":"new"}}` }},
+		{"token", v.pod.renewToken},
+		{"expiration", func() { v.attributes["token.expiration"] = "1h" }},
+		{"Connector", func() {
+			v.attributes["configuration.names"], v.attributes["connector.name"] = "config", "other"
+		}},
+		{"group", func() { v.change = group("0") }},
+	} {
+		before := v.generation()
+		step.change()
+		v.settle()
+		after := v.generation()
+		v.mustPublish()
+		if v.generation() != after || after == before {
+			t.Errorf("%s: generation %d became %d, and then %d", step.what, before, after, v.generation())
+		}
+	}
+	for _, change := range []func(*csi.NodePublishVolumeRequest){
+		func(r *csi.NodePublishVolumeRequest) { r.Readonly = false },
+		func(r *csi.NodePublishVolumeRequest) { r.VolumeId = "" },
+		func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = nil },
+		func(r *csi.NodePublishVolumeRequest) { r.VolumeContext["unknown"] = "x" },
+		group("x"),
+	} {
+		v.change = change
+		wantError(t, v.publish(), codes.InvalidArgument)
+	}
+}
+
+// counting is the class "git" with four files of the Connector's number, for readGeneration.
+func counting(comment int) object {
+	data := []string{}
+	for _, name := range fourNames {
+		data = append(data, name, fmt.Sprintf(`{{/* %d */}}{{ .connector.spec.number }}{{ "\n" }}{{ repeat 5000 "x" }}`, comment))
+	}
+	return class("git", configuration("config", data...))
+}
+
+var fourNames = []string{"a", "b", "c", "d"}
+
+func numberedConnector(name string, number int) object {
+	return connector("default", name, "git", with(number, "spec", "number"))
+}
+
+// readWhole reads the files of a volume over and over until it is stopped. Each is whole, and those of a generation
+// are of one number. A reader that is overtaken by two updates begins again.
+func readWhole(dir string, stop chan struct{}) error {
+	for {
+		select {
+		case <-stop:
+			return nil
+		default:
+		}
+		before, _ := os.Readlink(dir + "/..data")
+		err := cmp.Or(readNames(dir, fourNames), readGeneration(dir, fourNames))
+		after, _ := os.Readlink(dir + "/..data")
+		if err != nil && (before == after || !errors.Is(err, fs.ErrNotExist)) {
+			return err
+		}
+	}
+}
+
+// Objects change faster than they are pushed, while kubelet publishes, republishes and unpublishes the same volumes:
+// no call fails, readers see whole generations only, and in the end every volume has the newest content without
+// another call. Nothing is left of volumes that are gone.
+func TestPushesAmongCalls(t *testing.T) {
+	n := startNode(t)
+	n.api.put(counting(0), numberedConnector("git-0", 0), numberedConnector("git-1", 0))
+	var volumes []*podVolume
+	for i := range 8 {
+		pod := n.pod([]string{"default/default", "default/builder"}[i/2%2])
+		volumes = append(volumes, pod.volume("config", attrs{"connector.name": fmt.Sprintf("git-%d", i%2)}))
+		volumes[i].settle()
+	}
+	n.awaitWatches(5)
+	descriptorsBefore := descriptors(t)
+	stop, results, changes := make(chan struct{}), make(chan error), make(chan int)
+	go func() {
+		for i := 1; ; i++ {
+			select {
+			case <-stop:
+				changes <- i
+				return
+			case <-time.After(time.Millisecond):
+				n.api.put(numberedConnector(fmt.Sprintf("git-%d", i%2), i))
+				if i%50 == 0 {
+					n.api.put(counting(i))
+				}
+			}
+		}
+	}()
+	for _, v := range volumes[:4] {
+		go func(dir string) { results <- readWhole(dir, stop) }(startContainer(t, v))
+	}
+	calls := make(chan error)
+	for i, v := range volumes {
+		go func() {
+			var err error
+			for round := 0; round < 100 && err == nil; round++ {
+				if round%20 == 0 {
+					v.pod.renewToken()
+				}
+				if i >= 4 && round%5 == 0 { // this one comes and goes
+					err = v.unpublish()
+				}
+				err = cmp.Or(err, v.publish())
+			}
+			calls <- err
+		}()
+	}
+	for range volumes {
+		if err := <-calls; err != nil {
+			t.Error(err)
+		}
+	}
+	close(stop)
+	for range 4 {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+	last := <-changes
+	n.api.put(numberedConnector("git-0", last), numberedConnector("git-1", last))
+	for _, v := range volumes {
+		v.await("a", fmt.Sprintf("%d\n", last))
+		v.mustPublish()
+		v.wantClean()
+	}
+	t.Logf("%d changes, %v pushes", last, n.readMetrics()[pushedOK])
+	for _, v := range volumes {
+		v.mustUnpublish()
+	}
+	n.wantForgotten()
+	n.driver.renderers.close()
+	eventually(t, fmt.Sprintf("there are %d descriptors as before", descriptorsBefore), func() bool { return descriptors(t) <= descriptorsBefore })
+}
+
+// Killed in the middle of pushes, and started again, the driver leaves whole files, and goes on with kubelet's call.
+func TestKilledDuringPushes(t *testing.T) {
+	n := newNode(t)
+	number := 0
+	change := func() {
+		number++
+		n.api.put(numberedConnector("git", number))
+	}
+	n.api.put(counting(0))
+	change()
+	volumes := []*podVolume{n.volume(), n.volume()}
+	stop, results, readers := make(chan struct{}), make(chan error, 2), 0
+	for round := range 8 {
+		p := n.startBinary(rendererBinary(), anHour)
+		for _, v := range volumes {
+			v.settle()
+			if readers < len(volumes) {
+				readers++
+				go func(dir string) { results <- readWhole(dir, stop) }(startContainer(t, v))
+			}
+		}
+		n.awaitWatches(2)
+		change()
+		for range round * 5 / 2 { // another moment each time
+			time.Sleep(100 * time.Microsecond)
+			change()
+		}
+		p.kill()
+		n.api.awaitStreams(0)
+		change()
+	}
+	n.startBinary(rendererBinary(), anHour)
+	for _, v := range volumes {
+		v.mustPublish()
+		v.await("a", fmt.Sprintf("%d\n", number))
+	}
+	n.awaitWatches(2)
+	change()
+	for _, v := range volumes {
+		v.await("a", fmt.Sprintf("%d\n", number))
+		v.mustPublish()
+		v.wantClean()
+	}
+	close(stop)
+	for range volumes {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// After a restart the first call writes nothing if nothing has changed, and from it on changes are pushed again.
+func TestRestartOfAWatchingDriver(t *testing.T) {
+	n := newNode(t)
+	p := n.startBinary(rendererBinary(), anHour)
+	v := n.watchedVolume()
+	generation := v.generation()
+	must(t, p.Process.Signal(syscall.SIGTERM)) // which no stream delays
+	p.awaitExit(t)
+	if code := p.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	n.api.awaitStreams(0)
+	n.startBinary(rendererBinary(), anHour)
+	v.settle()
+	if v.generation() != generation {
+		t.Error("the first call has written what was there already")
+	}
+	n.awaitWatches(2)
+	n.api.put(moved("git", "changed"))
+	v.await(".gitconfig", "https://changed")
+	if !strings.Contains(p.log.String(), "stopped") {
+		t.Errorf("the log is %s", p.log)
+	}
+}

@@ -1,0 +1,639 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+)
+
+// ---- Refresh and tokens ----
+
+func TestUnchangedRepublishAsksNobody(t *testing.T) {
+	n := startPolling(t)
+	v := n.volume()
+	v.settle()
+	asked, generation := n.api.count(""), v.generation()
+	for range 5 {
+		v.mustPublish()
+	}
+	if n.api.count("") != asked {
+		t.Errorf("%d requests within the refresh interval", n.api.count("")-asked)
+	}
+	n.age()
+	v.mustPublish()
+	if got := n.api.count("") - asked; got != 2 {
+		t.Errorf("%d requests after it, for a Connector and a class", got)
+	}
+	if v.generation() != generation {
+		t.Error("it has written what was there already")
+	}
+}
+
+// The volumes of a node share what is read: once for each Connector and ServiceAccount, once for each class.
+func TestReadsAreShared(t *testing.T) {
+	n := startPolling(t)
+	n.api.put(connector("default", "other", "git"))
+	var volumes []*podVolume
+	for range 10 {
+		volumes = append(volumes, n.volume(), n.volume(attrs{"connector.name": "other"}))
+	}
+	volumes = append(volumes, n.pod("default/builder").volume("config"))
+	for _, v := range volumes {
+		v.mustPublish()
+	}
+	git, other, gitClass := connectorPath("default", "git"), connectorPath("default", "other"), classPath("git")
+	before := map[string]int{git: n.api.count(git), other: n.api.count(other), gitClass: n.api.count(gitClass)}
+
+	n.age()
+	gate := n.api.hold("/connectors/")
+	results := publishAtOnce(volumes)
+	n.awaitCalls(len(volumes))
+	eventually(t, "each Connector is asked for, by each ServiceAccount", func() bool { return gate.waiting.Load() == 3 })
+	gate.open()
+	for range volumes {
+		must(t, <-results)
+	}
+	for path, want := range sorted(map[string]int{git: 2, other: 1, gitClass: 1}) {
+		if got := n.api.count(path) - before[path]; got != want {
+			t.Errorf("%d requests for %s, not %d", got, path, want)
+		}
+	}
+}
+
+// A read that fails fails for all who wait for it; those who came while it was under way share the next one.
+func TestReadsThatFailAreShared(t *testing.T) {
+	n := startPolling(t)
+	var volumes []*podVolume
+	for range 10 {
+		volumes = append(volumes, n.volume())
+		volumes[len(volumes)-1].settle()
+	}
+	path := connectorPath("default", "git")
+	n.api.remove(path)
+	n.age()
+	before, gate := n.api.count(path), n.api.hold("/connectors/")
+	results := publishAtOnce(volumes)
+	n.awaitCalls(len(volumes))
+	eventually(t, "one asks", func() bool { return gate.waiting.Load() == 1 })
+	gate.open()
+	for range volumes {
+		wantError(t, <-results, codes.NotFound, `Connector "default/git" not found`)
+	}
+	if got := n.api.count(path) - before; got > 2 {
+		t.Errorf("%d requests", got)
+	}
+	n.api.put(connector("default", "git", "git"))
+	for _, v := range volumes {
+		v.want("token", v.pod.token)
+		v.mustPublish()
+	}
+}
+
+// padded makes a Connector larger by so many bytes.
+func padded(bytes int) func(object) { return with(strings.Repeat("x", bytes), "spec", "padding") }
+
+func TestObjectsOfAVolumeAreLimited(t *testing.T) {
+	n := startPolling(t)
+	large := class("git", configuration("config", "token", "x", "padding", "{{/*"+strings.Repeat("x", 100<<10)+"*/}}"))
+	n.api.put(large)
+	var names []string
+	for i := range 5 {
+		name := fmt.Sprintf("large-%d", i)
+		n.api.put(connector("default", name, "git", padded(1<<20-20_000)))
+		names = append(names, name)
+	}
+	paths := []string{classPath("git")}
+	for _, name := range names[:4] {
+		paths = append(paths, connectorPath("default", name))
+	}
+	v := n.volume(attrs{"connector.name": "-", "connectors": strings.Join(names[:4], ",")})
+	v.mustRefuse(codes.FailedPrecondition, `Connector "default/large-3"`, "more than 4096 KiB together") // the class counts once
+	size := func(padding int) (all int) {                                                                // of the four and their class
+		n.api.put(connector("default", "large-3", "git", padded(padding)))
+		n.api.set(func() {
+			for _, path := range paths {
+				all += len(n.api.objects[path])
+			}
+		})
+		return all
+	}
+	room := 1<<20 - 60_000
+	for all := size(room); all != maxVolumeObjectsBytes; all = size(room) { // a resourceVersion may get a digit more
+		room += maxVolumeObjectsBytes - all
+	}
+	if all := size(room + 1); all != maxVolumeObjectsBytes+1 {
+		t.Fatalf("they have %d bytes", all)
+	}
+	v.mustRefuse(codes.FailedPrecondition, "more than 4096 KiB together")
+	size(room)
+	v.mustPublish()
+	n.api.put(connector("default", "large-3", "git", padded(1<<20), with("https://moved", "spec", "address")))
+	n.age()
+	v.mustPublish() // once it is mounted, a volume goes on
+	v.want("token", "x")
+	n.volume(attrs{"connector.name": "-", "connectors": strings.Join(names, ",")}).mustRefuse(codes.FailedPrecondition,
+		`Connector "default/large-3"`, "it has 1024 KiB", "more than 4096 KiB together")
+	n.api.put(connector("default", "larger", "git", padded(3<<20)))
+	n.volume(attrs{"connector.name": "larger"}).mustRefuse(codes.FailedPrecondition, `Connector "default/larger"`, "more than 3072 KiB")
+}
+
+// What the calls under way hold is bounded for each namespace and for all; what is beyond has to come again.
+func TestObjectsUnderWayAreLimited(t *testing.T) {
+	n := startNode(t)
+	n.api.put(connector("team-a", "git", "git"))
+	k := n.driver.kube
+	hold := func(namespace string, mebibytes ...int) (calls []*call) {
+		for _, size := range mebibytes {
+			c := k.begin(podIdentity{namespace: namespace}, "", false)
+			must(t, c.hold(&apiObject{raw: make([]byte, size<<20)}))
+			calls = append(calls, c)
+		}
+		return calls
+	}
+	shared := &apiObject{raw: make([]byte, 3<<20)} // counts once
+	for range 10 {
+		c := k.begin(podIdentity{namespace: "default"}, "", false)
+		must(t, c.hold(shared))
+		defer c.end()
+	}
+	full := hold("default", 3)
+	n.volume().mustRefuse(codes.ResourceExhausted, `Connector "default/git" cannot be read`, "6144 KiB", `namespace "default"`)
+	n.pod("team-a/default").volume("config").mustPublish()
+	rest := append(hold("team-b", 3, 3), hold("team-c", 3, 1)...)
+	n.pod("team-a/default").volume("config").mustRefuse(codes.ResourceExhausted, "16384 KiB")
+	for _, c := range rest {
+		c.end()
+	}
+	n.pod("team-a/default").volume("config").mustPublish()
+	for _, c := range full {
+		c.end()
+	}
+	n.volume().mustPublish()
+	if k.held.bytes != 3<<20 || len(k.namespaces) != 1 {
+		t.Errorf("%d bytes are held, by %v", k.held.bytes, k.namespaces)
+	}
+}
+
+// The cache has each object once, whoever reads it, keeps to its limit by what was used longest ago, and has nothing
+// of reads that failed.
+func TestCache(t *testing.T) {
+	n := startPolling(t)
+	k, volumes := n.driver.kube, []*podVolume{}
+	for i := range 3 {
+		n.pod(fmt.Sprintf("default/reader-%d", i)).volume("config").mustPublish()
+	}
+	if git := k.cache[connectorPath("default", "git")]; len(k.cache) != 2 || len(git.readers) != 3 {
+		t.Errorf("the cache has %d objects; one has the readers %v", len(k.cache), git.readers)
+	}
+	for i := range 10 {
+		name := fmt.Sprintf("large-%d", i)
+		n.api.put(connector("default", name, "git", padded(1<<20)))
+		volumes = append(volumes, n.volume(attrs{"connector.name": name}))
+		volumes[i].settle()
+		volumes[0].mustPublish() // so that it is not the one used longest ago
+	}
+	size := 0
+	for _, c := range k.cache {
+		size += len(c.object.raw)
+	}
+	if k.cacheBytes != size || size > 4<<20 || size < 3<<20 {
+		t.Errorf("the cache has %d bytes and counts %d", size, k.cacheBytes)
+	}
+	has := func(name string) bool { return k.cache[connectorPath("default", name)] != nil }
+	if !has("large-0") || has("large-1") || !has("large-9") {
+		t.Errorf("it has %v", slices.Sorted(maps.Keys(k.cache)))
+	}
+	volumes[1].mustPublish() // reads again
+
+	objects := len(k.cache)
+	for i := range 100 {
+		n.volume(attrs{"connector.name": fmt.Sprintf("none-%d", i)}).mustRefuse(codes.NotFound)
+	}
+	if len(k.cache) != objects || len(k.reads) != 0 {
+		t.Errorf("failed reads left %d objects and %d reads", len(k.cache)-objects, len(k.reads))
+	}
+
+	for _, v := range volumes {
+		v.mustUnpublish()
+	}
+	n.age()
+	n.age()
+	for _, c := range k.cache {
+		for reader, began := range c.readers {
+			c.readers[reader] = began.Add(-2 * k.refresh)
+		}
+	}
+	k.tidied = time.Time{}
+	n.volume().mustPublish()
+	if len(k.cache) != 2 {
+		t.Errorf("long after, the cache has %v", slices.Sorted(maps.Keys(k.cache)))
+	}
+}
+
+// Of two reads the one counts that began later, whichever ends first: no file goes back to an older content.
+func TestSlowReadDoesNotRollBack(t *testing.T) {
+	for _, fresh := range []bool{true, false} {
+		t.Run(fmt.Sprintf("the slow one is fresh: %v", fresh), func(t *testing.T) {
+			n := startPolling(t)
+			path, held, open := connectorPath("default", "git"), make(chan bool), make(chan bool)
+			slow, quick := n.volume(), n.volume()
+			if !fresh {
+				slow.settle()
+				n.age()
+			}
+			first := true
+			n.api.set(func() {
+				n.api.intercept = func(w http.ResponseWriter, r *http.Request) bool {
+					if r.URL.Path != path {
+						return false
+					}
+					n.api.mu.Lock()
+					old, slow := n.api.objects[path], first
+					first = false
+					n.api.mu.Unlock()
+					if slow {
+						close(held)
+						<-open
+						w.Write(old)
+					}
+					return slow
+				}
+			})
+			result := make(chan error)
+			go func() { result <- slow.publish() }()
+			<-held
+			n.api.put(connector("default", "git", "git", with("https://new", "spec", "address")))
+			quick.mustPublish()
+			close(open)
+			must(t, <-result)
+			for range 2 {
+				for _, v := range []*podVolume{slow, quick} {
+					if !strings.Contains(v.file(".gitconfig"), "https://new") {
+						t.Errorf("the file is %q", v.file(".gitconfig"))
+					}
+					v.mustPublish()
+				}
+			}
+		})
+	}
+}
+
+// Callers that give up do not spoil the read for the one that waits behind them.
+func TestCallersThatGiveUp(t *testing.T) {
+	n := startPolling(t)
+	volumes := []*podVolume{n.volume(), n.volume(), n.volume()}
+	for _, v := range volumes {
+		v.settle()
+	}
+	n.age()
+	gate := n.api.hold("/connectors/")
+	results := []chan error{make(chan error), make(chan error), make(chan error)}
+	for i, timeout := range []time.Duration{100 * time.Millisecond, 200 * time.Millisecond, time.Minute} {
+		go func() { results[i] <- volumes[i].publishWithin(timeout) }()
+		eventually(t, "it is under way", func() bool {
+			n.driver.mu.Lock()
+			defer n.driver.mu.Unlock()
+			return n.driver.busy[volumes[i].target] != nil
+		})
+	}
+	wantError(t, <-results[0], codes.DeadlineExceeded)
+	wantError(t, <-results[1], codes.DeadlineExceeded)
+	eventually(t, "the third asks itself", func() bool { return gate.waiting.Load() == 1 })
+	gate.open()
+	must(t, <-results[2])
+}
+
+// Whether a Pod may read a Connector is the API server's decision on the Pod's own token, each time a volume is new.
+func TestFirstPublishChecksThePodsOwnToken(t *testing.T) {
+	n := startNode(t)
+	git := connectorPath("default", "git")
+	n.volume().mustPublish()
+	if user := n.api.lastReader(git); user != "default/default" {
+		t.Errorf("the Connector was read by %s", user)
+	}
+	if user := n.api.lastReader(classPath("git")); user != driverUser {
+		t.Errorf("the class was read by %s", user)
+	}
+
+	forged := n.volume() // claims to be of a ServiceAccount whose Connector is in the cache
+	parts := strings.Split(forged.pod.token, ".")
+	forged.pod.token = parts[0] + "." + parts[1] + "." + sign("something else")
+	forged.mustRefuse(codes.Unauthenticated, `Connector "default/git"`, "Unauthorized")
+
+	expired := n.volume()
+	expired.pod.token = issue("default", "default", map[string]string{"name": expired.pod.name, "uid": expired.pod.uid}, -time.Minute, apiAudience)
+	expired.mustRefuse(codes.Unauthenticated)
+
+	n.api.forbid("default/builder", git)
+	n.pod("default/builder").volume("config").mustRefuse(codes.PermissionDenied, "ServiceAccount default/builder may not read")
+
+	v := n.volume()
+	n.api.put(connector("default", "git", "git", with("https://changed", "spec", "address")))
+	v.mustPublish() // and it sees the present, not the cache
+	if !strings.Contains(v.file(".gitconfig"), "https://changed") {
+		t.Error("a first publish was made from the cache")
+	}
+
+	// Not even what another Pod of the ServiceAccount was given since then counts.
+	n.api.put(connector("default", "slow", "git"))
+	gate, read := n.api.hold("/connectors/slow"), n.api.count(git)
+	published := make(chan error)
+	go func() { published <- n.volume(attrs{"connector.name": "-", "connectors": "slow,git"}).publish() }()
+	eventually(t, "the first Connector is read", func() bool { return gate.waiting.Load() == 1 })
+	n.volume().mustPublish()
+	gate.open()
+	must(t, <-published)
+	if read = n.api.count(git) - read; read != 2 {
+		t.Errorf("two first publishes read the Connector %d times", read)
+	}
+}
+
+func TestPermissionTakenAway(t *testing.T) {
+	n := startPolling(t)
+	v := n.volume()
+	v.mustPublish()
+	n.api.forbid("default/default", connectorPath("default", "git"))
+	v.mustPublish() // the same object, the same token: nothing to do
+	n.age()
+	wantError(t, v.publish(), codes.PermissionDenied, "may not read")
+	v.want("token", v.pod.token)
+}
+
+func TestDriversTokenIsReadAsItRotates(t *testing.T) {
+	n := startNode(t)
+	n.volume().mustPublish()
+	n.awaitWatches(2) // one of them comes with the driver's token too
+	first := n.api.lastDriverToken()
+	rotated := driverToken()
+	must(t, os.WriteFile(filepath.Join(serviceAccountDir, "token"), []byte(rotated), 0o600))
+	n.volume().mustPublish()
+	if first == rotated || n.api.lastDriverToken() != rotated {
+		t.Error("the driver uses its old token")
+	}
+}
+
+func TestKubeletsNewTokenReachesTheFile(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.mustPublish()
+	asked := n.api.count("")
+	for range 3 {
+		v.pod.renewToken()
+		v.mustPublish()
+		v.want("token", v.pod.token)
+		v.wantClean()
+	}
+	if n.api.count("") != asked {
+		t.Error("a new token made the driver ask the API server")
+	}
+}
+
+func TestOwnTokenForAnotherExpiration(t *testing.T) {
+	n := startNode(t)
+	v := n.volume(attrs{"token.expiration": "1h"})
+	path := tokenPath("default", "default")
+	v.mustPublish()
+	request := n.api.lastBody(path)
+	for field, want := range sorted(map[string]any{"apiVersion": "v1", "kind": "Pod", "name": v.pod.name, "uid": v.pod.uid}) {
+		if got := valueAt(request, "spec", "boundObjectRef", field); got != want {
+			t.Errorf("boundObjectRef.%s is %v, not %v", field, got, want)
+		}
+	}
+	if got := valueAt(request, "spec", "expirationSeconds"); got != 3600. {
+		t.Errorf("expirationSeconds is %v", got)
+	}
+	if got := valueAt(request, "spec", "audiences"); got != nil {
+		t.Errorf("audiences are %v, not the API server's default", got)
+	}
+	by, connectorBy := n.api.lastReader(path), n.api.lastReader(connectorPath("default", "git"))
+	if by != driverUser || connectorBy != "default/default" {
+		t.Errorf("requests came from %q and %q", by, connectorBy)
+	}
+	token := v.file("token")
+	if c, ok := decodeClaims(token); !ok || token == v.pod.token || c.Kubernetes.Pod["uid"] != v.pod.uid || time.Until(time.Unix(c.Expires, 0)) < 59*time.Minute {
+		t.Errorf("the token in the file has the claims %+v", c)
+	}
+	n.volume(attrs{"token.expiration": "10m"}).mustPublish() // the shortest
+}
+
+func TestOwnTokenIsRenewedAt80Percent(t *testing.T) {
+	n := startPolling(t)
+	path := tokenPath("default", "default")
+	v := n.volume(attrs{"token.expiration": "1h"})
+	v.mustPublish()
+	token := v.file("token")
+	n.age()
+	v.pod.renewToken()
+	v.mustPublish()
+	if v.file("token") != token || n.api.count(path) != 1 {
+		t.Error("a fresh token was renewed")
+	}
+
+	if at := time.Until(n.driver.tokens[v.target].renew); at < 47*time.Minute || at > 48*time.Minute {
+		t.Errorf("a token of an hour is renewed after %v", at)
+	}
+	v.endToken() // 48 minutes later
+	v.mustPublish()
+	if v.file("token") == token || n.api.count(path) != 2 {
+		t.Error("an old token was not renewed")
+	}
+	token = v.file("token")
+
+	v.attributes["token.expiration"] = "2h" // the API server may give less than what was asked for
+	n.api.set(func() { n.api.lifetime = time.Second })
+	v.mustPublish()
+	short := v.file("token")
+	if short == token || n.api.count(path) != 3 {
+		t.Error("another expiration did not lead to another token")
+	}
+	n.api.set(func() { n.api.lifetime = 0 })
+	eventually(t, "the token is renewed", func() bool { v.mustPublish(); return v.file("token") != short })
+	if n.api.count(path) != 4 {
+		t.Errorf("%d tokens were asked for", n.api.count(path))
+	}
+	v.wantClean()
+}
+
+// endToken makes the volume's token, which the driver asked for, due for renewal.
+func (v *podVolume) endToken() {
+	d := v.node.driver
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	token := d.tokens[v.target]
+	token.renew = time.Now()
+	d.tokens[v.target] = token
+}
+
+// The clocks of the node and of the API server may differ as they like; the lifetime is what the answer grants.
+func TestRenewalIsCountedFromTheRequest(t *testing.T) {
+	n := startNode(t)
+	for what, c := range sorted(map[string]struct{ clock, granted, renew time.Duration }{
+		"25 minutes behind": {-25 * time.Minute, 0, 48 * time.Minute},
+		"25 minutes ahead":  {25 * time.Minute, 0, 48 * time.Minute},
+		"a day behind":      {-24 * time.Hour, 0, 48 * time.Minute},
+		"years ahead":       {99999 * time.Hour, 0, 48 * time.Minute},
+		"less is granted":   {-time.Hour, 20 * time.Minute, 16 * time.Minute},
+		"more is granted":   {0, 300 * time.Hour, 48 * time.Minute},
+		"negative":          {0, -time.Hour, 48 * time.Minute},
+		"nothing is said":   {0, time.Nanosecond, 48 * time.Minute}, // as 0 seconds
+	}) {
+		v := n.volume(attrs{"token.expiration": "1h"})
+		n.api.set(func() { n.api.clock, n.api.lifetime = c.clock, c.granted })
+		v.mustPublish()
+		asked := n.api.count(tokenPath("default", "default"))
+		v.mustPublish()
+		if at := time.Until(n.driver.tokens[v.target].renew); at > c.renew || at < c.renew-time.Minute || n.api.count(tokenPath("default", "default")) != asked {
+			t.Errorf("%s: the token is renewed after %v, not %v", what, at, c.renew)
+		}
+	}
+	v := n.volume(attrs{"token.expiration": "24h"})
+	n.api.set(func() { n.api.clock, n.api.lifetime = 0, 0 })
+	v.mustPublish()
+	if got := valueAt(n.api.lastBody(tokenPath("default", "default")), "spec", "expirationSeconds"); got != 86400. {
+		t.Errorf("expirationSeconds is %v", got)
+	}
+}
+
+// A volume that fails after its token was issued has it for its next try.
+func TestTokenIsKeptForTheNextTry(t *testing.T) {
+	n := startPolling(t)
+	path := tokenPath("default", "default")
+	n.api.put(class("git", configuration("config", "a", "{{ .none }}")))
+	v := n.volume(attrs{"token.expiration": "1h"})
+	for range 3 {
+		v.mustRefuse(codes.FailedPrecondition, "has no value")
+	}
+	n.api.put(gitClass())
+	must(t, os.WriteFile(v.target, nil, 0o600))
+	for range 3 {
+		wantError(t, v.publish(), codes.FailedPrecondition, "did not mount")
+	}
+	must(t, os.Remove(v.target))
+	v.mustPublish()
+	if n.api.count(path) != 1 || v.file("token") != n.driver.tokens[v.target].value {
+		t.Errorf("%d tokens for one volume", n.api.count(path))
+	}
+
+	n.api.put(class("git", configuration("config", "a", "{{ .none }}")))
+	n.age()
+	v.endToken()
+	for range 3 {
+		wantError(t, v.publish(), codes.FailedPrecondition, "has no value")
+	}
+	v.attributes["token.expiration"] = "2h"
+	wantError(t, v.publish(), codes.FailedPrecondition, "has no value")
+	if n.api.count(path) != 3 {
+		t.Errorf("%d tokens, not one more for the renewal and one for another lifetime", n.api.count(path)-1)
+	}
+	v.mustUnpublish()
+	if len(n.driver.tokens) != 0 {
+		t.Errorf("%d tokens are kept after the unpublish", len(n.driver.tokens))
+	}
+}
+
+// Kubelet sends no unpublish for volumes that were never mounted.
+func TestTokensOfVolumesThatAreNeverMounted(t *testing.T) {
+	n := startNode(t)
+	path := tokenPath("default", "default")
+	hour := attrs{"token.expiration": "1h"}
+	mounted := n.volume(hour)
+	mounted.settle()
+	n.api.put(class("bad", configuration("config", "a", "{{ .none }}")), connector("default", "bad", "bad"))
+	var last *podVolume
+	for range 600 {
+		last = n.volume(hour, attrs{"connector.name": "bad"})
+		wantError(t, last.publish(), codes.FailedPrecondition, "has no value")
+		if got := len(n.driver.tokens); got > 257 {
+			t.Fatalf("%d tokens are kept", got)
+		}
+	}
+	asked := n.api.count(path)
+	wantError(t, last.publish(), codes.FailedPrecondition, "has no value")
+	mounted.mustPublish()
+	if n.api.count(path) != asked {
+		t.Error("the token of a mounted volume, or of the last one, is not kept")
+	}
+}
+
+func TestRenewalThatFailsKeepsTheToken(t *testing.T) {
+	n := startNode(t)
+	v := n.volume(attrs{"token.expiration": "1h"})
+	v.mustPublish()
+	token := v.file("token")
+	v.endToken()
+	n.api.set(func() { n.api.noTokens = true })
+	wantError(t, v.publish(), codes.PermissionDenied, "connectors-csi-token")
+	v.want("token", token)
+	n.api.set(func() { n.api.noTokens = false })
+	v.mustPublish()
+	if v.file("token") == token {
+		t.Error("the token was not renewed")
+	}
+}
+
+func TestAudience(t *testing.T) {
+	n := startPolling(t)
+	proxy := []string{"status", "proxy", "httpAddress", "audience"}
+	git, other := gitClass(), class("other", configuration("config", "other", "x"))
+	with("http://c-git", "spec", "proxy", "audience")(git)
+	with("http://c-other", proxy...)(other)
+	n.api.put(git, other, connector("default", "git", "git", with("http://c-git", proxy...)), connector("default", "same", "git", with("http://c-git", proxy...)),
+		connector("default", "address", "git", with("http://c-address.default.svc.cluster.local", proxy...)), connector("default", "other", "other"))
+	v := n.volume(attrs{"connector.name": "-", "connectors": "git,same,address,other"})
+	v.mustPublish()
+	c, _ := decodeClaims(v.file("token"))
+	if want := []string{apiAudience, "http://c-git", "http://c-address.default.svc.cluster.local", "http://c-other"}; !slices.Equal(c.Audience, want) {
+		t.Errorf("audiences %v, not %v", c.Audience, want)
+	}
+	if got := valueAt(n.api.lastBody(tokenPath("default", "default")), "spec", "expirationSeconds"); got != 1800. {
+		t.Errorf("expirationSeconds is %v", got)
+	}
+
+	with("http://moved", "spec", "proxy", "audience")(git)
+	n.api.put(git, connector("default", "git", "git", with("http://moved", proxy...)), connector("default", "same", "git"))
+	n.age()
+	v.mustPublish()
+	if c, _ := decodeClaims(v.file("token")); !slices.Contains(c.Audience, "http://moved") || slices.Contains(c.Audience, "http://c-git") {
+		t.Errorf("the audience has changed, but the token's are %v", c.Audience)
+	}
+}
+
+// Whoever writes a Connector's status decides where tokens go. That must not be a way to have them made for another service.
+func TestAudienceOfSomebodyElse(t *testing.T) {
+	n := startNode(t)
+	httpAddress := func(fields object) func(object) { return with(fields, "status", "proxy", "httpAddress") }
+	for _, c := range []struct {
+		what   string
+		status func(object)
+	}{
+		{"another service", httpAddress(object{"url": "http://proxy", "audience": "vault"})},
+		{"no proxy", httpAddress(object{"audience": "vault"})},
+		{"a part of the proxy's address", httpAddress(object{"url": "http://proxy", "audience": "http://prox"})},
+		{"the address in another spelling", httpAddress(object{"url": "http://proxy", "URL": "vault", "audience": "vault"})},
+		{"an address that is not used", with(object{"proxyAddress": "http://evil", "proxy": object{"httpAddress": object{"url": "vault", "audience": "vault"}}}, "status")},
+		{"an address in a list", with(object{"proxy": []any{object{"httpAddress": object{"url": "vault"}}, object{"httpAddress": object{"audience": "vault"}}}}, "status")},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			n.api.put(connector("default", "git", "git", c.status))
+			v := n.volume()
+			v.t = t
+			if c.what == "an address in a list" { // which is none, and no audience
+				v.attributes["configuration.names"] = "first"
+				v.mustPublish()
+			} else {
+				v.mustRefuse(codes.FailedPrecondition, `Connector "default/git": the audience "`, `ConnectorClass "git"`)
+			}
+			if got := n.api.count(tokenPath("default", "default")); got != 0 {
+				t.Errorf("%d tokens were asked for", got)
+			}
+		})
+	}
+}
