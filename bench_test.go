@@ -163,7 +163,7 @@ func BenchmarkRender(b *testing.B) {
 	mounted := []mountedConnector{{connector("default", "git", "git"), gitClass()}}
 	token := issue("default", "default", nil, time.Hour, apiAudience)
 	for b.Loop() {
-		_, err := render(mounted, selection{configurations: []string{"config"}}, token, func(string) {})
+		_, err := render(mounted, selection{Configurations: []string{"config"}}, token, func(string) {})
 		must(b, err)
 	}
 }
@@ -201,7 +201,7 @@ func benchmarkJob(b *testing.B) job {
 		objects = append(objects, parsed)
 	}
 	token := issue("default", "default", nil, time.Hour, apiAudience)
-	return job{[]source{{objects[0], objects[1]}}, selection{configurations: []string{"config"}}, token}
+	return job{sources: []source{{objects[0], objects[1]}}, selection: selection{Configurations: []string{"config"}}, token: token}
 }
 
 // BenchmarkPublishWith1000Volumes is BenchmarkPublish on a node that has 1,000 volumes already.

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"net/http"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -48,11 +47,17 @@ const (
 	maxConfigurations = 64  // and as many exclusions
 	maxNameBytes      = 253 // as Kubernetes has it for names of objects
 
-	maxUnmountedTokens = 256 // that are kept for volumes which are not mounted yet
+	// What the process keeps of volumes for pushes: attributes and tokens, of the volumes of a Pod and of all.
+	maxPodKeptBytes = 128 << 10
+	maxKeptBytes    = 8 << 20
 
 	// pushInterval is the least time between two pushes of a volume. It doubles while they fail, to 32 times
 	// as much.
 	pushInterval = time.Second
+	// sweepDelay is how long the old files of a volume stay beside the new ones, for whoever is just opening one.
+	sweepDelay = time.Second
+	// retryInterval is how long the driver waits with the next try to renew a token.
+	retryInterval = time.Minute
 
 	kubeletKeyPrefix = "csi.storage.k8s.io/" // keys of volume_context and secrets that are kubelet's
 	tokensKey        = kubeletKeyPrefix + "serviceAccount.tokens"
@@ -63,33 +68,73 @@ const (
 type driver struct {
 	csi.UnimplementedIdentityServer
 	csi.UnimplementedNodeServer
+	driverConfig
 
-	nodeName     string
-	podsDir      string // kubelet's; every target path is below it
-	builtInFiles bool
-	kube         *kube
-	renderers    *renderers
-	budget       *budget
-	metrics      *metrics
+	kube      *kube
+	renderers *renderers
+	budget    *budget
+	metrics   *metrics
 
 	mu      sync.Mutex
-	busy    map[string]*holder     // by target path
-	volumes map[string]*volume     // by target path; those that are mounted
-	tokens  map[string]issuedToken // that the driver asked for, by target path
+	volumes map[string]*volume // by target path
+	kept    map[string]int     // bytes that are kept of volumes, by the Pod's uid; of all by ""
+	closed  bool
 }
 
-// volume is what the process remembers of a mounted volume. After a restart it remembers none, until kubelet
-// calls.
+// driverConfig is what a driver needs to know of its surroundings.
+type driverConfig struct {
+	nodeName      string
+	podsDir       string // kubelet's; every target path is below it
+	builtInFiles  bool
+	volumesBudget int64  // in bytes
+	binary        string // this program, which is the renderers' as well
+	log           *slog.Logger
+	kube          kubeConfig
+}
+
+// newDriver makes a driver, which knows of the volumes that another process of it has left mounted.
+func newDriver(c driverConfig) (*driver, error) {
+	b, left, err := newBudget(c.podsDir, c.volumesBudget)
+	if err != nil {
+		return nil, err
+	}
+	m := newMetrics(b)
+	c.kube.log, c.kube.metrics = c.log, m
+	k, err := newKube(c.kube)
+	if err != nil {
+		return nil, err
+	}
+	d := &driver{driverConfig: c, kube: k, renderers: newRenderers(c.binary, c.log, m), budget: b,
+		metrics: m, volumes: map[string]*volume{}, kept: map[string]int{}}
+	for target, memory := range left {
+		d.newVolume(target, memory).mounted = true
+	}
+	return d, nil
+}
+
+// volume is what the process knows of a target path: while somebody works on it, and as long as it is mounted.
+// After a restart that is little, until kubelet calls.
 type volume struct {
-	publication *publication // the last that was valid, which pushes use
+	target string
+	memory *footprint
+	user   user
+	turn   chan struct{} // has an element while somebody works on the volume
 
-	// For whoever has locked the target path.
-	digest [sha256.Size]byte // of all that the files were made from
-	swept  bool              // no generation is left but that of these files
+	// For whoever has the turn.
+	mounted     bool              // by this driver
+	publication *publication      // kubelet's last that was valid; nil if there was no room to keep it
+	digest      [sha256.Size]byte // of all that the files were made from
+	token       issuedToken       // that the driver asked for
+	tidy, renew *time.Timer       // for the removal of old files, and the renewal of the token
 
-	due      time.Time // when the change came that the next push is for; zero if none is to come
-	pushed   time.Time // when the last push began
-	failures int       // of the last pushes
+	// The lock of the driver guards the rest.
+	called   bool               // a call of kubelet waits for the turn, or has it
+	stop     context.CancelFunc // ends the push that has the turn
+	kept     int                // bytes
+	due      time.Time          // when the change came that the next push is for; zero if none is to come
+	next     *time.Timer        // for that push
+	pushed   time.Time          // when the last push began
+	failures int                // of the last pushes
 }
 
 func (d *driver) GetPluginInfo(context.Context,
@@ -137,11 +182,11 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 	defer cancel()
 	var p *publication
 	defer func() {
-		err = errorStatus(err)
+		err = shorten(err)
 		d.metrics.inc(publishTotal, "code", status.Code(err).String())
 		d.metrics.observe(publishDuration, time.Since(start))
 		if changed || err != nil {
-			p.log("publish", err, start)
+			d.logPublish("publish", p, err, start)
 		}
 	}()
 
@@ -151,86 +196,112 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 	}
 
 	// 2. lock
-	unlock, err := d.lock(ctx, p.target)
+	v, err := d.lock(ctx, p.target, p.pod.uid)
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
-	mounted := isPublished(p.target)
-	if !mounted {
-		if err := checkNew(request, p.attributes); err != nil {
-			return nil, status.Error(codes.InvalidArgument, err.Error())
-		}
+	defer d.unlock(v)
+	at, err := d.budget.look(p.target, v.memory)
+	if err != nil {
+		return nil, mountStatus(err)
+	}
+	if p.attributes, err = d.attributesFor(v, request, p.pod.namespace); err == nil && !at.complete {
+		err = checkNew(request, p.attributes)
+	}
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	p.attributes.lifetime = min(p.attributes.lifetime, maxTokenLifetime)
+	if v.mounted = v.mounted && at.mounted; v.mounted {
+		d.keep(v, p) // also when the call fails later on, its token is the newest
+	}
 
 	// 3. to 5.
-	if changed, err = d.publish(ctx, p, mounted); err != nil {
+	if changed, err = d.publish(ctx, v, p, at, false); err != nil {
 		return nil, err
 	}
 	return &csi.NodePublishVolumeResponse{}, nil
 }
 
 // publish is what a call of kubelet and a push have in common: the steps 3 to 5 of NodePublishVolume. The
-// caller has locked the target path.
-func (d *driver) publish(ctx context.Context, p *publication, mounted bool) (changed bool, err error) {
+// caller has the volume's turn. A renewal is for a new token alone: it reads nothing of what the volume's files
+// were made from.
+func (d *driver) publish(ctx context.Context, v *volume, p *publication, at found,
+	renewal bool) (changed bool, err error) {
 	// 3. read
-	var known *volume
-	if mounted {
-		known = d.renew(p)
-	}
-	c := d.kube.begin(p.pod, p.token, mounted)
-	defer c.end()
-	defer d.watch(c, p.target)
-	class := func(name string) (*apiObject, error) { return c.class(ctx, name) }
-	connector := func(ref reference) (*apiObject, error) { return c.connector(ctx, ref) }
-	sources, err := collectSources(c, p.pod, p.attributes.connectors, connector, class)
+	l := d.kube.begin(&lookup{user: &v.user, pod: p.pod, token: p.token, first: !at.complete, renewal: renewal})
+	defer l.end()
+	defer func() {
+		if v.publication != nil && d.kube.use(&v.user, l, err == nil) {
+			d.pushSoon(v)
+		}
+	}()
+	class := func(name string) (*apiObject, error) { return l.class(ctx, name) }
+	connector := func(ref reference) (*apiObject, error) { return l.connector(ctx, ref) }
+	sources, err := collectSources(p.pod, p.attributes.connectors, connector, class)
 	if err != nil {
 		return false, err
 	}
-	token, err := d.chooseToken(ctx, c, p, sources)
-	if err != nil {
+	j := job{sources: sources, selection: p.attributes.selection, what: digestOf(p, sources)}
+	if j.token, err = d.chooseToken(ctx, l, v, p, j); err != nil {
 		return false, err
 	}
 
 	// 4. render
-	made := digestOf(p, sources, token)
-	if known != nil && known.digest == made {
-		return false, d.sweep(p.target, known)
+	made := sha256.Sum256(fmt.Appendf(j.what[:], "%v %s", p.who, j.token))
+	if at.complete && v.digest == made {
+		return false, nil
 	}
-	f, err := d.renderers.render(ctx, p.pod.namespace, job{sources, p.attributes.selection, token})
+	f, err := d.renderers.render(ctx, p.pod.namespace, j)
 	if err != nil {
 		d.metrics.inc(templateFailuresTotal)
 		return false, renderStatus(err)
 	}
 
 	// 5. mount or update
-	if changed, err = d.budget.publish(p.target, f, p.who); err != nil {
+	if changed, err = d.budget.publish(p.target, v.memory, at, f, p.who); err != nil {
 		return changed, mountStatus(err)
 	}
-	d.remember(p, made, !changed)
-	d.kube.unwatch(p.target, c.versions)
+	if v.mounted, v.digest = true, made; v.publication != p {
+		d.keep(v, p)
+	}
+	d.setTimers(v, changed && at.complete)
 	return changed, nil
 }
 
-// sweep removes, once, the generation that an update has left to those who were following ..data into it.
-func (d *driver) sweep(target string, v *volume) error {
-	if v.swept {
-		return nil
+// setTimers lets old files go, if there are any, and the token be renewed, both by the driver itself. The caller
+// has the volume's turn.
+func (d *driver) setTimers(v *volume, oldFiles bool) {
+	if oldFiles {
+		v.tidy = again(v.tidy, sweepDelay, func() { d.work(v, func(context.Context) { d.sweep(v) }) })
 	}
-	if err := d.budget.sweep(target); err != nil {
-		return mountStatus(err)
+	if v.token.value != "" {
+		v.renew = again(v.renew, time.Until(v.token.renew), func() { d.push(v, true) })
 	}
-	v.swept = true
-	return nil
 }
 
-// digestOf identifies all that the files of a volume are made from. Texts are quoted, so that no two
-// different things give the same; the token, which is long, comes as its own digest.
-func digestOf(p *publication, sources []source, token string) (digest [sha256.Size]byte) {
-	h, want := sha256.New(), p.attributes.selection
-	fmt.Fprintf(h, "%v %q %q %q %t %x", p.who, want.configurations, want.excluded, want.params, want.builtIn,
-		sha256.Sum256([]byte(token)))
+// again stops a timer, if there is one, and starts another.
+func again(t *time.Timer, after time.Duration, do func()) *time.Timer {
+	if t != nil {
+		t.Stop()
+	}
+	return time.AfterFunc(after, do)
+}
+
+// sweep removes the generation that an update has left to those who were following ..data into it.
+func (d *driver) sweep(v *volume) {
+	if at, err := look(v.target); err != nil || !at.complete {
+		return
+	}
+	if err := d.budget.sweep(v.target, v.memory); err != nil {
+		d.log.Warn("old files stay until the next change", "volume", v.target, "error", err)
+	}
+}
+
+// digestOf identifies what the files of a volume are made from, but for the token and their group.
+func digestOf(p *publication, sources []source) (digest [sha256.Size]byte) {
+	h := sha256.New()
+	h.Write(p.attributes.digest[:])
 	for _, s := range sources {
 		fmt.Fprintf(h, " %q %q", s.connector.version, s.class.version)
 	}
@@ -244,31 +315,31 @@ func (d *driver) NodeUnpublishVolume(ctx context.Context,
 	request *csi.NodeUnpublishVolumeRequest) (_ *csi.NodeUnpublishVolumeResponse, err error) {
 	start, changed, pod := time.Now(), false, ""
 	defer func() {
-		err = errorStatus(err)
+		err = shorten(err)
 		d.metrics.inc(unpublishTotal, "code", status.Code(err).String())
 		if changed || err != nil {
-			logCall("unpublish", err, "pod", pod, "volume", volumeName(request.TargetPath),
+			d.logCall("unpublish", err, "pod", pod, "volume", volumeName(request.TargetPath),
 				"duration", time.Since(start))
 		}
 	}()
 	if request.VolumeId == "" {
 		return nil, status.Error(codes.InvalidArgument, "volume_id is missing")
 	}
-	if pod, err = d.checkTarget(request.TargetPath); err != nil {
+	if pod, err = d.checkTarget(request.TargetPath); err != nil { // its uid may be all that is known of the Pod
 		return nil, err
 	}
-	unlock, err := d.lock(ctx, request.TargetPath)
+	v, err := d.lock(ctx, request.TargetPath, pod)
 	if err != nil {
 		return nil, err
 	}
-	defer unlock()
-	if v := d.recall(request.TargetPath); v != nil { // otherwise its uid is all that is known of the Pod
+	defer d.unlock(v)
+	if v.publication != nil {
 		pod = v.publication.pod.namespace + "/" + v.publication.pod.name
 	}
-	if changed, err = d.budget.unpublish(request.TargetPath); err != nil {
+	if changed, err = d.budget.unpublish(request.TargetPath, v.memory); err != nil {
 		return nil, mountStatus(err)
 	}
-	d.forget(request.TargetPath)
+	d.forget(v)
 	return &csi.NodeUnpublishVolumeResponse{}, nil
 }
 
@@ -282,8 +353,11 @@ type publication struct {
 	who        access
 }
 
-func (p *publication) log(call string, err error, start time.Time) {
-	logCall(call, err, "pod", p.pod.namespace+"/"+p.pod.name, "volume", volumeName(p.target),
+// size is how many bytes are kept of it.
+func (p *publication) size() int { return p.attributes.size + len(p.token) }
+
+func (d *driver) logPublish(call string, p *publication, err error, start time.Time) {
+	d.logCall(call, err, "pod", p.pod.namespace+"/"+p.pod.name, "volume", volumeName(p.target),
 		"connectors", fmt.Sprint(p.attributes.connectors), "duration", time.Since(start))
 }
 
@@ -323,14 +397,28 @@ func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, 
 		return fail("%v", err)
 	}
 	p.pod = pod
-	if err := checkIdentity(p.pod, uid, request.VolumeContext); err != nil {
-		return p, err
+	return p, checkIdentity(p.pod, uid, request.VolumeContext)
+}
+
+// attributesFor returns the attributes of the volume, which a Pod cannot change: most calls bring those that
+// are known already.
+func (d *driver) attributesFor(v *volume, request *csi.NodePublishVolumeRequest,
+	podNamespace string) (attributes, error) {
+	digest, size := sha256.New(), 0
+	fmt.Fprintf(digest, "%q", podNamespace)
+	for _, key := range slices.Sorted(maps.Keys(request.VolumeContext)) {
+		if value := request.VolumeContext[key]; !strings.HasPrefix(key, kubeletKeyPrefix) {
+			fmt.Fprintf(digest, " %d %d %s%s", len(key), len(value), key, value)
+			size += len(key) + len(value)
+		}
 	}
-	p.attributes, err = parseAttributes(request.VolumeContext, p.pod.namespace, d.builtInFiles)
-	if err != nil {
-		return fail("%v", err)
+	made := [sha256.Size]byte(digest.Sum(nil))
+	if v.publication != nil && v.publication.attributes.digest == made {
+		return v.publication.attributes, nil
 	}
-	return p, nil
+	a, err := parseAttributes(request.VolumeContext, podNamespace, d.builtInFiles)
+	a.digest, a.size = made, size
+	return a, err
 }
 
 // checkNew refuses for a new volume what would be ignored without a word, and too many bytes of attributes.
@@ -351,19 +439,15 @@ func checkNew(request *csi.NodePublishVolumeRequest, a attributes) error {
 		return fmt.Errorf("%sephemeral is %q: only inline volumes can be mounted; write csi: into the "+
 			"Pod's volumes, not a persistentVolumeClaim", kubeletKeyPrefix, cut(ephemeral, maxQuotedBytes))
 	}
-	sum, largest, size := 0, "", 0
-	for key, value := range request.VolumeContext {
-		if strings.HasPrefix(key, kubeletKeyPrefix) {
-			continue
+	if a.size > maxAttributeBytes {
+		largest, size := "", 0
+		for key, value := range request.VolumeContext {
+			if bytes := len(key) + len(value); bytes > size && !strings.HasPrefix(key, kubeletKeyPrefix) {
+				largest, size = key, bytes
+			}
 		}
-		bytes := len(key) + len(value)
-		if sum += bytes; bytes > size {
-			largest, size = key, bytes
-		}
-	}
-	if sum > maxAttributeBytes {
 		return fmt.Errorf("volumeAttributes may have %d bytes, not %d; the largest is %q with %d: make it "+
-			"smaller, or use several volumes", maxAttributeBytes, sum, largest, size)
+			"smaller, or use several volumes", maxAttributeBytes, a.size, largest, size)
 	}
 	return a.check()
 }
@@ -482,6 +566,8 @@ type attributes struct {
 	connectors []reference
 	selection  selection
 	lifetime   time.Duration // of the token
+	digest     [sha256.Size]byte
+	size       int // in bytes, as the Pod has them
 }
 
 // The attributes that a volume may have. An empty value is the same as none.
@@ -499,7 +585,7 @@ var knownAttributes = []string{attrConfigurations, attrParams, attrName, attrNam
 
 // parseAttributes reads what stands under volumeAttributes in the Pod. Its errors are for whoever wrote that.
 func parseAttributes(volumeContext map[string]string, podNamespace string, builtIn bool) (attributes, error) {
-	a := attributes{selection: selection{builtIn: builtIn}}
+	a := attributes{selection: selection{BuiltIn: builtIn}}
 	for key := range volumeContext {
 		if !slices.Contains(knownAttributes, key) && !strings.HasPrefix(key, kubeletKeyPrefix) {
 			key = cut(key, maxKeyBytes) // the search for the nearest takes time in proportion to it
@@ -513,16 +599,16 @@ func parseAttributes(volumeContext map[string]string, podNamespace string, built
 	}
 	for _, item := range splitList(volumeContext[attrConfigurations]) {
 		if excluded, ok := strings.CutPrefix(item, "!"); ok {
-			a.selection.excluded = append(a.selection.excluded, strings.TrimSpace(excluded))
+			a.selection.Excluded = append(a.selection.Excluded, strings.TrimSpace(excluded))
 		} else {
-			a.selection.configurations = append(a.selection.configurations, item)
+			a.selection.Configurations = append(a.selection.Configurations, item)
 		}
 	}
-	if len(a.selection.configurations) == 0 && !builtIn {
+	if len(a.selection.Configurations) == 0 && !builtIn {
 		return a, fmt.Errorf("%s is missing in volumeAttributes: name the configurations of the "+
 			"ConnectorClass to mount", attrConfigurations)
 	}
-	a.selection.params, err = parseParams(volumeContext[attrParams], a.selection.configurations)
+	a.selection.Params, err = parseParams(volumeContext[attrParams], a.selection.Configurations)
 	if err != nil {
 		return a, err
 	}
@@ -536,7 +622,7 @@ func (a attributes) check() error {
 		return fmt.Errorf("%s may name %d Connectors, not %d: use several volumes",
 			attrConnectors, maxConnectors, len(a.connectors))
 	}
-	for _, names := range [][]string{a.selection.configurations, a.selection.excluded} {
+	for _, names := range [][]string{a.selection.Configurations, a.selection.Excluded} {
 		if len(names) > maxConfigurations {
 			return fmt.Errorf("%s may have %d configurations and as many exclusions, not %d: use several "+
 				"volumes",
@@ -673,242 +759,203 @@ func isDNSName(s string) bool {
 	return len(s) <= maxNameBytes && !slices.ContainsFunc(strings.Split(s, "."), isNoLabel)
 }
 
-// holder is a call of kubelet or a push that has locked a target path.
-type holder struct {
-	stop func()        // ends a push; nil for a call
-	done chan struct{} // closed at the end
+// newVolume makes a record. The caller holds the lock, or is newDriver.
+func (d *driver) newVolume(target string, memory *footprint) *volume {
+	v := &volume{target: target, memory: memory, turn: make(chan struct{}, 1)}
+	v.user = user{changed: func() { d.pushSoon(v) }, uses: map[*entry]bool{}}
+	d.volumes[target] = v
+	return v
 }
 
-// lock locks the target path for a call of kubelet. A push that has it is ended: the call does the same. A
-// second call is told to come again, as the CSI specification has it (ABORTED: an operation is pending for
-// the volume): kubelet does, half a second later.
-func (d *driver) lock(ctx context.Context, target string) (unlock func(), err error) {
-	for {
-		other := d.take(target, &holder{done: make(chan struct{})})
-		switch {
-		case other == nil:
-			return func() { d.release(target) }, nil
-		case other.stop == nil:
-			return nil, status.Errorf(codes.Aborted,
-				"another call for %s is under way; kubelet will try again", target)
-		}
-		other.stop()
-		select {
-		case <-other.done:
-		case <-ctx.Done():
-			return nil, status.FromContextError(ctx.Err()).Err()
-		}
-	}
-}
-
-// take gives the target path to the holder, or returns the one that has it.
-func (d *driver) take(target string, h *holder) (other *holder) {
+// lock finds or makes the record of a target path for a call of kubelet, and takes its turn, for which it ends a
+// push that has it: the call does the same. A second call is told to come again, as the CSI specification has it
+// (ABORTED: an operation is pending for the volume): kubelet does, half a second later.
+func (d *driver) lock(ctx context.Context, target, podUID string) (*volume, error) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
-	if other := d.busy[target]; other != nil {
-		return other
-	}
-	d.busy[target] = h
-	return nil
-}
-
-// release lets go of the target path, and wakes those who wait for it.
-func (d *driver) release(target string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	close(d.busy[target].done)
-	delete(d.busy, target)
-}
-
-// pushChanges has the volumes pushed of which an object has changed, until ctx ends.
-func (d *driver) pushChanges(ctx context.Context) {
-	for {
-		select {
-		case target := <-d.kube.changed:
-			d.pushSoon(target)
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
-// pushSoon has a volume pushed: at once, or when it is time again. What comes before that push is part of it.
-func (d *driver) pushSoon(target string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	v := d.volumes[target]
-	if v == nil || !v.due.IsZero() {
+	if v == nil {
+		v = d.newVolume(target, &footprint{pod: podUID})
+	}
+	if v.called {
+		d.mu.Unlock()
+		return nil, status.Errorf(codes.Aborted, "another call for %s is under way; kubelet will try again",
+			target)
+	}
+	v.called = true
+	if v.stop != nil {
+		v.stop()
+	}
+	d.mu.Unlock()
+	select {
+	case v.turn <- struct{}{}:
+		return v, nil
+	case <-ctx.Done():
+	}
+	d.mu.Lock()
+	v.called = false
+	d.mu.Unlock()
+	go d.work(v, func(context.Context) {}) // drops the record, if nobody else does
+	return nil, status.FromContextError(ctx.Err()).Err()
+}
+
+// unlock gives the turn back, and drops the record of a volume that is not mounted, unless a call waits for it.
+func (d *driver) unlock(v *volume) {
+	d.mu.Lock()
+	if v.stop != nil {
+		v.stop = nil
+	} else {
+		v.called = false
+	}
+	if !v.mounted && !v.called && d.volumes[v.target] == v {
+		delete(d.volumes, v.target)
+	}
+	d.mu.Unlock()
+	<-v.turn
+}
+
+// work does something with a mounted volume in its turn that is no call of kubelet. One that comes ends it by ctx.
+func (d *driver) work(v *volume, do func(ctx context.Context)) {
+	ctx, cancel := context.WithTimeout(context.Background(), publishTimeout)
+	defer cancel()
+	v.turn <- struct{}{}
+	defer d.unlock(v)
+	d.mu.Lock()
+	if v.stop = cancel; v.called || d.closed {
+		cancel()
+	}
+	d.mu.Unlock()
+	if v.mounted {
+		do(ctx)
+	}
+}
+
+// pushSoon pushes a volume: at once, or when it is time again. What comes before that push is part of it.
+func (d *driver) pushSoon(v *volume) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed || !v.due.IsZero() {
 		return
 	}
 	v.due = time.Now()
-	time.AfterFunc(time.Until(v.pushed.Add(pushInterval<<v.failures)), func() { d.push(target) })
+	v.next = time.AfterFunc(time.Until(v.pushed.Add(pushInterval<<v.failures)), func() { d.push(v, false) })
 }
 
-// push brings the files of a mounted volume up to date as a republish does, with what kubelet's last call
-// said. It waits for a call that is under way, and ends when one comes.
-func (d *driver) push(target string) {
-	ctx, cancel := context.WithTimeout(context.Background(), publishTimeout)
-	defer cancel()
-	h := &holder{stop: cancel, done: make(chan struct{})}
-	for other := d.take(target, h); other != nil; other = d.take(target, h) {
-		<-other.done
-	}
-	defer d.release(target)
-	p, due := d.beginPush(target)
-	if p == nil || !isPublished(target) {
-		return
-	}
-	start := time.Now()
-	changed, err := d.publish(ctx, p, true)
-	err = errorStatus(err)
-	d.endPush(target, err != nil)
-	d.metrics.inc(pushesTotal, "code", status.Code(err).String())
-	if changed && err == nil {
-		d.metrics.observe(pushDuration, time.Since(due))
-	}
-	if stopped := errors.Is(ctx.Err(), context.Canceled); changed || err != nil && !stopped {
-		p.log("push", err, start)
-	}
-}
-
-// beginPush returns what a push is made from, and when the change came. It returns nil for a volume that is
-// gone.
-func (d *driver) beginPush(target string) (p *publication, due time.Time) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	v := d.volumes[target]
-	if v == nil {
-		return nil, time.Time{}
-	}
-	due, v.due, v.pushed = v.due, time.Time{}, time.Now()
-	return v.publication, due
-}
-
-// endPush counts the pushes that failed since the volume was published.
-func (d *driver) endPush(target string, failed bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if v := d.volumes[target]; v != nil && failed {
-		v.failures = min(v.failures+1, 5)
-	}
+// push brings the files of a mounted volume up to date as a republish does, with what kubelet's last call said.
+// It waits for a call that is under way, and leaves the work to one that comes. A renewal is tried again until
+// it succeeds.
+func (d *driver) push(v *volume, renewal bool) {
+	d.work(v, func(ctx context.Context) {
+		d.mu.Lock()
+		due := v.due
+		if !renewal {
+			v.due, v.pushed = time.Time{}, time.Now()
+		}
+		d.mu.Unlock()
+		p := v.publication
+		at, err := d.budget.look(v.target, v.memory)
+		if p == nil || err != nil || !at.complete || ctx.Err() != nil {
+			return
+		}
+		start := time.Now()
+		changed, err := d.publish(ctx, v, p, at, renewal)
+		err = shorten(err)
+		d.metrics.inc(pushesTotal, "code", status.Code(err).String())
+		d.mu.Lock()
+		switch {
+		case err == nil:
+			v.failures = 0
+		case renewal:
+			v.renew = again(v.renew, retryInterval, func() { d.push(v, true) })
+		default:
+			v.failures = min(v.failures+1, 5)
+		}
+		d.mu.Unlock()
+		if changed && err == nil && !renewal {
+			d.metrics.observe(pushDuration, time.Since(due))
+		}
+		if stopped := errors.Is(ctx.Err(), context.Canceled); changed || err != nil && !stopped {
+			d.logPublish("push", p, err, start)
+		}
+	})
 }
 
 // close ends pushes and streams, and the renderers.
 func (d *driver) close() {
 	d.mu.Lock()
-	clear(d.volumes)
-	holders := slices.Collect(maps.Values(d.busy))
-	d.mu.Unlock()
-	for _, h := range holders {
-		if h.stop != nil {
-			h.stop()
+	d.closed = true
+	volumes := slices.Collect(maps.Values(d.volumes))
+	for _, v := range volumes {
+		if v.stop != nil {
+			v.stop()
 		}
-		<-h.done
 	}
-	d.kube.close() // after the pushes, which may have begun streams
+	d.mu.Unlock()
+	for _, v := range volumes {
+		d.work(v, func(context.Context) { d.forget(v) }) // after a push that has the turn
+	}
+	d.kube.close()
 	d.renderers.close()
 }
 
-// recall returns what this process remembers of a volume, or nil.
-func (d *driver) recall(target string) *volume {
+// keep makes a publication the one that pushes use, if there is room for it; else kubelet's calls alone refresh
+// the volume. The caller has the volume's turn.
+func (d *driver) keep(v *volume, p *publication) {
+	size := 0
+	if p != nil {
+		size = p.size()
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.volumes[target]
-}
-
-// renew returns what is remembered of the volume, or nil, and remembers what kubelet says of it now: also
-// when the call fails later on, its token is the newest.
-func (d *driver) renew(p *publication) *volume {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	v := d.volumes[p.target]
-	if v != nil {
-		v.publication = p
+	pod := v.memory.pod
+	if d.kept[pod]-v.kept+size > maxPodKeptBytes || d.kept[""]-v.kept+size > maxKeptBytes {
+		p, size = nil, 0
 	}
-	return v
-}
-
-// remember keeps what a volume was published from, as its digest, and whether no old files are left in it.
-func (d *driver) remember(p *publication, made [sha256.Size]byte, swept bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	v := d.volumes[p.target]
-	if v == nil {
-		v = &volume{}
-		d.volumes[p.target] = v
-	}
-	v.publication, v.digest, v.swept, v.failures = p, made, swept, 0
-}
-
-// watch has the objects that a call asked for watched, if the volume is mounted.
-func (d *driver) watch(c *call, target string) {
-	if d.recall(target) == nil {
-		return
-	}
-	if c.watch(target) {
-		d.pushSoon(target)
+	d.kept[pod] += size - v.kept
+	d.kept[""] += size - v.kept
+	if v.publication, v.kept = p, size; d.kept[pod] == 0 {
+		delete(d.kept, pod)
 	}
 }
 
-// forget drops all that is kept of a volume.
-func (d *driver) forget(target string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	delete(d.volumes, target)
-	delete(d.tokens, target)
-	d.kube.unwatch(target, nil)
+// forget drops all that is kept of a volume that is not mounted any more. The caller has its turn.
+func (d *driver) forget(v *volume) {
+	v.mounted = false
+	d.keep(v, nil)
+	for _, t := range []*time.Timer{v.tidy, v.renew, v.next} {
+		if t != nil {
+			t.Stop()
+		}
+	}
+	d.kube.disuse(&v.user)
+	d.budget.forget(v.memory)
 }
 
-// forgetUnmounted forgets the volumes that somebody else has unmounted.
+// forgetUnmounted forgets the volumes that somebody else has unmounted, and what nobody keeps any more of others.
 func (d *driver) forgetUnmounted() {
-	d.budget.forgetUnmounted()
+	d.budget.checkPinned()
 	d.mu.Lock()
-	targets := slices.Collect(maps.Keys(d.volumes))
+	volumes := slices.Collect(maps.Values(d.volumes))
+	volumes = slices.DeleteFunc(volumes, func(v *volume) bool { return v.called }) // a call sees for itself
 	d.mu.Unlock()
-	for _, target := range targets {
-		if isPublished(target) {
+	for _, v := range volumes {
+		if at, err := look(v.target); err != nil || at.mounted {
 			continue
 		}
-		if unlock, err := d.lock(context.Background(), target); err == nil {
-			if !isPublished(target) {
-				d.forget(target)
+		d.work(v, func(context.Context) {
+			if at, err := look(v.target); err == nil && !at.mounted {
+				d.forget(v)
 			}
-			unlock()
-		}
+		})
 	}
 }
 
-// keepToken keeps a token for the volume's next calls, also for the next try where this one fails. Kubelet
-// sends no unpublish for a volume that was never mounted: so when there are too many of these, their tokens
-// go, and whoever tries again makes the driver ask for another one.
-func (d *driver) keepToken(target string, token issuedToken) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if len(d.tokens) >= len(d.volumes)+maxUnmountedTokens {
-		maps.DeleteFunc(d.tokens, func(target string, _ issuedToken) bool { return d.volumes[target] == nil })
-	}
-	d.tokens[target] = token
-}
-
-// keptToken returns what keepToken has kept for the volume, if anything.
-func (d *driver) keptToken(target string) issuedToken {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.tokens[target]
-}
-
-// collectSources gets the Connectors of a volume and their classes, each class once, and counts what the call
-// holds.
-func collectSources(c *call, pod podIdentity, refs []reference,
-	getConnector func(reference) (*apiObject, error),
+// collectSources gets the Connectors of a volume and their classes, each class once.
+func collectSources(pod podIdentity, refs []reference, getConnector func(reference) (*apiObject, error),
 	getClass func(name string) (*apiObject, error)) ([]source, error) {
 	var sources []source
 	classes := map[string]*apiObject{}
 	for _, ref := range refs {
 		connector, err := getConnector(ref)
-		if err == nil {
-			err = c.hold(connector)
-		}
 		if err != nil {
 			return nil, connectorStatus(err, ref, pod)
 		}
@@ -919,14 +966,9 @@ func collectSources(c *call, pod podIdentity, refs []reference,
 				cut(name, maxQuotedBytes))
 		}
 		if classes[name] == nil {
-			class, err := getClass(name)
-			if err == nil {
-				err = c.hold(class)
-			}
-			if err != nil {
+			if classes[name], err = getClass(name); err != nil {
 				return nil, classStatus(err, name, ref)
 			}
-			classes[name] = class
 		}
 		sources = append(sources, source{connector, classes[name]})
 	}
@@ -960,9 +1002,10 @@ func proxyAudiences(sources []source) ([]string, error) {
 
 // chooseToken returns the token for the files: kubelet's, which kubelet renews, or for another lifetime or
 // audience one that the driver asks for, and asks for again when 80 % of its lifetime are over.
-func (d *driver) chooseToken(ctx context.Context, c *call, p *publication, sources []source) (string, error) {
+func (d *driver) chooseToken(ctx context.Context, l *lookup, v *volume, p *publication,
+	j job) (string, error) {
 	lifetime := p.attributes.lifetime
-	extra, err := proxyAudiences(sources)
+	extra, err := proxyAudiences(j.sources)
 	if err != nil {
 		return "", err
 	}
@@ -977,16 +1020,18 @@ func (d *driver) chooseToken(ctx context.Context, c *call, p *publication, sourc
 		}
 		audiences = append(own, extra...) // the proxy shows it to the API server
 	}
-	token := d.keptToken(p.target)
-	if time.Now().Before(token.renew) && token.lifetime == lifetime &&
-		slices.Equal(token.audiences, audiences) {
-		return token.value, nil
+	if t := v.token; time.Now().Before(t.renew) && t.lifetime == lifetime &&
+		slices.Equal(t.audiences, audiences) {
+		return t.value, nil
 	}
-	token, err = d.kube.requestToken(ctx, c, p.pod, audiences, lifetime)
+	if err := d.renderers.knownLimit(j.what); err != nil {
+		return "", renderStatus(err)
+	}
+	token, err := l.requestToken(ctx, audiences, lifetime)
 	if err != nil {
 		return "", tokenStatus(err, p)
 	}
-	d.keepToken(p.target, token)
+	v.token = token
 	return token.value, nil
 }
 
@@ -1036,40 +1081,29 @@ func tokenStatus(err error, p *publication) error {
 	}
 }
 
-// apiStatus gives the gRPC code for an error of a request to the API server. For kubelet Unavailable,
-// ResourceExhausted, DeadlineExceeded, Canceled and Aborted mean "perhaps mounted": it sends an Unpublish
-// when the Pod goes. All others mean "not mounted".
-func apiStatus(err error) (codes.Code, error) {
-	var answer *apiError
-	switch {
-	case errors.As(err, new(objectError)):
-		return codes.FailedPrecondition, err
-	case errors.As(err, new(roomError)):
-		return codes.ResourceExhausted, err
-	case !errors.As(err, &answer):
-		return cmp.Or(contextCode(err), codes.Unavailable),
-			fmt.Errorf("no answer from the API server: %w", err)
-	}
-	switch answer.code {
-	case http.StatusBadRequest, http.StatusUnprocessableEntity:
-		return codes.InvalidArgument, err
-	case http.StatusUnauthorized:
-		return codes.Unauthenticated, err
-	case http.StatusForbidden:
-		return codes.PermissionDenied, err
-	case http.StatusNotFound:
-		return codes.NotFound, err
-	case http.StatusConflict:
-		return codes.Aborted, err
-	case http.StatusTooManyRequests:
-		return codes.ResourceExhausted, err
-	}
-	return codes.Unavailable, err
+// failure is an error whose gRPC code is known where it arises.
+type failure struct {
+	code codes.Code
+	error
 }
 
-// contextCode is the code for a call that was ended or ran out of time, or OK for any other error.
-func contextCode(err error) codes.Code {
+func (f failure) Unwrap() error { return f.error }
+
+func failuref(code codes.Code, format string, a ...any) error {
+	return failure{code, fmt.Errorf(format, a...)}
+}
+
+// codeOf is the gRPC code of a failure, of an answer of the API server, or of a context that has ended; OK for
+// any other error. For kubelet Unavailable, ResourceExhausted, DeadlineExceeded, Canceled and Aborted mean
+// "perhaps mounted": it sends an Unpublish when the Pod goes. All others mean "not mounted".
+func codeOf(err error) codes.Code {
+	var f failure
+	var answer *apiError
 	switch {
+	case errors.As(err, &f):
+		return f.code
+	case errors.As(err, &answer):
+		return answer.grpcCode()
 	case errors.Is(err, context.Canceled):
 		return codes.Canceled
 	case errors.Is(err, context.DeadlineExceeded):
@@ -1078,25 +1112,27 @@ func contextCode(err error) codes.Code {
 	return codes.OK
 }
 
-func renderStatus(err error) error {
-	code := codes.FailedPrecondition
-	switch {
-	case contextCode(err) != codes.OK:
-		return status.Errorf(contextCode(err), "rendering took too long: %v", err)
-	case errors.As(err, new(podError)):
-		code = codes.InvalidArgument
-	case errors.As(err, new(accountError)):
-		code = codes.ResourceExhausted
-	case errors.As(err, new(rendererError)):
-		code = codes.Unavailable
+// apiStatus returns the code and the text for an error of a lookup.
+func apiStatus(err error) (codes.Code, error) {
+	if errors.As(err, new(failure)) || errors.As(err, new(*apiError)) {
+		return codeOf(err), err
 	}
-	return status.Error(code, err.Error())
+	return cmp.Or(codeOf(err), codes.Unavailable), fmt.Errorf("no answer from the API server: %w", err)
+}
+
+func renderStatus(err error) error {
+	switch code := codeOf(err); code {
+	case codes.Canceled, codes.DeadlineExceeded:
+		return status.Errorf(code, "rendering took too long: %v", err)
+	default:
+		return status.Error(cmp.Or(code, codes.FailedPrecondition), err.Error())
+	}
 }
 
 func mountStatus(err error) error {
 	switch {
-	case errors.As(err, new(limitError)):
-		return status.Error(codes.ResourceExhausted, err.Error())
+	case codeOf(err) != codes.OK:
+		return status.Error(codeOf(err), err.Error())
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.ENOMEM):
 		return status.Errorf(codes.ResourceExhausted,
 			"no room for the volume's files: %v; look at the node's memory and the driver's limit", err)
@@ -1108,8 +1144,8 @@ func mountStatus(err error) error {
 		"the node's kernel refused the volume: %v; look at the driver's log and at dmesg on the node", err)
 }
 
-// errorStatus keeps a message within what an event can hold.
-func errorStatus(err error) error {
+// shorten keeps a message within what an event can hold.
+func shorten(err error) error {
 	s, _ := status.FromError(err)
 	if len(s.Message()) <= maxMessageBytes {
 		return err
@@ -1126,17 +1162,17 @@ func cut(text string, limit int) string {
 }
 
 // logCall writes the one line of a call that failed or changed something.
-func logCall(call string, err error, attributes ...any) {
+func (d *driver) logCall(call string, err error, attributes ...any) {
 	for i, a := range attributes {
 		if text, ok := a.(string); ok {
 			attributes[i] = cut(text, maxQuotedBytes)
 		}
 	}
 	if err != nil {
-		slog.Error(call, append(attributes, "code", status.Code(err).String(),
+		d.log.Error(call, append(attributes, "code", status.Code(err).String(),
 			"error", status.Convert(err).Message())...)
 	} else {
-		slog.Info(call, attributes...)
+		d.log.Info(call, attributes...)
 	}
 }
 

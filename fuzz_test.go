@@ -33,8 +33,8 @@ func FuzzAttributes(f *testing.F) {
 				}
 				continue
 			}
-			if len(a.connectors) == 0 || len(a.selection.configurations) == 0 && !builtIn || len(a.connectors) > 32 ||
-				len(a.selection.configurations) > 64 || len(a.selection.excluded) > 64 {
+			if len(a.connectors) == 0 || len(a.selection.Configurations) == 0 && !builtIn || len(a.connectors) > 32 ||
+				len(a.selection.Configurations) > 64 || len(a.selection.Excluded) > 64 {
 				t.Errorf("accepted: %+v", a)
 			}
 			if a.lifetime < 10*time.Minute || a.lifetime > 24*time.Hour || a.lifetime == 3607*time.Second || a.lifetime%time.Second != 0 {
@@ -45,16 +45,16 @@ func FuzzAttributes(f *testing.F) {
 					t.Errorf("accepted: %q", r)
 				}
 			}
-			for i, c := range a.selection.configurations {
-				if len(c) > 253 || slices.Contains(a.selection.configurations[:i], c) {
-					t.Errorf("accepted: %q", a.selection.configurations)
+			for i, c := range a.selection.Configurations {
+				if len(c) > 253 || slices.Contains(a.selection.Configurations[:i], c) {
+					t.Errorf("accepted: %q", a.selection.Configurations)
 				}
 				if c == "" || c != strings.TrimSpace(c) || strings.ContainsAny(c[:1], "!") || strings.Contains(c, ",") {
 					t.Errorf("accepted: %q", c)
 				}
 			}
-			for c, text := range a.selection.params {
-				if value, err := decodeJSON(text); !slices.Contains(a.selection.configurations, c) || err != nil || kindOf(value) != "object" {
+			for c, text := range a.selection.Params {
+				if value, err := decodeJSON(text); !slices.Contains(a.selection.Configurations, c) || err != nil || kindOf(value) != "object" {
 					t.Errorf("params of %q: %s", c, text)
 				}
 			}
@@ -99,7 +99,7 @@ func FuzzRender(f *testing.F) {
 		mounted := []mountedConnector{{o, class("class", configuration("config", "file", text))}}
 		before, _ := json.Marshal(o)
 		for _, builtIn := range []bool{false, true} {
-			files, err := render(mounted, selection{configurations: []string{"config"}, builtIn: builtIn}, token, func(string) {})
+			files, err := render(mounted, selection{Configurations: []string{"config"}, BuiltIn: builtIn}, token, func(string) {})
 			if err != nil {
 				if secret := secretIn(err.Error()); secret != "" {
 					t.Errorf("the error contains %s", secret)

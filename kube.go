@@ -12,9 +12,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -24,10 +22,9 @@ import (
 	"strings"
 	"sync"
 	"time"
-)
 
-// serviceAccountDir is where kubelet mounts the token and the CA of the driver's own ServiceAccount.
-const serviceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
+	"google.golang.org/grpc/codes"
+)
 
 const (
 	connectorsAPI = "/apis/connectors.alauda.io/v1alpha1"
@@ -52,9 +49,11 @@ const (
 
 	maxTokenBytes = 16 << 10
 
-	// Streams at once: in all, and of those that the Pods of one namespace need. What is beyond is polled.
+	// Streams at once: in all, for the Pods of one namespace, and with the driver's own token. What is beyond is
+	// polled.
 	maxStreams          = 256
 	maxNamespaceStreams = 64
+	maxOwnStreams       = 128
 
 	// How long a stream may last, from the smaller to the larger, so that those of a node do not end
 	// together.
@@ -64,6 +63,7 @@ const (
 	maxReopenTime    = 30 * time.Second
 	firstRefusedTime = 5 * time.Second
 	refusedTime      = 4 * time.Minute
+	maxPostponeTime  = 5 * time.Minute // by Retry-After
 
 	maxEventBytes = 4 << 10 // that are looked into
 	// What is read of a stream at once. Each has this buffer all its life, an event for a moment.
@@ -73,33 +73,38 @@ const (
 	unknownVersion = "?" // of an object of which no more is known
 )
 
-// kube reads from the Kubernetes API, for all volumes of the node.
-type kube struct {
-	server  string // https://host:port
-	client  *http.Client
-	watcher *http.Client  // for streams
-	refresh time.Duration // how old an object that is not watched may be for a refresh
-	metrics *metrics
-	changed chan string // target paths of volumes of which an object has changed
-
-	places    chan struct{} // holds an element for each request under way with a Pod's token
-	ownPlaces chan struct{} // and for each with the driver's own
-
-	mu         sync.Mutex
-	namespaces map[string]*share // of those with calls under way
-	held       *holdings
-	cache      map[string]*cached
-	cacheBytes int
-	tidied     time.Time
-	reads      map[cacheKey]*reading // under way
-	streams    map[cacheKey]*stream
+// kubeConfig is what kube needs to know of its surroundings.
+type kubeConfig struct {
+	server    string        // https://host:port of the API server
+	directory string        // with the token and the CA of the driver's own ServiceAccount
+	refresh   time.Duration // how old an object that is not watched may be for a refresh
+	log       *slog.Logger
+	metrics   *metrics
 }
 
-// share is what the calls for the Pods of one namespace take at this moment.
+// kube reads from the Kubernetes API, for all volumes of the node.
+type kube struct {
+	kubeConfig
+	client  *http.Client
+	watcher *http.Client // for streams
+
+	requests    *queue // for the places of requests with Pods' tokens
+	ownRequests *queue // and with the driver's own
+
+	mu         sync.Mutex
+	namespaces map[string]*share // of those with lookups under way
+	held       *holdings
+	entries    map[string]map[string]*entry // by path, then by reader
+	cacheBytes int                          // of the objects in entries, each once
+	tidied     time.Time
+	streams    map[string]int // by the namespace of the reader; those of the driver by ""
+}
+
+// share is what the lookups for the Pods of one namespace take at this moment.
 type share struct {
-	calls  int
-	held   *holdings
-	places chan struct{} // holds an element for each request under way
+	lookups int
+	held    *holdings
+	places  chan struct{} // holds an element for each request under way
 }
 
 // apiError is an answer of the API server that is not a success: the essence of its Status object.
@@ -112,25 +117,36 @@ func (e *apiError) Error() string {
 	return fmt.Sprintf("%s (HTTP %d from the API server)", e.message, e.code)
 }
 
-// newKube connects to the API server that Kubernetes names to every Pod. Proxy settings of the environment
-// are ignored: no Pod's token shall go to one.
-func newKube(refresh time.Duration, m *metrics) (*kube, error) {
-	host, port := os.Getenv("KUBERNETES_SERVICE_HOST"), os.Getenv("KUBERNETES_SERVICE_PORT")
-	if host == "" || port == "" {
-		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: the " +
-			"driver runs in a Pod only")
+// grpcCode is what the answer means to kubelet.
+func (e *apiError) grpcCode() codes.Code {
+	switch e.code {
+	case http.StatusBadRequest, http.StatusUnprocessableEntity:
+		return codes.InvalidArgument
+	case http.StatusUnauthorized:
+		return codes.Unauthenticated
+	case http.StatusForbidden:
+		return codes.PermissionDenied
+	case http.StatusNotFound:
+		return codes.NotFound
+	case http.StatusConflict:
+		return codes.Aborted
+	case http.StatusTooManyRequests:
+		return codes.ResourceExhausted
 	}
-	pem, err := os.ReadFile(filepath.Join(serviceAccountDir, "ca.crt"))
+	return codes.Unavailable
+}
+
+// newKube connects to the API server. Proxy settings of the environment are ignored: no Pod's token may go to
+// one.
+func newKube(c kubeConfig) (*kube, error) {
+	pem, err := os.ReadFile(filepath.Join(c.directory, "ca.crt"))
 	if err != nil {
 		return nil, fmt.Errorf("no ServiceAccount: %w; the Pod needs serviceAccountName and "+
 			"automountServiceAccountToken", err)
 	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("no certificate in %s/ca.crt", serviceAccountDir)
-	}
-	if _, err := ownToken(); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("no certificate in %s/ca.crt", c.directory)
 	}
 	transport := &http.Transport{
 		TLSClientConfig:     &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
@@ -146,91 +162,112 @@ func newKube(refresh time.Duration, m *metrics) (*kube, error) {
 	streaming.ResponseHeaderTimeout = requestTimeout
 	streaming.HTTP2.MaxReceiveBufferPerStream = 64 << 10
 	noRedirect := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-	return &kube{
-		server:     "https://" + net.JoinHostPort(host, port),
-		client:     &http.Client{Transport: transport, Timeout: requestTimeout, CheckRedirect: noRedirect},
-		watcher:    &http.Client{Transport: streaming, CheckRedirect: noRedirect},
-		refresh:    refresh,
-		metrics:    m,
-		changed:    make(chan string),
-		places:     make(chan struct{}, maxRequests),
-		ownPlaces:  make(chan struct{}, maxOwnRequests),
-		namespaces: map[string]*share{},
-		held:       newHoldings(),
-		cache:      map[string]*cached{},
-		reads:      map[cacheKey]*reading{},
-		streams:    map[cacheKey]*stream{},
-	}, nil
+	k := &kube{
+		kubeConfig:  c,
+		client:      &http.Client{Transport: transport, Timeout: requestTimeout, CheckRedirect: noRedirect},
+		watcher:     &http.Client{Transport: streaming, CheckRedirect: noRedirect},
+		requests:    newRequestQueue(maxRequests),
+		ownRequests: newRequestQueue(maxOwnRequests),
+		namespaces:  map[string]*share{},
+		held:        newHoldings(),
+		entries:     map[string]map[string]*entry{},
+		streams:     map[string]int{},
+	}
+	_, err = k.ownToken()
+	return k, err
 }
 
 // ownToken is the token of the driver's ServiceAccount. Kubelet replaces the file before the token expires.
-func ownToken() (string, error) {
-	token, err := os.ReadFile(filepath.Join(serviceAccountDir, "token"))
+func (k *kube) ownToken() (string, error) {
+	token, err := os.ReadFile(filepath.Join(k.directory, "token"))
 	if err != nil {
 		return "", fmt.Errorf("no ServiceAccount token: %w", err)
 	}
 	return strings.TrimSpace(string(token)), nil
 }
 
-// call is one publish or push, as far as the API server and the memory of its objects are concerned.
-type call struct {
+// lookup is the part of one publish or push that concerns the API server and the memory of its objects.
+type lookup struct {
+	user    *user
+	pod     podIdentity
+	token   string // the Pod's
+	first   bool   // nothing counts that was read before; Connectors are read with this very token
+	renewal bool   // what the user is made from is current, since its token may be too old to read anything
+
 	kube     *kube
-	pod      podIdentity
-	token    string // the Pod's
-	first    bool   // nothing counts that was read before the call; Connectors are read with this very token
 	began    time.Time
-	versions map[cacheKey]string // of the objects that the call asked for; noVersion if it did not get one
-
-	share   *share
-	objects []*apiObject
-	size    int // of objects, in bytes
-	limit   int // of size
+	versions map[*entry]string // of the objects that were asked for; noVersion of one that was not given
+	share    *share
+	objects  []*apiObject
+	sizes    sizes
 }
 
-// begin begins a call for the Pod. The caller ends it. A volume that is mounted goes on when it is larger
-// than a new one may be, and takes from the cache what is current.
-func (k *kube) begin(pod podIdentity, token string, mounted bool) *call {
-	limit := maxVolumeObjectsBytes
-	if mounted {
-		limit = maxNamespaceObjectsBytes
+// begin begins a lookup, of which the caller has filled in for whom it is, and which the caller ends. One for a
+// volume that is mounted goes on when it is larger than a new one may be, and takes from the cache what is
+// current.
+func (k *kube) begin(l *lookup) *lookup {
+	l.kube, l.began, l.versions, l.sizes.limit = k, time.Now(), map[*entry]string{}, maxVolumeObjectsBytes
+	if !l.first {
+		l.sizes.limit = maxNamespaceObjectsBytes
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	s := k.namespaces[pod.namespace]
-	if s == nil {
-		s = &share{places: make(chan struct{}, maxNamespaceRequests), held: newHoldings()}
-		k.namespaces[pod.namespace] = s
+	if l.share = k.namespaces[l.pod.namespace]; l.share == nil {
+		l.share = &share{places: make(chan struct{}, maxNamespaceRequests), held: newHoldings()}
+		k.namespaces[l.pod.namespace] = l.share
 	}
-	s.calls++
-	return &call{kube: k, pod: pod, token: token, first: !mounted, began: time.Now(),
-		versions: map[cacheKey]string{}, share: s, limit: limit}
+	l.share.lookups++
+	return l
 }
 
-// end lets go of the objects that the call holds.
-func (c *call) end() {
-	k := c.kube
+// end lets go of the objects and the entries that the lookup holds.
+func (l *lookup) end() {
+	k := l.kube
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for _, o := range c.objects {
+	for _, o := range l.objects {
 		k.held.remove(o)
-		c.share.held.remove(o)
+		l.share.held.remove(o)
 	}
-	if c.share.calls--; c.share.calls == 0 {
-		delete(k.namespaces, c.pod.namespace)
+	for e := range l.versions {
+		e.lookups--
+		k.dropUnused(e)
+	}
+	if l.share.lookups--; l.share.lookups == 0 {
+		delete(k.namespaces, l.pod.namespace)
 	}
 }
 
-// holdings are the objects that calls under way hold, each of which counts once, since the calls share it.
+// sizes are those of the objects of one volume, in bytes.
+type sizes struct{ sum, limit int }
+
+// add counts one more object, or refuses it.
+func (s *sizes) add(o *apiObject) error {
+	size := len(o.raw)
+	if size > maxObjectBytes {
+		return errObjectSize
+	}
+	if s.sum+size > s.limit {
+		return failuref(codes.FailedPrecondition, "it has %d KiB, with which the Connectors and "+
+			"ConnectorClasses of the volume have more than %d KiB together", size>>10, s.limit>>10)
+	}
+	s.sum += size
+	return nil
+}
+
+var errObjectSize = failuref(codes.FailedPrecondition, "it has more than %d KiB", maxObjectBytes>>10)
+
+// holdings are the objects that lookups under way hold, each of which counts once, since they share it.
 type holdings struct {
 	bytes int
-	calls map[*apiObject]int // how many hold it
+	held  map[*apiObject]int // by how many
 }
 
-func newHoldings() *holdings { return &holdings{calls: map[*apiObject]int{}} }
+func newHoldings() *holdings { return &holdings{held: map[*apiObject]int{}} }
 
 // with is the size in bytes with one more object.
 func (h *holdings) with(o *apiObject) int {
-	if h.calls[o] > 0 {
+	if h.held[o] > 0 {
 		return h.bytes
 	}
 	return h.bytes + len(o.raw)
@@ -238,48 +275,33 @@ func (h *holdings) with(o *apiObject) int {
 
 func (h *holdings) add(o *apiObject) {
 	h.bytes = h.with(o)
-	h.calls[o]++
+	h.held[o]++
 }
 
 func (h *holdings) remove(o *apiObject) {
-	if h.calls[o]--; h.calls[o] == 0 {
+	if h.held[o]--; h.held[o] == 0 {
 		h.bytes -= len(o.raw)
-		delete(h.calls, o)
+		delete(h.held, o)
 	}
 }
 
-// objectError is returned for an object that is refused as it is, roomError where there is no room for one at
-// this moment.
-type (
-	objectError struct{ error }
-	roomError   struct{ error }
-)
-
-var errObjectSize = objectError{fmt.Errorf("it has more than %d KiB", maxObjectBytes>>10)}
-
-// hold counts an object that the call keeps until its end.
-func (c *call) hold(o *apiObject) error {
-	k, size := c.kube, len(o.raw)
-	if size > maxObjectBytes {
-		return errObjectSize
+// hold counts an object that the lookup keeps until its end.
+func (l *lookup) hold(o *apiObject) error {
+	if err := l.sizes.add(o); err != nil {
+		return err
 	}
-	if c.size+size > c.limit {
-		return objectError{fmt.Errorf("it has %d KiB, with which the Connectors and ConnectorClasses of "+
-			"the volume have more than %d KiB together",
-			size>>10, c.limit>>10)}
-	}
+	k := l.kube
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	namespace, all := c.share.held.with(o), k.held.with(o)
+	namespace, all := l.share.held.with(o), k.held.with(o)
 	if namespace > maxNamespaceObjectsBytes || all > maxObjectsBytes {
-		return roomError{fmt.Errorf("the volumes that are being published would hold objects of %d KiB "+
-			"with it, and those of namespace %q of %d KiB; there is room for %d and %d KiB", all>>10,
-			c.pod.namespace, namespace>>10, maxObjectsBytes>>10, maxNamespaceObjectsBytes>>10)}
+		return failuref(codes.ResourceExhausted, "the volumes that are being published would hold objects of "+
+			"%d KiB with it, and those of namespace %q of %d KiB; there is room for %d and %d KiB", all>>10,
+			l.pod.namespace, namespace>>10, maxObjectsBytes>>10, maxNamespaceObjectsBytes>>10)
 	}
-	c.objects = append(c.objects, o)
-	c.size += size
+	l.objects = append(l.objects, o)
 	k.held.add(o)
-	c.share.held.add(o)
+	l.share.held.add(o)
 	return nil
 }
 
@@ -291,58 +313,14 @@ func (r reference) String() string { return cut(r.namespace+"/"+r.name, maxQuote
 
 // connector reads a Connector with the token of the Pod that mounts it, so that the API server decides
 // whether the Pod's ServiceAccount may.
-func (c *call) connector(ctx context.Context, ref reference) (o *apiObject, err error) {
-	key := cacheKey{
-		path:   connectorsAPI + "/namespaces/" + ref.namespace + "/connectors/" + ref.name,
-		reader: c.pod.namespace + "/" + c.pod.serviceAccount,
-	}
-	read := func(ctx context.Context) (*apiObject, error) {
-		return c.kube.getObject(ctx, []chan struct{}{c.share.places, c.kube.places}, "connectors", key.path,
-			c.token)
-	}
-	if c.first {
-		o, err = c.kube.readAndKeep(ctx, key, read)
-	} else {
-		o, err = c.kube.get(ctx, c, key, read)
-	}
-	c.note(key, o)
-	return o, err
+func (l *lookup) connector(ctx context.Context, ref reference) (*apiObject, error) {
+	return l.get(ctx, "connectors", connectorsAPI+"/namespaces/"+ref.namespace+"/connectors/"+ref.name,
+		l.pod.namespace+"/"+l.pod.serviceAccount)
 }
 
 // class reads a ConnectorClass with the driver's own token.
-func (c *call) class(ctx context.Context, name string) (*apiObject, error) {
-	key := cacheKey{path: connectorsAPI + "/connectorclasses/" + name}
-	o, err := c.kube.get(ctx, c, key, func(ctx context.Context) (*apiObject, error) {
-		token, err := ownToken()
-		if err != nil {
-			return nil, err
-		}
-		return c.kube.getObject(ctx, []chan struct{}{c.share.places, c.kube.ownPlaces}, "connectorclasses",
-			key.path, token)
-	})
-	c.note(key, o)
-	return o, err
-}
-
-// note remembers what the call was given for the key, if anything.
-func (c *call) note(key cacheKey, o *apiObject) {
-	c.versions[key] = noVersion
-	if o != nil {
-		c.versions[key] = o.version
-	}
-}
-
-// getObject reads one object; see do for the places.
-func (k *kube) getObject(ctx context.Context, places []chan struct{}, resource, path,
-	token string) (*apiObject, error) {
-	data, err := k.do(ctx, places, resource, path, token, nil)
-	switch {
-	case err != nil:
-		return nil, err
-	case len(data) > maxObjectBytes:
-		return nil, errObjectSize
-	}
-	return parseObject(data)
+func (l *lookup) class(ctx context.Context, name string) (*apiObject, error) {
+	return l.get(ctx, "connectorclasses", connectorsAPI+"/connectorclasses/"+name, "")
 }
 
 // issuedToken is a token that the driver asked for, and what it asked for.
@@ -356,8 +334,9 @@ type issuedToken struct {
 // requestToken asks for a token of the Pod's ServiceAccount that ends with the Pod: the API server refuses it
 // when the Pod's uid is another. When to renew it is counted from the request, by the monotonic clock: the
 // node's time of day may be another than the API server's.
-func (k *kube) requestToken(ctx context.Context, c *call, pod podIdentity, audiences []string,
+func (l *lookup) requestToken(ctx context.Context, audiences []string,
 	lifetime time.Duration) (issuedToken, error) {
+	pod := l.pod
 	seconds := int64(lifetime / time.Second)
 	spec := map[string]any{
 		"expirationSeconds": seconds,
@@ -372,15 +351,14 @@ func (k *kube) requestToken(ctx context.Context, c *call, pod podIdentity, audie
 	if err != nil {
 		return issuedToken{}, err
 	}
-	own, err := ownToken()
+	own, err := l.kube.ownToken()
 	if err != nil {
 		return issuedToken{}, err
 	}
 	asked := time.Now()
 	path := "/api/v1/namespaces/" + url.PathEscape(pod.namespace) + "/serviceaccounts/" +
 		url.PathEscape(pod.serviceAccount) + "/token"
-	data, err := k.do(ctx, []chan struct{}{c.share.places, k.ownPlaces}, "serviceaccounts/token", path, own,
-		body)
+	data, err := l.do(ctx, l.kube.ownRequests, "serviceaccounts/token", path, own, body)
 	if err != nil {
 		return issuedToken{}, err
 	}
@@ -405,6 +383,8 @@ func (k *kube) requestToken(ctx context.Context, c *call, pod podIdentity, audie
 // share it.
 type apiObject struct {
 	raw             []byte
+	entries         int       // that have it; the lock of kube guards it
+	used            time.Time // when it was asked for last; likewise
 	namespace, name string
 	version         string // of its contents: metadata.uid and metadata.resourceVersion
 	class           string // of a Connector: spec.connectorClassName
@@ -514,18 +494,19 @@ func unquote(quoted []byte) (text string) {
 	return text
 }
 
-// cacheKey names an object and who reads it: what one ServiceAccount may see, another may not.
-type cacheKey struct {
+// entry is what is known of one object for one reader: what one ServiceAccount may see, another may not.
+type entry struct {
 	path   string
 	reader string // namespace/name of a ServiceAccount, or empty for the driver
-}
 
-// cached is an object of the cache, once for all who read it.
-type cached struct {
-	object  *apiObject
-	began   time.Time            // when the read began that gave it
-	used    time.Time            // when it was asked for last
-	readers map[string]time.Time // when the API server last let each reader have just this object
+	// The lock of kube guards all of it.
+	object  *apiObject // what the reader was given last, as long as the cache has room for it
+	read    time.Time  // when the request for it began
+	until   time.Time  // when it ceases to be current for a refresh
+	reading *reading   // under way
+	lookups int        // that have asked for it and not ended
+	users   map[*user]*use
+	stream  *stream // nil while nobody uses the object, or if there are too many
 }
 
 // reading is a read under way, which everyone waits for who needs the object.
@@ -537,169 +518,265 @@ type reading struct {
 	failed bool // the one who reads has given up, or his token is refused: which says nothing to others
 }
 
-// get returns an object that is current, or reads it:
+// always is later than any time at which somebody asks.
+var always = time.Unix(1<<40, 0)
+
+// isCurrent reports whether the object is new enough: for any lookup if its read began after the lookup did,
+// and for a refresh until the time that judge has set. The caller holds the lock.
+func (e *entry) isCurrent(l *lookup) bool {
+	if c := e.users[l.user]; l.renewal && c != nil && e.object != nil && e.object.version == c.made {
+		return true
+	}
+	return e.object != nil && (e.read.After(l.began) || !l.first && time.Now().Before(e.until))
+}
+
+// judge sets until when the object is current for a refresh, after a read, an event or the end of a stream:
+//
+//   - always, while its stream is open and has either named this version last or said nothing since the read
+//   - no more, if its stream has named another version since
+//   - for as long as the refresh interval from the end of such a stream, or from the read where there was none
+//
+// The caller holds the lock.
+func (e *entry) judge(refresh time.Duration) {
+	s := e.stream
+	switch {
+	case e.object == nil:
+	case s == nil || s.heard.IsZero():
+		e.until = e.read.Add(refresh)
+	case s.latest != e.object.version && !e.read.After(s.heard):
+		e.until = time.Time{}
+	case s.open:
+		e.until = always
+	case s.ended.After(e.read):
+		e.until = s.ended.Add(refresh)
+	default:
+		e.until = e.read.Add(refresh)
+	}
+}
+
+// entry finds or makes the entry that the lookup asks for, and keeps it until the lookup ends. The caller holds
+// the lock.
+func (l *lookup) entry(path, reader string) *entry {
+	readers := l.kube.entries[path]
+	if readers == nil {
+		readers = map[string]*entry{}
+		l.kube.entries[path] = readers
+	}
+	e := readers[reader]
+	if e == nil {
+		e = &entry{path: path, reader: reader, users: map[*user]*use{}}
+		readers[reader] = e
+	}
+	if _, asked := l.versions[e]; !asked {
+		l.versions[e] = noVersion
+		e.lookups++
+	}
+	return e
+}
+
+// get returns an object that is current, or reads it, and holds it for the lookup:
 //
 //  1. the cache serves what is current
 //  2. a read that is under way for the same reader is waited for, if what it returns will be current
-//  3. or else this call reads, for all who wait
-func (k *kube) get(ctx context.Context, c *call, key cacheKey,
-	read func(context.Context) (*apiObject, error)) (*apiObject, error) {
-	for {
+//  3. or else this lookup reads, for all who wait
+//
+// The first publish of a volume reads its Connectors by itself, since its own token has to be let in.
+func (l *lookup) get(ctx context.Context, resource, path, reader string) (*apiObject, error) {
+	k, alone := l.kube, l.first && reader != ""
+	k.mu.Lock()
+	e := l.entry(path, reader)
+	for !alone {
 		// 1. cached
-		k.mu.Lock()
-		if e := k.cache[key.path]; e != nil && k.isCurrent(c, key, e.object.version, e.readers[key.reader]) {
-			e.used = time.Now()
+		if e.isCurrent(l) {
 			o := e.object // which another read may replace from now on
+			o.used = time.Now()
 			k.mu.Unlock()
-			return o, nil
+			return l.take(e, o, nil)
 		}
 
 		// 2. under way
-		if r := k.reads[key]; r != nil && k.isCurrent(c, key, unknownVersion, r.began) {
-			k.mu.Unlock()
-			select {
-			case <-r.done:
-			case <-ctx.Done():
-				return nil, ctx.Err()
-			}
-			if !r.failed {
-				return r.object, r.err
-			}
-			continue
+		r := e.reading
+		if r == nil || !r.began.After(l.began) && (l.first || e.stream != nil && !r.began.After(e.stream.heard)) {
+			break
 		}
-
-		// 3. read
-		r := &reading{began: time.Now(), done: make(chan struct{})}
-		k.reads[key] = r
 		k.mu.Unlock()
-		r.object, r.err = k.readAndKeep(ctx, key, read)
-		r.failed = r.err != nil && (ctx.Err() != nil || isStatus(r.err, http.StatusUnauthorized))
+		select {
+		case <-r.done:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		if !r.failed {
+			return l.take(e, r.object, r.err)
+		}
 		k.mu.Lock()
-		if k.reads[key] == r { // and not a later one
-			delete(k.reads, key)
-		}
-		k.mu.Unlock()
-		close(r.done)
-		return r.object, r.err
 	}
+
+	// 3. read
+	r := &reading{began: time.Now(), done: make(chan struct{})}
+	if !alone {
+		e.reading = r
+	}
+	k.mu.Unlock()
+	r.object, r.err = l.readObject(ctx, resource, e)
+	k.mu.Lock()
+	if r.err == nil {
+		r.object = k.keep(e, r.object, r.began)
+	}
+	r.failed = r.err != nil && (ctx.Err() != nil || isStatus(r.err, http.StatusUnauthorized))
+	if e.reading == r { // and not a later one
+		e.reading = nil
+	}
+	k.mu.Unlock()
+	close(r.done)
+	return l.take(e, r.object, r.err)
 }
 
-// isCurrent reports whether an object is new enough for a call, if the API server let its reader have this
-// version at a certain time (zero: never). So it is
-//
-//   - for any call, if that was after the call began
-//   - except for a first publish, while the object's stream is open and has either named this version last or
-//     said nothing else since
-//   - for as long as the refresh interval, counted from the end of such a stream, or where there was none
-//     from that time
-//
-// The caller holds the lock.
-func (k *kube) isCurrent(c *call, key cacheKey, version string, at time.Time) bool {
-	s := k.streams[key]
-	switch {
-	case at.IsZero():
-		return false
-	case at.After(c.began):
-		return true
-	case c.first:
-		return false
-	case s == nil || s.heard.IsZero():
-		return time.Since(at) < k.refresh
-	case !s.said(version) && !at.After(s.heard):
-		return false
-	}
-	return s.open || time.Since(at) < k.refresh || time.Since(s.ended) < k.refresh
-}
-
-// readAndKeep reads an object and keeps it in the cache. Of two reads the one counts that began later,
-// whichever ends first: what is returned may be newer than what was read, and is never older than what was
-// returned before.
-func (k *kube) readAndKeep(ctx context.Context, key cacheKey,
-	read func(context.Context) (*apiObject, error)) (*apiObject, error) {
-	began := time.Now()
-	o, err := read(ctx)
+// take notes which version the lookup was given, and holds the object.
+func (l *lookup) take(e *entry, o *apiObject, err error) (*apiObject, error) {
 	if err != nil {
 		return nil, err
 	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.tidy()
-	c := k.cache[key.path]
-	switch {
-	case c == nil:
-		c = &cached{object: o, began: began, readers: map[string]time.Time{}}
-		k.cache[key.path] = c
-		k.cacheBytes += len(o.raw)
-	case began.After(c.began):
-		c.began = began
-		if c.object.version != o.version {
-			k.cacheBytes += len(o.raw) - len(c.object.raw)
-			c.object = o
-			clear(c.readers) // whether the others may have this one is for the API server to say
-		}
-	}
-	if c.used = time.Now(); began.After(c.readers[key.reader]) {
-		c.readers[key.reader] = began
-	}
-	o = c.object
-	k.evict()
-	return o, nil
+	l.versions[e] = o.version
+	return o, l.hold(o)
 }
 
-// tidy drops, once a minute, what is not watched and no volume has asked for in a long time, so that the
-// cache follows the volumes of the node. The caller holds the lock.
+// readObject reads the object of an entry with the token of its reader.
+func (l *lookup) readObject(ctx context.Context, resource string, e *entry) (*apiObject, error) {
+	token, places, err := l.token, l.kube.requests, error(nil)
+	if e.reader == "" {
+		places = l.kube.ownRequests
+		if token, err = l.kube.ownToken(); err != nil {
+			return nil, err
+		}
+	}
+	data, err := l.do(ctx, places, resource, e.path, token, nil)
+	switch {
+	case err != nil:
+		return nil, err
+	case len(data) > maxObjectBytes:
+		return nil, errObjectSize
+	}
+	return parseObject(data)
+}
+
+// keep puts an object into its entry, if no later read of the same reader is there, and returns what the reader
+// was given by the latest:
+//
+//  1. see what others were given: who has the same version shares the object; who has another one since before
+//     this read has to ask the API server again; and if it is since after it, this one is not current
+//  2. keep it
+//  3. keep the cache within its limits
+//
+// The caller holds the lock.
+func (k *kube) keep(e *entry, o *apiObject, began time.Time) *apiObject {
+	if e.object != nil && !began.After(e.read) {
+		return e.object
+	}
+
+	// 1. see
+	outdated := false
+	for _, other := range k.entries[e.path] {
+		switch {
+		case other == e || other.object == nil:
+		case other.object.version == o.version:
+			o = other.object
+		case other.read.After(began):
+			outdated = true
+		default:
+			other.read, other.until = time.Time{}, time.Time{}
+		}
+	}
+
+	// 2. keep
+	k.setObject(e, o)
+	o.used, e.read = time.Now(), began
+	if e.judge(k.refresh); outdated {
+		e.until = time.Time{}
+	}
+
+	// 3. limits
+	k.tidy()
+	for k.cacheBytes > maxCacheBytes {
+		k.evict()
+	}
+	return o
+}
+
+// setObject replaces the object of an entry. The cache counts one that several entries have once. The caller
+// holds the lock.
+func (k *kube) setObject(e *entry, o *apiObject) {
+	if o != nil {
+		if o.entries++; o.entries == 1 {
+			k.cacheBytes += len(o.raw)
+		}
+	}
+	if e.object != nil {
+		if e.object.entries--; e.object.entries == 0 {
+			k.cacheBytes -= len(e.object.raw)
+		}
+	}
+	e.object = o
+}
+
+// allEntries goes over all entries. The caller holds the lock.
+func (k *kube) allEntries(yield func(*entry) bool) {
+	for _, readers := range k.entries {
+		for _, e := range readers {
+			if !yield(e) {
+				return
+			}
+		}
+	}
+}
+
+// tidy drops, once a minute, what no volume uses and nobody has read in a long time. The caller holds the lock.
 func (k *kube) tidy() {
 	if time.Since(k.tidied) < time.Minute {
 		return
 	}
 	k.tidied = time.Now()
-	for path, c := range k.cache {
-		maps.DeleteFunc(c.readers, func(reader string, at time.Time) bool {
-			return k.streams[cacheKey{path, reader}] == nil && time.Since(at) > 3*k.refresh+5*time.Minute
-		})
-		if len(c.readers) == 0 {
-			k.drop(path)
+	for e := range k.allEntries {
+		if len(e.users) == 0 && time.Since(e.read) > 3*k.refresh+5*time.Minute {
+			k.setObject(e, nil)
+			k.dropUnused(e)
 		}
 	}
 }
 
-// evict keeps the cache within its limit. The caller holds the lock.
+// evict drops the object that was used longest ago. The caller holds the lock.
 func (k *kube) evict() {
-	for k.cacheBytes > maxCacheBytes {
-		oldest := ""
-		for path, c := range k.cache {
-			if oldest == "" || c.used.Before(k.cache[oldest].used) {
-				oldest = path
-			}
+	var oldest *apiObject
+	for e := range k.allEntries {
+		if o := e.object; o != nil && (oldest == nil || o.used.Before(oldest.used)) {
+			oldest = o
 		}
-		k.drop(oldest)
+	}
+	for e := range k.allEntries {
+		if e.object == oldest {
+			k.setObject(e, nil)
+			k.dropUnused(e)
+		}
 	}
 }
 
-// drop removes an object from the cache. The caller holds the lock.
-func (k *kube) drop(path string) {
-	k.cacheBytes -= len(k.cache[path].object.raw)
-	delete(k.cache, path)
+// dropUnused drops an entry that has nothing and that nobody has. The caller holds the lock.
+func (k *kube) dropUnused(e *entry) {
+	if e.object != nil || e.lookups > 0 || len(e.users) > 0 {
+		return
+	}
+	delete(k.entries[e.path], e.reader)
+	if len(k.entries[e.path]) == 0 {
+		delete(k.entries, e.path)
+	}
 }
 
-// stream is a watch of one object for one reader, for as long as a volume uses the object. It says that the
-// object has changed; what it is then is read, so that the API server decides at every change whether the
-// reader may have it.
-type stream struct {
-	key       cacheKey
-	namespace string         // of the Pod that it was opened for
-	users     map[string]use // by target path
-	renewed   chan struct{}  // has an element when a user has brought another token
-	stop      context.CancelFunc
-
-	open   bool
-	ended  time.Time // when it was open last, if it is not
-	heard  time.Time // when its last event came
-	latest string    // the version that its last event named
-	resume string    // the resourceVersion from which to go on; follow's own
+// user is a volume, as far as the objects are concerned that it is made from.
+type user struct {
+	changed func()          // called, without a lock, when one of them has changed
+	uses    map[*entry]bool // the lock of kube guards it
 }
 
-// use is what a volume has to do with a stream.
+// use is what a user has to do with an object.
 type use struct {
 	made    string    // the version that its files were made from
 	token   string    // of its Pod, for a Connector
@@ -707,83 +784,130 @@ type use struct {
 	refused bool      // the API server does not accept the token
 }
 
-// said reports whether the last event named this version.
-func (s *stream) said(version string) bool { return version == s.latest && version != unknownVersion }
+// stream is a watch of one object for one reader, for as long as a volume uses the object. It says that the
+// object has changed; what it is then is read, so that the API server decides at every change whether the
+// reader may have it.
+type stream struct {
+	renewed chan struct{} // has an element when a user has brought another token
+	stop    context.CancelFunc
+	resume  string // the resourceVersion from which to go on; follow's own
 
-// watch has the objects watched that the call asked for, for the volume at the target path. It reports
-// whether one of them changed after the call began, which the volume was not told.
-func (c *call) watch(target string) (missed bool) {
-	k := c.kube
+	// The lock of kube guards the rest.
+	open   bool
+	ended  time.Time // when it was open last, if it is not
+	heard  time.Time // when its last event came
+	latest string    // the version that its last event named
+}
+
+// use makes the user one of all objects that the lookup asked for, and with only of no others: their streams
+// begin, and those that nobody needs end. It reports whether an object has changed since the lookup began,
+// which the user was not told.
+func (k *kube) use(u *user, l *lookup, only bool) (missed bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for key, version := range c.versions {
-		s := k.streams[key]
-		if s == nil {
-			if s = k.newStream(key, c.pod.namespace); s == nil {
-				continue // it is polled
+	if only {
+		for e := range u.uses {
+			if _, keeps := l.versions[e]; !keeps {
+				k.unuse(u, e)
 			}
 		}
-		u := s.users[target]
+	}
+	for e, version := range l.versions {
+		c := e.users[u]
+		if c == nil {
+			c = &use{}
+			e.users[u], u.uses[e] = c, true
+		}
 		if version != noVersion {
-			u.made = version
+			c.made = version
 		}
-		if key.reader != "" && u.token != c.token { // the driver's own comes from its file
-			u.token, u.brought, u.refused = c.token, time.Now(), false
-			if len(s.users) > 0 { // a new stream begins with it
-				select {
-				case s.renewed <- struct{}{}:
-				default:
-				}
+		renewed := e.reader != "" && c.token != l.token // the driver's own comes from its file
+		if renewed {
+			c.token, c.brought, c.refused = l.token, time.Now(), false
+		}
+		s := e.stream
+		switch {
+		case s == nil:
+			k.beginStream(e) // which takes the newest token
+		case renewed:
+			select {
+			case s.renewed <- struct{}{}:
+			default:
 			}
 		}
-		s.users[target] = u
-		missed = missed || s.open && s.heard.After(c.began) && !s.said(u.made)
+		missed = missed || s != nil && s.open && s.heard.After(l.began) && s.latest != c.made
 	}
 	return missed
 }
 
-// unwatch has nothing watched any more for the volume but the objects of these versions.
-func (k *kube) unwatch(target string, versions map[cacheKey]string) {
+// disuse ends all that the user has to do with objects.
+func (k *kube) disuse(u *user) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for key, s := range k.streams {
-		_, uses := s.users[target]
-		if _, keeps := versions[key]; !uses || keeps {
-			continue
-		}
-		if delete(s.users, target); len(s.users) == 0 {
-			delete(k.streams, key)
-			s.stop()
-		}
+	for e := range u.uses {
+		k.unuse(u, e)
 	}
 }
 
-// newStream begins a stream for a Pod of the namespace, unless there are too many. The caller holds the lock.
-func (k *kube) newStream(key cacheKey, namespace string) *stream {
-	others := 0
-	for _, s := range k.streams {
-		if s.namespace == namespace {
-			others++
-		}
+// unuse ends what the user has to do with one object. The caller holds the lock.
+func (k *kube) unuse(u *user, e *entry) {
+	delete(u.uses, e)
+	if delete(e.users, u); len(e.users) == 0 {
+		k.endStream(e)
+		k.dropUnused(e)
 	}
-	if others >= maxNamespaceStreams || len(k.streams) >= maxStreams {
-		return nil
+}
+
+// beginStream begins a stream, unless there are too many: of the driver's own, of those for the Pods of a
+// namespace, or of all. The caller holds the lock.
+func (k *kube) beginStream(e *entry) {
+	namespace, _, _ := strings.Cut(e.reader, "/")
+	limit, all := maxNamespaceStreams, 0
+	if namespace == "" {
+		limit = maxOwnStreams
 	}
+	for _, number := range k.streams {
+		all += number
+	}
+	if k.streams[namespace] >= limit || all >= maxStreams {
+		return
+	}
+	k.streams[namespace]++
 	ctx, stop := context.WithCancel(context.Background())
-	s := &stream{key: key, namespace: namespace, users: map[string]use{}, renewed: make(chan struct{}, 1),
-		stop: stop}
-	k.streams[key] = s
-	go k.follow(ctx, s)
-	return s
+	e.stream = &stream{renewed: make(chan struct{}, 1), stop: stop}
+	go k.follow(ctx, e, e.stream)
+}
+
+// endStream ends the stream of an entry, if there is one. The caller holds the lock.
+func (k *kube) endStream(e *entry) {
+	s := e.stream
+	if s == nil {
+		return
+	}
+	s.stop()
+	k.closeStream(e, s)
+	e.stream = nil
+	namespace, _, _ := strings.Cut(e.reader, "/")
+	if k.streams[namespace]--; k.streams[namespace] == 0 {
+		delete(k.streams, namespace)
+	}
+}
+
+// closeStream notes that a stream is not open any more. The caller holds the lock.
+func (k *kube) closeStream(e *entry, s *stream) {
+	if s.open {
+		s.open, s.ended = false, time.Now()
+		k.metrics.add(watchesOpen, -1)
+		e.judge(k.refresh)
+	}
 }
 
 // close ends all streams.
 func (k *kube) close() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for key, s := range k.streams {
-		delete(k.streams, key)
-		s.stop()
+	for e := range k.allEntries {
+		k.endStream(e)
 	}
 }
 
@@ -796,7 +920,7 @@ func (k *kube) close() {
 //  4. wait: if the ServiceAccount may not watch the object (403), for another token or some minutes, but
 //     after the first refusal some seconds, since an API server that has just started refuses what it allows
 //     later; otherwise a random time, since many streams end together, which grows while this one fails
-func (k *kube) follow(ctx context.Context, s *stream) {
+func (k *kube) follow(ctx context.Context, e *entry, s *stream) {
 	failures, refusals, told := 0, 0, false
 	for ctx.Err() == nil {
 		// 1. open
@@ -804,9 +928,11 @@ func (k *kube) follow(ctx context.Context, s *stream) {
 		case <-s.renewed: // it is among those to choose from
 		default:
 		}
-		began, from, token := time.Now(), s.resume, k.newestToken(s)
-		atLeast, err := k.takeEvents(ctx, s, token)
-		k.ended(s)
+		began, from, token := time.Now(), s.resume, k.newestToken(e)
+		atLeast, err := k.takeEvents(ctx, e, s, token)
+		k.mu.Lock()
+		k.closeStream(e, s)
+		k.mu.Unlock()
 
 		// 2. forgotten
 		if (isStatus(err, http.StatusGone) || isStatus(err, http.StatusBadRequest)) && s.resume != "" {
@@ -818,7 +944,7 @@ func (k *kube) follow(ctx context.Context, s *stream) {
 
 		// 3. another token
 		forbidden, unauthorized := isStatus(err, http.StatusForbidden), isStatus(err, http.StatusUnauthorized)
-		if unauthorized && k.refuse(s, token) {
+		if unauthorized && k.refuse(e, token) {
 			continue
 		}
 
@@ -826,7 +952,8 @@ func (k *kube) follow(ctx context.Context, s *stream) {
 		if failures = min(failures+1, 5); time.Since(began) > maxReopenTime {
 			failures = 0
 		}
-		wait, renewed := max(atLeast, rand.N(min(time.Second<<failures, maxReopenTime))), (chan struct{})(nil)
+		wait, renewed := rand.N(min(time.Second<<failures, maxReopenTime)), (chan struct{})(nil)
+		wait = max(wait, min(atLeast, maxPostponeTime))
 		switch {
 		case !forbidden && !unauthorized:
 			refusals = 0
@@ -837,8 +964,8 @@ func (k *kube) follow(ctx context.Context, s *stream) {
 		}
 		if forbidden && refusals > 1 && !told {
 			told = true
-			slog.Warn("an object is polled, since it may not be watched: grant the verb watch beside get",
-				"object", s.key.path, "reader", cmp.Or(s.key.reader, driverName), "error", err)
+			k.log.Warn("an object is polled, since it may not be watched: grant the verb watch beside get",
+				"object", e.path, "reader", cmp.Or(e.reader, driverName), "error", err)
 		}
 		select {
 		case <-time.After(wait):
@@ -850,11 +977,11 @@ func (k *kube) follow(ctx context.Context, s *stream) {
 
 // newestToken returns the token that kubelet has brought last of those that were not refused, or of all if
 // all were.
-func (k *kube) newestToken(s *stream) string {
+func (k *kube) newestToken(e *entry) string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	var newest use
-	for _, u := range s.users {
+	newest := &use{}
+	for _, u := range e.users {
 		if newest.token == "" || newest.refused && !u.refused ||
 			newest.refused == u.refused && u.brought.After(newest.brought) {
 			newest = u
@@ -864,29 +991,29 @@ func (k *kube) newestToken(s *stream) string {
 }
 
 // refuse marks a token that the API server has refused, and reports whether there is another.
-func (k *kube) refuse(s *stream, token string) (another bool) {
+func (k *kube) refuse(e *entry, token string) (another bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for target, u := range s.users {
+	for _, u := range e.users {
 		u.refused = u.refused || u.token == token
-		s.users[target] = u
 		another = another || !u.refused
 	}
-	return another && s.key.reader != ""
+	return another && e.reader != ""
 }
 
 // takeEvents opens a stream once and takes its events until it ends. It returns how long the API server wants
 // not to be asked again, and why the stream ended, unless it did so in the usual way.
-func (k *kube) takeEvents(ctx context.Context, s *stream, token string) (atLeast time.Duration, _ error) {
+func (k *kube) takeEvents(ctx context.Context, e *entry, s *stream,
+	token string) (atLeast time.Duration, _ error) {
 	ctx, cancel := context.WithTimeout(ctx, maxStreamTime+time.Minute)
 	defer cancel()
-	response, atLeast, err := k.openStream(ctx, s, token)
+	response, atLeast, err := k.openStream(ctx, e, s, token)
 	if err != nil {
 		return atLeast, err
 	}
 	defer response.Body.Close()
 	if s.resume != "" {
-		k.hear(ctx, s, s.latest, s.heard) // nothing is missing
+		k.hear(e, s, s.latest, s.heard) // nothing is missing
 	}
 	events := bufio.NewReaderSize(response.Body, eventBufferBytes)
 	for {
@@ -898,9 +1025,9 @@ func (k *kube) takeEvents(ctx context.Context, s *stream, token string) (atLeast
 			return 0, err
 		case len(line) > maxEventBytes: // whatever it is, something has changed
 			s.resume = ""
-			k.hear(ctx, s, unknownVersion, time.Now())
+			k.hear(e, s, unknownVersion, time.Now())
 		default:
-			if err := k.takeEvent(ctx, s, line); err != nil {
+			if err := k.takeEvent(e, s, line); err != nil {
 				return 0, err
 			}
 		}
@@ -923,9 +1050,9 @@ func readEvent(events *bufio.Reader) (line []byte, err error) {
 // openStream asks for the metadata of one object and its changes. Without a resourceVersion the stream begins
 // with the object as it is. That of a read would not do: the API server may have forgotten it, and will not
 // know it better later.
-func (k *kube) openStream(ctx context.Context, s *stream,
+func (k *kube) openStream(ctx context.Context, e *entry, s *stream,
 	token string) (_ *http.Response, atLeast time.Duration, err error) {
-	resource, name := path.Split(s.key.path)
+	resource, name := path.Split(e.path)
 	lifetime := minStreamTime + rand.N(maxStreamTime-minStreamTime)
 	query := url.Values{
 		"watch": {"1"}, "allowWatchBookmarks": {"true"}, "fieldSelector": {"metadata.name=" + name},
@@ -934,8 +1061,8 @@ func (k *kube) openStream(ctx context.Context, s *stream,
 	if s.resume != "" {
 		query.Set("resourceVersion", s.resume)
 	}
-	if s.key.reader == "" {
-		if token, err = ownToken(); err != nil {
+	if e.reader == "" {
+		if token, err = k.ownToken(); err != nil {
 			return nil, 0, err
 		}
 	}
@@ -961,7 +1088,7 @@ func (k *kube) openStream(ctx context.Context, s *stream,
 
 // takeEvent takes one event of a stream:
 // https://kubernetes.io/docs/reference/using-api/api-concepts/#watch-bookmarks
-func (k *kube) takeEvent(ctx context.Context, s *stream, line []byte) error {
+func (k *kube) takeEvent(e *entry, s *stream, line []byte) error {
 	var event struct {
 		Type   string
 		Object struct {
@@ -977,13 +1104,13 @@ func (k *kube) takeEvent(ctx context.Context, s *stream, line []byte) error {
 	switch event.Type {
 	case "ADDED", "MODIFIED":
 		s.resume = about.ResourceVersion
-		k.hear(ctx, s, contentVersion(about.UID, about.ResourceVersion), time.Now())
+		k.hear(e, s, contentVersion(about.UID, about.ResourceVersion), time.Now())
 	case "DELETED":
 		s.resume = about.ResourceVersion
-		k.hear(ctx, s, noVersion, time.Now())
+		k.hear(e, s, noVersion, time.Now())
 	case "BOOKMARK":
 		if !s.open { // a new stream begins with the object, if there is one
-			k.hear(ctx, s, noVersion, time.Now())
+			k.hear(e, s, noVersion, time.Now())
 		}
 		s.resume = about.ResourceVersion
 	case "ERROR":
@@ -994,48 +1121,46 @@ func (k *kube) takeEvent(ctx context.Context, s *stream, line []byte) error {
 	return nil
 }
 
-// hear takes what a stream says, which makes it an open one, and tells the volumes that are made from another
+// hear takes what a stream says, which makes it an open one, and tells the users that are made from another
 // version.
-func (k *kube) hear(ctx context.Context, s *stream, version string, at time.Time) {
+func (k *kube) hear(e *entry, s *stream, version string, at time.Time) {
 	k.mu.Lock()
+	if e.stream != s { // it was ended
+		k.mu.Unlock()
+		return
+	}
 	if !s.open {
 		s.open = true
 		k.metrics.add(watchesOpen, 1)
 	}
 	s.heard, s.latest = at, version
-	var targets []string
-	for target, u := range s.users {
-		if !s.said(u.made) {
-			targets = append(targets, target)
+	e.judge(k.refresh)
+	var others []*user
+	for u, c := range e.users {
+		if c.made != version {
+			others = append(others, u)
 		}
 	}
 	k.mu.Unlock()
-	for _, target := range targets {
-		select {
-		case k.changed <- target:
-		case <-ctx.Done():
-			return
-		}
+	for _, u := range others {
+		u.changed()
 	}
 }
 
-// ended is called when a stream has ended, or never came about.
-func (k *kube) ended(s *stream) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if s.open {
-		s.open, s.ended = false, time.Now()
-		k.metrics.add(watchesOpen, -1)
-	}
+// newRequestQueue makes a queue for requests, in which the namespace with the fewest under way is next: slow
+// answers to one tenant's many namespaces make nobody wait for more than one of them.
+func newRequestQueue(places int) *queue {
+	q := &queue{places: places}
+	q.before = func(a, b *turn) bool { return q.taken(a.namespace) < q.taken(b.namespace) }
+	return q
 }
 
-// do sends one request and returns what the API server answers with. It takes a place in each of the channels
-// for it. It waits as the API server asks (429 and 503 with Retry-After) and tries again, for as long as ctx
-// allows.
-func (k *kube) do(ctx context.Context, places []chan struct{}, resource, path, token string,
+// do sends one request and returns what the API server answers with. It waits as the API server asks (429 and
+// 503 with Retry-After) and tries again, for as long as ctx allows.
+func (l *lookup) do(ctx context.Context, places *queue, resource, path, token string,
 	body []byte) ([]byte, error) {
 	for {
-		answer, wait, err := k.once(ctx, places, resource, path, token, body)
+		answer, wait, err := l.once(ctx, places, resource, path, token, body)
 		if wait == 0 {
 			return answer, err
 		}
@@ -1050,18 +1175,22 @@ func (k *kube) do(ctx context.Context, places []chan struct{}, resource, path, t
 	}
 }
 
-// once sends one request. A wait above zero means that the API server wants to be asked again after it.
-func (k *kube) once(ctx context.Context, places []chan struct{}, resource, path, token string,
+// once sends one request, for which it takes a place of the namespace and one of those for all. A wait above
+// zero means that the API server wants to be asked again after it.
+func (l *lookup) once(ctx context.Context, places *queue, resource, path, token string,
 	body []byte) (_ []byte, wait time.Duration, _ error) {
-	for _, p := range places {
-		select {
-		case p <- struct{}{}:
-			defer func() { <-p }()
-		case <-ctx.Done():
-			return nil, 0, ctx.Err()
-		}
+	select {
+	case l.share.places <- struct{}{}:
+		defer func() { <-l.share.places }()
+	case <-ctx.Done():
+		return nil, 0, ctx.Err()
 	}
-	request, err := k.newRequest(ctx, k.server+path, token, body)
+	t := &turn{namespace: l.pod.namespace}
+	if err := places.wait(ctx, t); err != nil {
+		return nil, 0, err
+	}
+	defer places.leave(t)
+	request, err := l.kube.newRequest(ctx, l.kube.server+path, token, body)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -1069,8 +1198,8 @@ func (k *kube) once(ctx context.Context, places []chan struct{}, resource, path,
 	if body != nil {
 		verb = "create"
 	}
-	response, err := k.client.Do(request)
-	k.count(resource, verb, response)
+	response, err := l.kube.client.Do(request)
+	l.kube.count(resource, verb, response)
 	if err != nil {
 		return nil, 0, err
 	}

@@ -55,12 +55,16 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 )
 
 // version is set by the linker.
 var version = "dev"
+
+// serviceAccountDir is where kubelet mounts the token and the CA of the driver's own ServiceAccount.
+const serviceAccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 // maxRequestBytes is what a message of kubelet may have: the attributes, two tokens and some room.
 const maxRequestBytes = 128 << 10
@@ -133,19 +137,19 @@ func run() error {
 	if err := dropCapabilities(); err != nil {
 		return err
 	}
-	b, err := newBudget(podsDir, int64(*volumesBudget)<<20)
+	host, port := os.Getenv("KUBERNETES_SERVICE_HOST"), os.Getenv("KUBERNETES_SERVICE_PORT")
+	if host == "" || port == "" {
+		return errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: the driver runs in " +
+			"a Pod only")
+	}
+	d, err := newDriver(driverConfig{
+		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, volumesBudget: int64(*volumesBudget) << 20,
+		binary: "/proc/self/exe", log: slog.Default(),
+		kube: kubeConfig{server: "https://" + net.JoinHostPort(host, port), directory: serviceAccountDir,
+			refresh: *refresh},
+	})
 	if err != nil {
 		return err
-	}
-	m := newMetrics(b)
-	k, err := newKube(*refresh, m)
-	if err != nil {
-		return err
-	}
-	d := &driver{
-		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, kube: k,
-		renderers: newRenderers("/proc/self/exe", m), budget: b, metrics: m,
-		busy: map[string]*holder{}, volumes: map[string]*volume{}, tokens: map[string]issuedToken{},
 	}
 	go func() {
 		for range time.Tick(time.Minute) {
@@ -219,7 +223,6 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	if flags.NArg() > 0 {
 		return fmt.Errorf("unexpected argument %q", flags.Arg(0))
 	}
-	slog.SetDefault(slog.New(slog.DiscardHandler)) // what a renderer lacks here is not worth a word
 	token := "TOKEN"
 	if *tokenFile != "" {
 		text, err := os.ReadFile(*tokenFile)
@@ -247,10 +250,8 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 		return err
 	}
 
-	// 3. find, as a call that asks no API server but counts the objects
-	k := &kube{namespaces: map[string]*share{}, held: newHoldings()}
-	c := k.begin(podIdentity{namespace: podNamespace}, token, false)
-	sources, err := collectSources(c, podIdentity{}, a.connectors, input.connector, input.class)
+	// 3. find
+	sources, err := collectSources(podIdentity{}, a.connectors, input.connector, input.class)
 	if err == nil {
 		_, err = proxyAudiences(sources)
 	}
@@ -259,9 +260,11 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	}
 
 	// 4. render
-	p := newRenderers("/proc/self/exe", newMetrics(nil))
+	log := slog.New(slog.DiscardHandler) // what a renderer lacks here is not worth a word
+	p := newRenderers("/proc/self/exe", log, newMetrics(nil))
 	defer p.close()
-	f, err := p.render(context.Background(), podNamespace, job{sources, a.selection, token})
+	f, err := p.render(context.Background(), podNamespace,
+		job{sources: sources, selection: a.selection, token: token})
 	if err != nil {
 		return err
 	}
@@ -276,27 +279,27 @@ type input struct {
 	order      []string
 	connectors map[reference]*apiObject
 	classes    map[string]*apiObject
+	sizes      sizes // of those that the volume mounts
 }
 
-func (in *input) connector(ref reference) (*apiObject, error) {
-	if o := in.connectors[ref]; o != nil {
-		return o, nil
-	}
-	return nil, objectError{errors.New("it is not in the input")}
-}
+func (in *input) connector(ref reference) (*apiObject, error) { return in.count(in.connectors[ref]) }
 
-func (in *input) class(name string) (*apiObject, error) {
-	if o := in.classes[name]; o != nil {
-		return o, nil
+func (in *input) class(name string) (*apiObject, error) { return in.count(in.classes[name]) }
+
+// count counts an object of the volume, if it is there.
+func (in *input) count(o *apiObject) (*apiObject, error) {
+	if o == nil {
+		return nil, failuref(codes.FailedPrecondition, "it is not in the input")
 	}
-	return nil, objectError{errors.New("it is not in the input")}
+	return o, in.sizes.add(o)
 }
 
 // readInput reads objects, lists of objects, or several of either one after the other. Kinds that have
 // nothing to do with rendering are passed over. A Connector without a namespace is one of the given
 // namespace, or of "default".
 func readInput(stdin io.Reader, namespace string) (*input, error) {
-	in := &input{connectors: map[reference]*apiObject{}, classes: map[string]*apiObject{}}
+	in := &input{connectors: map[reference]*apiObject{}, classes: map[string]*apiObject{},
+		sizes: sizes{limit: maxVolumeObjectsBytes}}
 	for d := json.NewDecoder(stdin); ; {
 		var value json.RawMessage
 		if err := d.Decode(&value); errors.Is(err, io.EOF) {
@@ -415,7 +418,6 @@ func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 	}
 	slog.Info("started", "version", version, "node", d.nodeName, "socket", socket,
 		"http", listener.Addr().String())
-	go d.pushChanges(ctx)
 	err = r.watch(ctx)
 	server.GracefulStop()
 	d.close()

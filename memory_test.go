@@ -27,6 +27,21 @@ func sized(bytes int) object {
 	return class("git", configuration("config", "token", "{{ .context.token }}", "large", fmt.Sprintf(`{{ repeat %d "x" }}`, bytes)))
 }
 
+// mustMount mounts a volume as another process of the driver would have done it.
+func mustMount(t testing.TB, target string, f files, who access) {
+	t.Helper()
+	_, err := mountVolume(target, f, who)
+	must(t, err)
+}
+
+// usedAt is the memory that the volume at the target path takes.
+func usedAt(t testing.TB, target string) int64 {
+	t.Helper()
+	at, err := look(target)
+	must(t, err)
+	return at.used
+}
+
 // used is what all volumes of the node take, by the driver's metrics.
 func (n *node) used() int64 {
 	n.t.Helper()
@@ -53,8 +68,8 @@ func TestMemoryIsKnownBeforeTheMount(t *testing.T) {
 		"256 empty files": many,
 		"large":           {"a": make([]byte, 1<<20), "b": []byte("x")},
 	}) {
-		must(t, mountVolume(target, f, access{}))
-		if need, used := f.memory(), memoryOf(target); need != used {
+		mustMount(t, target, f, access{})
+		if need, used := f.memory(), usedAt(t, target); need != used {
 			t.Errorf("%s: %d bytes, but it takes %d", what, need, used)
 		}
 		_, err := unpublishVolume(target)
@@ -252,7 +267,7 @@ func TestVolumesBeyondTheLimitsGoOn(t *testing.T) {
 	var volumes []*podVolume
 	for i := range 20 {
 		v := pod.volume(fmt.Sprint("v", i))
-		must(t, mountVolume(v.target, files{"token": []byte(pod.token), "large": bytes.Repeat([]byte("x"), 300<<10)}, access{}))
+		mustMount(t, v.target, files{"token": []byte(pod.token), "large": bytes.Repeat([]byte("x"), 300<<10)}, access{})
 		volumes = append(volumes, v)
 	}
 	for range 2 {
@@ -299,7 +314,7 @@ func TestOldFilesThatAreOpenCount(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "983 KiB of it for old files that its containers have open or mount by subPath") {
 		t.Errorf("no figures in: %v", err)
 	}
-	if got := memoryOf(volumes[0].target) + memoryOf(volumes[1].target); got > 3<<20 || n.used() != got {
+	if got := usedAt(t, volumes[0].target) + usedAt(t, volumes[1].target); got > 3<<20 || n.used() != got {
 		t.Errorf("%d KiB are held, and %d counted", got>>10, n.used()>>10)
 	}
 	for _, v := range volumes {
@@ -331,12 +346,12 @@ func TestBudgetIsGivenBack(t *testing.T) {
 	}
 	v.mustPublish()
 	used := n.used()
-	n.driver.budget.forgetUnmounted()
+	n.driver.forgetUnmounted()
 	if used == 0 || n.used() != used {
 		t.Errorf("a mounted volume takes %d bytes, and then %d", used, n.used())
 	}
 	must(t, unix.Unmount(v.target, unix.MNT_DETACH))
-	n.driver.budget.forgetUnmounted()
+	n.driver.forgetUnmounted()
 	if used := n.used(); used != 0 {
 		t.Errorf("a volume that somebody has unmounted takes %d bytes", used)
 	}
@@ -346,10 +361,12 @@ func TestBudgetIsGivenBack(t *testing.T) {
 	}
 
 	// One that is just being mounted is not forgotten.
-	next := n.volume()
-	_, err := n.driver.budget.reserve(next.target, 1<<20)
+	next, err := n.driver.lock(t.Context(), n.volume().target, "uid")
 	must(t, err)
-	n.driver.budget.forgetUnmounted()
+	defer n.driver.unlock(next)
+	_, err = n.driver.budget.reserve(next.memory, 0, 1<<20)
+	must(t, err)
+	n.driver.forgetUnmounted()
 	if n.used() != used+1<<20 {
 		t.Errorf("%d bytes are set aside", n.used()-used)
 	}
@@ -412,7 +429,7 @@ func TestLongMountLine(t *testing.T) {
 	}
 
 	target := n.volume().target
-	must(t, mountVolume(target, files{"a": nil}, access{}))
+	mustMount(t, target, files{"a": nil}, access{})
 	mounts, err := readMounts()
 	must(t, err)
 	if !slices.ContainsFunc(mounts, func(m mountInfo) bool { return m.point == target && m.source == mountSource && m.shared }) {

@@ -17,6 +17,7 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
 )
 
 // A volume is one tmpfs, mounted read-only at its target path. Its files are laid out as kubelet lays out a
@@ -72,18 +73,35 @@ func (a access) modes() (dir, file os.FileMode) {
 	return 0o555, 0o444
 }
 
-// publishVolume makes the files visible, complete and read-only, at the target path: by a new mount, or in
-// place where the target is mounted already. It reports whether that changed what users see. When it fails, a
-// target that was not mounted before is not mounted afterwards, and one that was still shows its old files.
-func publishVolume(target string, f files, who access) (changed bool, err error) {
-	mounted, err := isMountRoot(target)
+// found is what there is at a target path.
+type found struct {
+	mounted  bool   // something is, at the path itself
+	complete bool   // and it has the files of a volume
+	device   uint64 // of the file system
+	used     int64  // the memory that it takes, if it is a tmpfs
+}
+
+// look finds out what there is at the target path, whatever else is mounted on the node.
+func look(target string) (at found, _ error) {
+	var stat unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, target, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_MODE, &stat)
 	switch {
-	case err != nil && !errors.Is(err, fs.ErrNotExist):
-		return false, err
-	case mounted:
-		return updateVolume(target, f, who)
+	case errors.Is(err, unix.ENOENT):
+		return at, nil
+	case err != nil:
+		return at, &fs.PathError{Op: "statx", Path: target, Err: err}
+	case stat.Mode&unix.S_IFMT != unix.S_IFDIR:
+		return at, fmt.Errorf("%s is not a directory: %w", target, errNotOurs)
+	case stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0:
+		return at, nil
 	}
-	return true, mountVolume(target, f, who)
+	at.mounted, at.device = true, unix.Mkdev(stat.Dev_major, stat.Dev_minor)
+	at.complete = unix.Access(target+"/"+dataLink, unix.F_OK) == nil
+	var usage unix.Statfs_t
+	if unix.Statfs(target, &usage) == nil {
+		at.used = memoryOf(&usage)
+	}
+	return at, nil
 }
 
 // mountVolume mounts a new volume at the target path:
@@ -95,11 +113,11 @@ func publishVolume(target string, f files, who access) (changed bool, err error)
 //
 // Until the last system call nobody sees anything, and after it everything; a process that dies in between
 // leaves at most an empty directory.
-func mountVolume(target string, f files, who access) error {
+func mountVolume(target string, f files, who access) (at found, err error) {
 	// 1. create
 	mount, err := newTmpfs(who)
 	if err != nil {
-		return err
+		return at, err
 	}
 	defer unix.Close(mount)
 
@@ -110,33 +128,43 @@ func mountVolume(target string, f files, who access) error {
 	}
 	writing.RUnlock()
 	if err != nil {
-		return err
+		return at, err
 	}
 
 	// 4. attach. Mkdir, not MkdirAll: kubelet creates the parent, so a missing one means that this
 	// container does not see kubelet's directory, and a volume mounted here would never reach the Pod.
 	if err := os.Mkdir(target, 0o750); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
+		return at, err
 	}
 	if err := unix.MoveMount(mount, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		os.Remove(target)
-		return fmt.Errorf("move_mount to %s: %w", target, err)
+		return at, fmt.Errorf("move_mount to %s: %w", target, err)
 	}
-	return nil
+	return foundBehind(mount), nil
+}
+
+// foundBehind is what there is at the target path of a mount, or of a clone of it.
+func foundBehind(mount int) (at found) {
+	var usage unix.Statfs_t
+	var stat unix.Stat_t
+	if unix.Fstatfs(mount, &usage) == nil && unix.Fstat(mount, &stat) == nil {
+		at = found{mounted: true, device: stat.Dev, used: memoryOf(&usage)}
+	}
+	return at
 }
 
 // updateVolume brings the files of a mounted volume up to date without ever making the mount writable for
 // the containers that use it: it writes through a private clone of the mount.
-func updateVolume(target string, f files, who access) (changed bool, err error) {
-	err = throughClone(target, func(clone int) (err error) {
+func updateVolume(target string, f files, who access) (at found, changed bool, err error) {
+	at, err = throughClone(target, func(clone int) (err error) {
 		changed, err = writeGeneration(clone, f, who)
 		return err
 	})
-	return changed, err
+	return at, changed, err
 }
 
 // sweepVolume removes the generations that are not the current one.
-func sweepVolume(target string) error {
+func sweepVolume(target string) (at found, err error) {
 	return throughClone(target, func(clone int) error {
 		root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", clone))
 		if err != nil {
@@ -155,6 +183,63 @@ func sweepVolume(target string) error {
 	})
 }
 
+// emptyVolume truncates and removes all that is in a volume, so that a descriptor that somebody has passed on
+// keeps next to nothing of it. It does so only in a file system of that device, where every name is one that
+// this driver gives. It returns a clone of the mount if there is still something in it, as an old file that
+// somebody has open, or else -1.
+func emptyVolume(target string, device uint64) (clone int) {
+	clone, err := openClone(target)
+	if err != nil {
+		return -1
+	}
+	if foundBehind(clone).device == device && setReadOnly(clone, false) == nil && empty(clone) == nil &&
+		!foundBehind(clone).isEmpty() {
+		return clone
+	}
+	unix.Close(clone)
+	return -1
+}
+
+// isEmpty reports whether a tmpfs has nothing but its root directory.
+func (at found) isEmpty() bool { return at.used <= memoryFor(0, 1) }
+
+// empty truncates and removes all files, if all of them are a volume's.
+func empty(mount int) error {
+	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", mount))
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	entries, err := fs.ReadDir(root.FS(), ".")
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !isOurs(e) {
+			return fmt.Errorf("%s: %w", e.Name(), errNotOurs)
+		}
+	}
+	for _, e := range entries {
+		files, _ := fs.Glob(root.FS(), e.Name()+"/*") // none of a link
+		for _, name := range files {
+			if e.IsDir() {
+				if file, err := root.OpenFile(name, os.O_WRONLY|os.O_TRUNC, 0); err == nil {
+					file.Close()
+				}
+			}
+		}
+		if err := root.RemoveAll(e.Name()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// isOurs reports whether the root directory of a volume may have the entry.
+func isOurs(e fs.DirEntry) bool {
+	return e.Type() == fs.ModeSymlink || strings.HasPrefix(e.Name(), "..")
+}
+
 // removeGenerations removes those of the names that are generations, except the current one.
 func removeGenerations(root *os.Root, names iter.Seq[string], current string) error {
 	for name := range names {
@@ -168,28 +253,41 @@ func removeGenerations(root *os.Root, names iter.Seq[string], current string) er
 	return nil
 }
 
-// throughClone calls change with a writable clone of the mount, which nobody else sees.
-func throughClone(target string, change func(clone int) error) error {
-	clone, err := unix.OpenTree(unix.AT_FDCWD, target,
-		unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+// throughClone calls change with a writable clone of the mount, which nobody else sees, and returns what there is
+// after it.
+func throughClone(target string, change func(clone int) error) (at found, err error) {
+	clone, err := openClone(target)
 	if err != nil {
-		return fmt.Errorf("open_tree %s: %w", target, err)
+		return at, err
 	}
 	defer unix.Close(clone)
-	var stat unix.Statfs_t
-	if err := unix.Fstatfs(clone, &stat); err != nil {
-		return fmt.Errorf("fstatfs %s: %w", target, err)
-	}
-	if stat.Type != unix.TMPFS_MAGIC {
-		return fmt.Errorf("%s: %w", target, errNotOurs)
-	}
 	if err := setReadOnly(clone, false); err != nil {
-		return err
+		return at, err
 	}
-	if err := change(clone); err != nil {
-		return fmt.Errorf("%s: %w", target, err)
+	if err = change(clone); err != nil {
+		err = fmt.Errorf("%s: %w", target, err)
 	}
-	return nil
+	return foundBehind(clone), err
+}
+
+// openClone clones the mount at the target path, if it is a tmpfs.
+func openClone(target string) (clone int, err error) {
+	clone, err = unix.OpenTree(unix.AT_FDCWD, target,
+		unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+	if err != nil {
+		return -1, fmt.Errorf("open_tree %s: %w", target, err)
+	}
+	var stat unix.Statfs_t
+	if err = unix.Fstatfs(clone, &stat); err != nil {
+		err = fmt.Errorf("fstatfs %s: %w", target, err)
+	} else if stat.Type != unix.TMPFS_MAGIC {
+		err = fmt.Errorf("%s: %w", target, errNotOurs)
+	}
+	if err != nil {
+		unix.Close(clone)
+		return -1, err
+	}
+	return clone, nil
 }
 
 // unpublishVolume unmounts whatever is mounted at the target path and removes the directory. Nothing there,
@@ -291,7 +389,7 @@ func writeGeneration(mount int, f files, who access) (changed bool, err error) {
 	}
 	present := map[string]bool{}
 	for _, e := range entries {
-		if e.Type() != fs.ModeSymlink && !strings.HasPrefix(e.Name(), "..") {
+		if !isOurs(e) {
 			return false, fmt.Errorf("%s: %w", e.Name(), errNotOurs)
 		}
 		present[e.Name()] = true
@@ -398,238 +496,243 @@ func digest(f files, who access) string {
 	return hex.EncodeToString(h.Sum(nil)[:16])
 }
 
-// isMountRoot reports whether something is mounted at the path itself, whatever else is mounted on the node.
-func isMountRoot(path string) (bool, error) {
-	var stat unix.Statx_t
-	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_MODE, &stat)
-	if err != nil {
-		return false, &fs.PathError{Op: "statx", Path: path, Err: err}
-	}
-	if stat.Mode&unix.S_IFMT != unix.S_IFDIR {
-		return false, fmt.Errorf("%s is not a directory: %w", path, errNotOurs)
-	}
-	return stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, nil
-}
-
-// isPublished reports whether the target path shows a complete volume.
-func isPublished(target string) bool {
-	mounted, err := isMountRoot(target)
-	return err == nil && mounted && unix.Access(target+"/"+dataLink, unix.F_OK) == nil
-}
-
 // A tmpfs belongs to the memory of the container that wrote it, and outlives its processes: volumes without a
 // limit would kill the driver, and every driver after it. budget limits those of a Pod, and those of the
 // node.
 type budget struct {
-	podsDir string
-	limit   int64 // of all volumes
+	limit int64 // of all volumes
 
 	oneAtATime sync.Mutex // held by an update that there is no room for beside the old files
 
-	mu   sync.Mutex
-	used int64                           // by all volumes
-	pods map[string]map[string]footprint // by the Pod's uid, then by target path
+	mu     sync.Mutex
+	all    memory
+	pods   map[string]memory  // by the Pod's uid
+	pinned map[int]*footprint // of volumes that were unmounted and are not empty, by a clone of the mount
 }
 
-// footprint is the memory of a volume.
+// memory is that of several volumes.
+type memory struct {
+	volumes    int
+	held, used int64 // as in a footprint
+}
+
+// footprint is the memory of a volume. The lock of the budget guards what is in it.
 type footprint struct {
-	held int64 // by its files alone; 0 until it is mounted
-	used int64 // by all that is in it: also by old files that somebody has open, and by what is set aside
+	pod    string // uid
+	device uint64 // of the tmpfs, if this driver mounted it
+	held   int64  // by its files alone; 0 until it is mounted
+	used   int64  // by all that is in it: also by old files that somebody has open, and by what is set aside
 }
 
-// limitError is an error of a volume that a limit of memory or number leaves no room for.
-type limitError struct{ error }
-
-// newBudget makes the budget of a node, and counts the volumes that another process of the driver has left.
-func newBudget(podsDir string, limit int64) (*budget, error) {
-	b := &budget{podsDir: podsDir, limit: limit, pods: map[string]map[string]footprint{}}
+// newBudget makes the budget of a node, and returns by target path what another process of the driver has left
+// mounted.
+func newBudget(podsDir string, limit int64) (*budget, map[string]*footprint, error) {
+	b := &budget{limit: limit, pods: map[string]memory{}, pinned: map[int]*footprint{}}
+	left := map[string]*footprint{}
 	mounts, err := readMounts()
 	for _, m := range mounts {
 		// Kubelet mounts single files of a volume below the Pod's directory as well, for subPath.
 		below, ok := strings.CutPrefix(m.point, podsDir+"/")
 		isTarget, _ := filepath.Match("*/volumes/kubernetes.io~csi/*/mount", below)
-		if ok && isTarget && m.source == mountSource {
-			used := memoryOf(m.point)
-			b.set(m.point, footprint{held: used, used: used})
+		if at, err := look(m.point); ok && isTarget && m.source == mountSource && err == nil {
+			pod, _, _ := strings.Cut(below, "/")
+			left[m.point] = &footprint{pod: pod, device: at.device}
+			b.set(left[m.point], at.used, at.used)
 		}
 	}
-	return b, err
+	return b, left, err
 }
 
-// publish is publishVolume within the limits. Where they leave no room for the old files, these go at once.
-func (b *budget) publish(target string, f files, who access) (changed bool, err error) {
+// publish makes the files visible, complete and read-only, at the target path: by a new mount, or in place
+// where one is there already. Where the limits leave no room for the old files, these go at once. It reports
+// whether that changed what users see. When it fails, a target that was not mounted before is not mounted
+// afterwards, and one that was still shows its old files.
+func (b *budget) publish(target string, v *footprint, at found, f files, who access) (changed bool, err error) {
 	need := f.memory()
-	keepOld, err := b.reserve(target, need)
+	keepOld, err := b.reserve(v, at.used, need)
 	if err == nil && !keepOld {
 		b.oneAtATime.Lock()
 		defer b.oneAtATime.Unlock()
-		keepOld, err = b.reserve(target, need) // since the one before may have used what there was
+		keepOld, err = b.reserve(v, at.used, need) // since the one before may have used what there was
 	}
-	if err == nil {
-		changed, err = publishVolume(target, f, who)
+	if err != nil {
+		return false, err
+	}
+	device := v.device
+	if at.mounted {
+		at, changed, err = updateVolume(target, f, who)
+	} else {
+		at, err = mountVolume(target, f, who)
+		changed, device = true, at.device
 	}
 	if err == nil && !keepOld {
-		err = sweepVolume(target)
+		at, err = sweepVolume(target)
 	}
-	b.settle(target, need, err)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	v.device = device
+	switch {
+	case err == nil:
+		b.set(v, need, at.used)
+	case v.held == 0: // it is not mounted, or not by us
+		b.set(v, 0, 0)
+	default:
+		b.set(v, v.held, at.used)
+	}
 	return changed, err
 }
 
 // sweep is sweepVolume, and gives the memory back.
-func (b *budget) sweep(target string) error {
-	err := sweepVolume(target)
-	used := memoryOf(target)
+func (b *budget) sweep(target string, v *footprint) error {
+	at, err := sweepVolume(target)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if volume, _, _ := b.inPod(target); volume.held > 0 {
-		volume.used = used
-		b.set(target, volume)
+	if at.mounted && v.held > 0 {
+		b.set(v, v.held, at.used)
 	}
 	return err
 }
 
-// unpublish is unpublishVolume, and gives the memory back.
-func (b *budget) unpublish(target string) (changed bool, err error) {
-	if changed, err = unpublishVolume(target); err == nil {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		b.set(target, footprint{})
+// unpublish is unpublishVolume, and gives the memory back, as far as nobody keeps it:
+//
+//  1. empty the volume, if it is ours
+//  2. unmount it
+//  3. keep a clone and the charge of one that is not empty, for checkPinned
+func (b *budget) unpublish(target string, v *footprint) (changed bool, err error) {
+	// 1. empty
+	clone := -1
+	if v.device != 0 {
+		clone = emptyVolume(target, v.device)
+	}
+
+	// 2. unmount
+	changed, err = unpublishVolume(target)
+
+	// 3. keep
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err == nil {
+		b.set(v, 0, 0)
+		v.device = 0
+	}
+	if clone >= 0 {
+		b.pinned[clone] = &footprint{pod: v.pod}
+		b.set(b.pinned[clone], 0, foundBehind(clone).used)
 	}
 	return changed, err
 }
 
-// reserve sets memory aside for a volume whose files will need so much:
+// look is the function of that name, and notes the memory that the volume uses by now.
+func (b *budget) look(target string, v *footprint) (found, error) {
+	at, err := look(target)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err == nil && at.mounted && v.held > 0 {
+		b.set(v, v.held, at.used)
+	}
+	return at, err
+}
+
+// forget gives the memory back of a volume that somebody else has unmounted.
+func (b *budget) forget(v *footprint) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.set(v, 0, 0)
+}
+
+// checkPinned lets go of the unmounted volumes that are empty by now.
+func (b *budget) checkPinned() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for clone, v := range b.pinned {
+		at := foundBehind(clone)
+		if b.set(v, 0, at.used); at.isEmpty() {
+			b.set(v, 0, 0)
+			delete(b.pinned, clone)
+			unix.Close(clone)
+		}
+	}
+}
+
+// reserve sets memory aside for a volume that uses so much and whose files will need so much:
 //
-//  1. see what the Pod's other volumes use, and all others
+//  1. see what the Pod's volumes use, and all
 //  2. refuse a volume that is new or grows, if that goes beyond a limit. One that does not grow needs no
-//     room, so that the tokens of what is mounted go on; but a Pod that keeps old files beyond its limit has
-//     to let go of them first
+//     room, so that the tokens of what is mounted go on; but a Pod that keeps old files has to let go of them
+//     first where it, or with its help the node, is beyond the limit
 //  3. let the old files stay beside the new ones (keepOld), where the limits leave room for both
-func (b *budget) reserve(target string, need int64) (keepOld bool, err error) {
-	used := memoryOf(target)
+func (b *budget) reserve(v *footprint, used, need int64) (keepOld bool, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	refuse := func(format string, a ...any) (bool, error) {
-		return false, limitError{fmt.Errorf(format, a...)}
+		return false, failuref(codes.ResourceExhausted, format, a...)
 	}
 
 	// 1. see
-	volume, count, pod := b.inPod(target)
-	all := b.used - volume.used
-	if volume.used = used; used == 0 || volume.held == 0 {
-		volume = footprint{} // it is not mounted, or not by us
+	if used == 0 || v.held == 0 { // it is not mounted, or not by us
+		b.set(v, 0, 0)
+	} else {
+		b.set(v, v.held, used)
 	}
-	podUsed, allUsed, grows := pod.used+volume.used, all+volume.used, max(need-volume.held, 0)
-	keepOld = podUsed+need <= maxPodMemory && allUsed+need <= b.limit
+	pod, grows := b.pods[v.pod], max(need-v.held, 0)
+	keepOld = pod.used+need <= maxPodMemory && b.all.used+need <= b.limit
 
 	// 2. refuse
 	switch {
-	case volume.held == 0 && count >= maxPodVolumes:
+	case v.held == 0 && pod.volumes >= maxPodVolumes:
 		return refuse("the Pod has %d other volumes of %s, and may have %d in all: mount several "+
 			"configurations in one volume",
-			count, mountSource, maxPodVolumes)
-	case grows > 0 && podUsed+grows > maxPodMemory:
+			pod.volumes, mountSource, maxPodVolumes)
+	case grows > 0 && pod.used+grows > maxPodMemory:
 		return refuse("the volume takes %d KiB of memory and the Pod's other volumes take %d KiB, but "+
-			"together they may take %d KiB: mount fewer or smaller files", need>>10, pod.used>>10,
+			"together they may take %d KiB: mount fewer or smaller files", need>>10, (pod.used-v.used)>>10,
 			maxPodMemory>>10)
-	case grows > 0 && allUsed+grows > b.limit:
+	case grows > 0 && b.all.used+grows > b.limit:
 		return refuse("the volume takes %d KiB of memory and the node's other volumes take %d KiB, but "+
 			"together they may take %d KiB: raise --volumes-budget and the memory limit of the DaemonSet, "+
-			"or use another node", need>>10, all>>10, b.limit>>10)
-	case !keepOld && podUsed > max(pod.held+volume.held, maxPodMemory):
+			"or use another node", need>>10, (b.all.used-v.used)>>10, b.limit>>10)
+	case !keepOld && pod.used > max(pod.held, maxPodMemory):
 		return refuse("the Pod's volumes take %d KiB of memory, %d KiB of it for old files that its "+
 			"containers have open or mount by subPath, but may take %d KiB: restart the containers",
-			podUsed>>10, (podUsed-pod.held-volume.held)>>10, maxPodMemory>>10)
+			pod.used>>10, (pod.used-pod.held)>>10, maxPodMemory>>10)
+	case !keepOld && pod.used > pod.held && b.all.used > max(b.all.held, b.limit):
+		return refuse("the node's volumes take %d KiB of memory, but may take %d KiB, and %d KiB of it are "+
+			"for old files that containers of this Pod have open or mount by subPath: restart them",
+			b.all.used>>10, b.limit>>10, (pod.used-pod.held)>>10)
 	}
 
 	// 3. keep
 	if keepOld {
-		volume.used += need
+		b.set(v, v.held, v.used+need)
 	} else {
-		volume.used += grows
+		b.set(v, v.held, v.used+grows)
 	}
-	b.set(target, volume)
 	return keepOld, nil
 }
 
-// settle replaces what reserve set aside by what the volume uses now.
-func (b *budget) settle(target string, need int64, failed error) {
-	used := memoryOf(target)
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	volume, _, _ := b.inPod(target)
-	if failed == nil {
-		volume.held = need
-	}
-	if volume.used = used; volume.held == 0 { // it is not mounted, or not by us
-		volume.used = 0
-	}
-	b.set(target, volume)
-}
-
-// inPod returns the footprint of the volume, and the number and the sum of the other volumes of its Pod.
-func (b *budget) inPod(target string) (volume footprint, others int, sum footprint) {
-	for other, a := range b.pods[b.podUID(target)] {
-		if other == target {
-			volume = a
-		} else {
-			others, sum.held, sum.used = others+1, sum.held+a.held, sum.used+a.used
+// set changes what a volume holds and uses; one that uses nothing is none. The caller holds the lock.
+func (b *budget) set(v *footprint, held, used int64) {
+	pod := b.pods[v.pod]
+	for _, m := range []*memory{&pod, &b.all} {
+		if v.used > 0 {
+			m.volumes--
 		}
-	}
-	return volume, others, sum
-}
-
-// set changes the footprint of the volume; one that uses nothing is not there.
-func (b *budget) set(target string, volume footprint) {
-	uid := b.podUID(target)
-	if b.pods[uid] == nil {
-		b.pods[uid] = map[string]footprint{}
-	}
-	b.used += volume.used - b.pods[uid][target].used
-	b.pods[uid][target] = volume
-	if volume.used == 0 {
-		delete(b.pods[uid], target)
-	}
-	if len(b.pods[uid]) == 0 {
-		delete(b.pods, uid)
-	}
-}
-
-// podUID is the first part of a target path below podsDir.
-func (b *budget) podUID(target string) string {
-	uid, _, _ := strings.Cut(strings.TrimPrefix(target, b.podsDir+"/"), "/")
-	return uid
-}
-
-// forgetUnmounted forgets the volumes that somebody else has unmounted.
-func (b *budget) forgetUnmounted() {
-	var targets []string
-	b.mu.Lock()
-	for _, volumes := range b.pods {
-		targets = slices.AppendSeq(targets, maps.Keys(volumes))
-	}
-	b.mu.Unlock()
-	for _, target := range targets {
-		if memoryOf(target) > 0 {
-			continue
+		if used > 0 {
+			m.volumes++
 		}
-		b.mu.Lock()
-		// and not being mounted
-		if volume, _, _ := b.inPod(target); volume.held > 0 && memoryOf(target) == 0 {
-			b.set(target, footprint{})
-		}
-		b.mu.Unlock()
+		m.held, m.used = m.held+held-v.held, m.used+used-v.used
+	}
+	if v.held, v.used, b.pods[v.pod] = held, used, pod; pod.volumes == 0 {
+		delete(b.pods, v.pod)
 	}
 }
 
-// total returns the number of volumes and the memory that they use.
+// total returns the number of mounted volumes and the memory that all use, also those that are not mounted any
+// more.
 func (b *budget) total() (count int, used int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for _, volumes := range b.pods {
-		count += len(volumes)
-	}
-	return count, b.used
+	return b.all.volumes - len(b.pinned), b.all.used
 }
 
 // memory is what a volume that holds the files takes.
@@ -646,14 +749,12 @@ func (f files) memory() int64 {
 	return memoryFor(int64(pages*page), int64(len(f)*2+3))
 }
 
-// memoryOf is what the volume that is mounted at the target path takes, or 0 if none is.
-func memoryOf(target string) int64 {
-	var stat unix.Statfs_t
-	mounted, err := isMountRoot(target)
-	if err != nil || !mounted || unix.Statfs(target, &stat) != nil || stat.Type != unix.TMPFS_MAGIC {
+// memoryOf is what a tmpfs takes; 0 if it is none.
+func memoryOf(usage *unix.Statfs_t) int64 {
+	if usage.Type != unix.TMPFS_MAGIC {
 		return 0
 	}
-	return memoryFor(int64(stat.Blocks-stat.Bfree)*int64(stat.Bsize), int64(stat.Files-stat.Ffree))
+	return memoryFor(int64(usage.Blocks-usage.Bfree)*int64(usage.Bsize), int64(usage.Files-usage.Ffree))
 }
 
 func memoryFor(bytes, inodes int64) int64 { return mountMemory + bytes + inodes*inodeMemory }

@@ -162,7 +162,7 @@ func TestRequestsAtOnceAreBounded(t *testing.T) {
 	publish("team-d/default", 5)
 	publish("team-e/default", 5)
 	wantRequests(16)
-	other := n.driver.kube.begin(podIdentity{namespace: "team-f"}, "", false)
+	other := n.driver.kube.begin(&lookup{pod: podIdentity{namespace: "team-f"}, first: true})
 	if _, err := other.class(t.Context(), "git"); err != nil {
 		t.Errorf("the driver's own request waits for those of Pods: %v", err)
 	}
@@ -171,8 +171,8 @@ func TestRequestsAtOnceAreBounded(t *testing.T) {
 	for range count {
 		must(t, <-results)
 	}
-	if k := n.driver.kube; len(k.namespaces) != 0 || k.held.bytes != 0 || len(k.places) != 0 {
-		t.Errorf("nobody is at it, and yet: %v, %d, %d", k.namespaces, k.held.bytes, len(k.places))
+	if k := n.driver.kube; len(k.namespaces) != 0 || k.held.bytes != 0 || len(k.requests.having) != 0 {
+		t.Errorf("nobody is at it, and yet: %v, %d, %d", k.namespaces, k.held.bytes, len(k.requests.having))
 	}
 }
 
@@ -320,10 +320,10 @@ func TestChangesReachRunningContainers(t *testing.T) {
 			t.Errorf("the container may write: %v", err)
 		}
 	}
-	v.mustPublish() // and nobody reads the old files any more
-	if generations, _ := filepath.Glob(container + "/..gen-*"); len(generations) != 1 {
-		t.Errorf("generations %v", generations)
-	}
+	eventually(t, "the old files are gone, by themselves", func() bool {
+		generations, _ := filepath.Glob(container + "/..gen-*")
+		return len(generations) == 1
+	})
 }
 
 // startContainer mounts the volume as a container runtime does: recursively, private, read-only.
@@ -434,7 +434,7 @@ func TestFullVolume(t *testing.T) {
 	}
 	must(t, file.Close())
 
-	_, err = publishVolume(v.target, map[string][]byte{"token": []byte("new")}, access{})
+	_, _, err = updateVolume(v.target, map[string][]byte{"token": []byte("new")}, access{})
 	wantError(t, mountStatus(err), codes.ResourceExhausted, "no room", "no space left on device")
 	if !maps.Equal(v.read(), files) {
 		t.Error("the files changed")

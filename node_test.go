@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"net"
 	"net/http"
@@ -87,17 +88,11 @@ func startPolling(t testing.TB, change ...func(*driver)) *node {
 // start runs the driver inside the test process, put together as run does it. Objects stay in its cache for an hour.
 func (n *node) start(change ...func(*driver)) {
 	n.t.Helper()
-	host, port, err := net.SplitHostPort(n.api.Listener.Addr().String())
+	d, err := newDriver(driverConfig{nodeName: "node-1", podsDir: n.podsDir(), volumesBudget: 240 << 20,
+		binary: rendererBinary(), log: slog.Default(),
+		kube: kubeConfig{server: n.api.URL, directory: serviceAccountDir, refresh: time.Hour}})
 	must(n.t, err)
-	n.t.Setenv("KUBERNETES_SERVICE_HOST", host)
-	n.t.Setenv("KUBERNETES_SERVICE_PORT", port)
-	budget, err := newBudget(n.podsDir(), 240<<20)
-	must(n.t, err)
-	m := newMetrics(budget)
-	k, err := newKube(time.Hour, m)
-	must(n.t, err)
-	n.driver = &driver{nodeName: "node-1", podsDir: n.podsDir(), kube: k, renderers: newRenderers(rendererBinary(), m), budget: budget, metrics: m,
-		busy: map[string]*holder{}, volumes: map[string]*volume{}, tokens: map[string]issuedToken{}}
+	n.driver = d
 	for _, c := range change {
 		c(n.driver)
 	}
@@ -111,7 +106,7 @@ func (n *node) start(change ...func(*driver)) {
 		if err := <-done; err != nil {
 			n.t.Errorf("serve: %v", err)
 		}
-		k.client.CloseIdleConnections()
+		d.kube.client.CloseIdleConnections()
 	})
 	n.dial()
 	n.http = n.awaitStart(func() string { return logs.String()[logged:] })
@@ -176,10 +171,42 @@ func (n *node) dial() {
 func (n *node) awaitCalls(count int) {
 	n.t.Helper()
 	eventually(n.t, fmt.Sprintf("%d calls are under way", count), func() bool {
-		n.driver.mu.Lock()
-		defer n.driver.mu.Unlock()
-		return len(n.driver.busy) == count
+		called := 0
+		n.eachVolume(func(v *volume) {
+			if v.called {
+				called++
+			}
+		})
+		return called == count
 	})
+}
+
+// eachVolume looks at what the driver knows of each volume.
+func (n *node) eachVolume(look func(*volume)) {
+	n.driver.mu.Lock()
+	defer n.driver.mu.Unlock()
+	for _, v := range n.driver.volumes {
+		look(v)
+	}
+}
+
+// record is what the driver knows of the volume, or nil. The caller calls nothing meanwhile.
+func (v *podVolume) record() (found *volume) {
+	v.node.eachVolume(func(r *volume) {
+		if r.target == v.target {
+			found = r
+		}
+	})
+	return found
+}
+
+// eachEntry looks at all entries of the driver's cache.
+func (n *node) eachEntry(look func(*entry)) {
+	n.driver.kube.mu.Lock()
+	defer n.driver.kube.mu.Unlock()
+	for e := range n.driver.kube.allEntries {
+		look(e)
+	}
 }
 
 func (n *node) podsDir() string { return n.dir + "/pods" }
@@ -187,13 +214,9 @@ func (n *node) socket() string  { return n.dir + "/plugins_registry/connectors-c
 
 // age makes every object in the driver's cache an hour older, which is its refresh interval, for startPolling.
 func (n *node) age() {
-	n.driver.kube.mu.Lock()
-	defer n.driver.kube.mu.Unlock()
-	for _, c := range n.driver.kube.cache {
-		for reader, began := range c.readers {
-			c.readers[reader] = began.Add(-n.driver.kube.refresh)
-		}
-	}
+	n.eachEntry(func(e *entry) {
+		e.read, e.until = e.read.Add(-n.driver.kube.refresh), e.until.Add(-n.driver.kube.refresh)
+	})
 }
 
 // get asks the driver's HTTP port.

@@ -150,17 +150,17 @@ func TestObjectsUnderWayAreLimited(t *testing.T) {
 	n := startNode(t)
 	n.api.put(connector("team-a", "git", "git"))
 	k := n.driver.kube
-	hold := func(namespace string, mebibytes ...int) (calls []*call) {
+	hold := func(namespace string, mebibytes ...int) (lookups []*lookup) {
 		for _, size := range mebibytes {
-			c := k.begin(podIdentity{namespace: namespace}, "", false)
+			c := k.begin(&lookup{pod: podIdentity{namespace: namespace}, first: true})
 			must(t, c.hold(&apiObject{raw: make([]byte, size<<20)}))
-			calls = append(calls, c)
+			lookups = append(lookups, c)
 		}
-		return calls
+		return lookups
 	}
 	shared := &apiObject{raw: make([]byte, 3<<20)} // counts once
 	for range 10 {
-		c := k.begin(podIdentity{namespace: "default"}, "", false)
+		c := k.begin(&lookup{pod: podIdentity{namespace: "default"}, first: true})
 		must(t, c.hold(shared))
 		defer c.end()
 	}
@@ -190,8 +190,20 @@ func TestCache(t *testing.T) {
 	for i := range 3 {
 		n.pod(fmt.Sprintf("default/reader-%d", i)).volume("config").mustPublish()
 	}
-	if git := k.cache[connectorPath("default", "git")]; len(k.cache) != 2 || len(git.readers) != 3 {
-		t.Errorf("the cache has %d objects; one has the readers %v", len(k.cache), git.readers)
+	objects := func() (by map[string]*apiObject) {
+		by = map[string]*apiObject{}
+		n.eachEntry(func(e *entry) {
+			if e.object != nil {
+				if by[e.path] != nil && by[e.path] != e.object {
+					t.Errorf("readers of one version of %s have two objects", e.path)
+				}
+				by[e.path] = e.object
+			}
+		})
+		return by
+	}
+	if readers := len(k.entries[connectorPath("default", "git")]); len(objects()) != 2 || readers != 3 {
+		t.Errorf("the cache has %d objects; one has %d readers", len(objects()), readers)
 	}
 	for i := range 10 {
 		name := fmt.Sprintf("large-%d", i)
@@ -201,24 +213,24 @@ func TestCache(t *testing.T) {
 		volumes[0].mustPublish() // so that it is not the one used longest ago
 	}
 	size := 0
-	for _, c := range k.cache {
-		size += len(c.object.raw)
+	for _, o := range objects() {
+		size += len(o.raw)
 	}
 	if k.cacheBytes != size || size > 4<<20 || size < 3<<20 {
 		t.Errorf("the cache has %d bytes and counts %d", size, k.cacheBytes)
 	}
-	has := func(name string) bool { return k.cache[connectorPath("default", name)] != nil }
+	has := func(name string) bool { return objects()[connectorPath("default", name)] != nil }
 	if !has("large-0") || has("large-1") || !has("large-9") {
-		t.Errorf("it has %v", slices.Sorted(maps.Keys(k.cache)))
+		t.Errorf("it has %v", slices.Sorted(maps.Keys(objects())))
 	}
 	volumes[1].mustPublish() // reads again
 
-	objects := len(k.cache)
+	had, entries := len(objects()), len(k.entries)
 	for i := range 100 {
 		n.volume(attrs{"connector.name": fmt.Sprintf("none-%d", i)}).mustRefuse(codes.NotFound)
 	}
-	if len(k.cache) != objects || len(k.reads) != 0 {
-		t.Errorf("failed reads left %d objects and %d reads", len(k.cache)-objects, len(k.reads))
+	if len(objects()) != had || len(k.entries) != entries {
+		t.Errorf("failed reads left %d objects and %d entries", len(objects())-had, len(k.entries)-entries)
 	}
 
 	for _, v := range volumes {
@@ -226,15 +238,12 @@ func TestCache(t *testing.T) {
 	}
 	n.age()
 	n.age()
-	for _, c := range k.cache {
-		for reader, began := range c.readers {
-			c.readers[reader] = began.Add(-2 * k.refresh)
-		}
-	}
+	n.age()
+	n.age()
 	k.tidied = time.Time{}
 	n.volume().mustPublish()
-	if len(k.cache) != 2 {
-		t.Errorf("long after, the cache has %v", slices.Sorted(maps.Keys(k.cache)))
+	if len(k.entries) != 2 {
+		t.Errorf("long after, the cache has %v", slices.Sorted(maps.Keys(k.entries)))
 	}
 }
 
@@ -299,9 +308,9 @@ func TestCallersThatGiveUp(t *testing.T) {
 	for i, timeout := range []time.Duration{100 * time.Millisecond, 200 * time.Millisecond, time.Minute} {
 		go func() { results[i] <- volumes[i].publishWithin(timeout) }()
 		eventually(t, "it is under way", func() bool {
-			n.driver.mu.Lock()
-			defer n.driver.mu.Unlock()
-			return n.driver.busy[volumes[i].target] != nil
+			called := false
+			n.eachVolume(func(v *volume) { called = called || v.called && v.target == volumes[i].target })
+			return called
 		})
 	}
 	wantError(t, <-results[0], codes.DeadlineExceeded)
@@ -437,7 +446,7 @@ func TestOwnTokenIsRenewedAt80Percent(t *testing.T) {
 		t.Error("a fresh token was renewed")
 	}
 
-	if at := time.Until(n.driver.tokens[v.target].renew); at < 47*time.Minute || at > 48*time.Minute {
+	if at := time.Until(v.record().token.renew); at < 47*time.Minute || at > 48*time.Minute {
 		t.Errorf("a token of an hour is renewed after %v", at)
 	}
 	v.endToken() // 48 minutes later
@@ -464,12 +473,7 @@ func TestOwnTokenIsRenewedAt80Percent(t *testing.T) {
 
 // endToken makes the volume's token, which the driver asked for, due for renewal.
 func (v *podVolume) endToken() {
-	d := v.node.driver
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	token := d.tokens[v.target]
-	token.renew = time.Now()
-	d.tokens[v.target] = token
+	v.record().token.renew = time.Now()
 }
 
 // The clocks of the node and of the API server may differ as they like; the lifetime is what the answer grants.
@@ -490,7 +494,7 @@ func TestRenewalIsCountedFromTheRequest(t *testing.T) {
 		v.mustPublish()
 		asked := n.api.count(tokenPath("default", "default"))
 		v.mustPublish()
-		if at := time.Until(n.driver.tokens[v.target].renew); at > c.renew || at < c.renew-time.Minute || n.api.count(tokenPath("default", "default")) != asked {
+		if at := time.Until(v.record().token.renew); at > c.renew || at < c.renew-time.Minute || n.api.count(tokenPath("default", "default")) != asked {
 			t.Errorf("%s: the token is renewed after %v, not %v", what, at, c.renew)
 		}
 	}
@@ -499,67 +503,6 @@ func TestRenewalIsCountedFromTheRequest(t *testing.T) {
 	v.mustPublish()
 	if got := valueAt(n.api.lastBody(tokenPath("default", "default")), "spec", "expirationSeconds"); got != 86400. {
 		t.Errorf("expirationSeconds is %v", got)
-	}
-}
-
-// A volume that fails after its token was issued has it for its next try.
-func TestTokenIsKeptForTheNextTry(t *testing.T) {
-	n := startPolling(t)
-	path := tokenPath("default", "default")
-	n.api.put(class("git", configuration("config", "a", "{{ .none }}")))
-	v := n.volume(attrs{"token.expiration": "1h"})
-	for range 3 {
-		v.mustRefuse(codes.FailedPrecondition, "has no value")
-	}
-	n.api.put(gitClass())
-	must(t, os.WriteFile(v.target, nil, 0o600))
-	for range 3 {
-		wantError(t, v.publish(), codes.FailedPrecondition, "did not mount")
-	}
-	must(t, os.Remove(v.target))
-	v.mustPublish()
-	if n.api.count(path) != 1 || v.file("token") != n.driver.tokens[v.target].value {
-		t.Errorf("%d tokens for one volume", n.api.count(path))
-	}
-
-	n.api.put(class("git", configuration("config", "a", "{{ .none }}")))
-	n.age()
-	v.endToken()
-	for range 3 {
-		wantError(t, v.publish(), codes.FailedPrecondition, "has no value")
-	}
-	v.attributes["token.expiration"] = "2h"
-	wantError(t, v.publish(), codes.FailedPrecondition, "has no value")
-	if n.api.count(path) != 3 {
-		t.Errorf("%d tokens, not one more for the renewal and one for another lifetime", n.api.count(path)-1)
-	}
-	v.mustUnpublish()
-	if len(n.driver.tokens) != 0 {
-		t.Errorf("%d tokens are kept after the unpublish", len(n.driver.tokens))
-	}
-}
-
-// Kubelet sends no unpublish for volumes that were never mounted.
-func TestTokensOfVolumesThatAreNeverMounted(t *testing.T) {
-	n := startNode(t)
-	path := tokenPath("default", "default")
-	hour := attrs{"token.expiration": "1h"}
-	mounted := n.volume(hour)
-	mounted.settle()
-	n.api.put(class("bad", configuration("config", "a", "{{ .none }}")), connector("default", "bad", "bad"))
-	var last *podVolume
-	for range 600 {
-		last = n.volume(hour, attrs{"connector.name": "bad"})
-		wantError(t, last.publish(), codes.FailedPrecondition, "has no value")
-		if got := len(n.driver.tokens); got > 257 {
-			t.Fatalf("%d tokens are kept", got)
-		}
-	}
-	asked := n.api.count(path)
-	wantError(t, last.publish(), codes.FailedPrecondition, "has no value")
-	mounted.mustPublish()
-	if n.api.count(path) != asked {
-		t.Error("the token of a mounted volume, or of the last one, is not kept")
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
 	"encoding/pem"
@@ -24,6 +25,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"text/template"
 	"text/template/parse"
@@ -33,6 +35,7 @@ import (
 
 	"github.com/Masterminds/sprig/v3"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
 )
 
 // object is an object of the Kubernetes API as decodeJSON returns it.
@@ -51,15 +54,15 @@ type mountedClass struct {
 
 // selection is what a Pod wants of its Connectors' classes.
 type selection struct {
-	configurations []string                   // by name; files of later ones replace files of earlier ones
-	excluded       []string                   // file names
-	params         map[string]json.RawMessage // by configuration; objects
-	builtIn        bool                       // the built-in files too
+	Configurations []string                   // by name; files of later ones replace files of earlier ones
+	Excluded       []string                   // file names
+	Params         map[string]json.RawMessage // by configuration; objects
+	BuiltIn        bool                       // the built-in files too
 }
 
-// podError is an error that whoever wrote the Pod can repair. Every other error of this file is one of a
+// podError makes an error that whoever wrote the Pod can repair. Every other error of render is one of a
 // ConnectorClass or a Connector.
-type podError struct{ error }
+func podError(err error) error { return failure{codes.InvalidArgument, err} }
 
 // errTooLarge is returned when the files of a volume exceed maxVolumeBytes or maxVolumeFiles.
 var errTooLarge = fmt.Errorf("a volume may hold %d KiB in %d files", maxVolumeBytes>>10, maxVolumeFiles)
@@ -84,40 +87,40 @@ func render(mounted []mountedConnector, want selection, token string,
 	classes := groupByClass(mounted)
 
 	// 1. built-in files
-	if want.builtIn {
+	if want.BuiltIn {
 		if err := renderBuiltIn(out, mounted, classes[len(classes)-1], token); err != nil {
 			return nil, err
 		}
 	}
 
 	// 2. configurations
-	for _, name := range want.configurations {
+	for _, name := range want.Configurations {
 		found := false
 		for _, c := range classes {
 			for _, configuration := range configurationsOf(c.class, name) {
 				found = true
 				where := fmt.Sprintf("ConnectorClass %q, configuration %q", nameOf(c.class), name)
 				step := func(file string) { announce(fmt.Sprintf("%s, file %q: rendering it", where, file)) }
-				err := renderConfiguration(out, c, configuration, want.params[name], token, step)
+				err := renderConfiguration(out, c, configuration, want.Params[name], token, step)
 				if err != nil {
 					return nil, fmt.Errorf("%s: %w", where, err)
 				}
 			}
 		}
 		if !found {
-			return nil, podError{unknownConfiguration(name, classes)}
+			return nil, podError(unknownConfiguration(name, classes))
 		}
 	}
 
 	// 3. exclusions
-	for _, name := range want.excluded {
+	for _, name := range want.Excluded {
 		if _, ok := out.files[name]; !ok {
-			return nil, podError{fmt.Errorf("configuration.names excludes the file %q, but the volume's "+
+			return nil, podError(fmt.Errorf("configuration.names excludes the file %q, but the volume's "+
 				"files are: %s", cut(name, maxQuotedBytes),
-				strings.Join(slices.Sorted(maps.Keys(out.files)), ", "))}
+				strings.Join(slices.Sorted(maps.Keys(out.files)), ", ")))
 		}
 	}
-	for _, name := range want.excluded {
+	for _, name := range want.Excluded {
 		delete(out.files, name)
 	}
 	return out.files, nil
@@ -238,12 +241,12 @@ func renderConfiguration(out *volumeFiles, c mountedClass, configuration object,
 	token string, announce func(file string)) error {
 	value, err := decodeJSON([]byte(cmp.Or(string(supplied), "{}")))
 	if err != nil {
-		return podError{fmt.Errorf("configuration.params: %w", err)}
+		return podError(fmt.Errorf("configuration.params: %w", err))
 	}
 	given, _ := value.(object)
 	params, err := resolveParams(objectList(configuration, "params"), given)
 	if err != nil {
-		return podError{err}
+		return podError(err)
 	}
 	templates, _ := configuration["data"].(object)
 	for _, name := range slices.Sorted(maps.Keys(templates)) {
@@ -762,6 +765,16 @@ const (
 	// The account of processor time that each namespace has. accountRefill is in seconds a second.
 	accountSize   = 10 * time.Second
 	accountRefill = 0.05
+	// What a job that was cheap may have when the account is empty.
+	minAllowance = 20 * time.Millisecond
+	maxAllowance = 200 * time.Millisecond
+
+	// How long a job that hit a limit is not tried again: twice as long each time.
+	minPause = 30 * time.Second
+	maxPause = 10 * time.Minute
+
+	maxOutcomes          = 1024 // that are remembered
+	maxNamespaceOutcomes = 64
 )
 
 // source is a Connector that a volume mounts, with its class, as the API server sent them.
@@ -772,26 +785,116 @@ type job struct {
 	sources   []source
 	selection selection
 	token     string
+	what      [sha256.Size]byte // a digest of all of it but the token
+}
+
+// turn is a place that somebody waits for, or has.
+type turn struct {
+	namespace string
+	what      [sha256.Size]byte // of a job
+	granted   chan error        // has room for the answer
+}
+
+// queue gives a number of places to those who wait for one.
+type queue struct {
+	places  int
+	before  func(a, b *turn) bool // whether a gets the next place rather than b
+	ready   func(*turn) bool      // whether it may have one now; nil: always
+	refusal func(*turn) error     // why it gets none; nil: never
+
+	mu      sync.Mutex // which the functions above are called with
+	waiting []*turn    // the longest first
+	having  []*turn
+}
+
+// wait returns once the turn has a place, or with the reason why it gets none.
+func (q *queue) wait(ctx context.Context, t *turn) error {
+	t.granted = make(chan error, 1)
+	q.mu.Lock()
+	q.waiting = append(q.waiting, t)
+	q.admit()
+	q.mu.Unlock()
+	select {
+	case err := <-t.granted:
+		return err
+	case <-ctx.Done():
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if i := slices.Index(q.waiting, t); i >= 0 {
+		q.waiting = slices.Delete(q.waiting, i, i+1)
+	} else if <-t.granted == nil { // at this very moment
+		q.release(t)
+	}
+	return fmt.Errorf("others were served first: %w", ctx.Err())
+}
+
+// leave gives the place back.
+func (q *queue) leave(t *turn) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.release(t)
+}
+
+// release gives the place back, and lets the next in. The caller holds the lock.
+func (q *queue) release(t *turn) {
+	q.having = slices.DeleteFunc(q.having, func(other *turn) bool { return other == t })
+	q.admit()
+}
+
+// admit refuses whom there is a refusal for, and gives the free places to others. The caller holds the lock.
+func (q *queue) admit() {
+	if q.refusal != nil {
+		q.waiting = slices.DeleteFunc(q.waiting, func(t *turn) bool {
+			err := q.refusal(t)
+			if err != nil {
+				t.granted <- err
+			}
+			return err != nil
+		})
+	}
+	for len(q.having) < q.places {
+		next := -1
+		for i, t := range q.waiting {
+			if (q.ready == nil || q.ready(t)) && (next < 0 || q.before(t, q.waiting[next])) {
+				next = i
+			}
+		}
+		if next < 0 {
+			return
+		}
+		t := q.waiting[next]
+		q.waiting = slices.Delete(q.waiting, next, next+1)
+		q.having = append(q.having, t)
+		t.granted <- nil
+	}
+}
+
+// taken is how many places the namespace has. The caller holds the lock.
+func (q *queue) taken(namespace string) (number int) {
+	for _, t := range q.having {
+		if t.namespace == namespace {
+			number++
+		}
+	}
+	return number
 }
 
 // renderers runs the renderers of the node, at most maxRenderers at a time. Whoever waits for one is served
-// in the order of the fullest account, so that one namespace's slow templates make nobody else wait for long.
+// in the order of the fullest account, so that one namespace's slow templates make nobody else wait for long;
+// and what is not known to be cheap is rendered by one at a time, so that many Pods learn from the first of
+// them that it hits a limit.
 type renderers struct {
+	queue
 	binary  string // this program
+	log     *slog.Logger
 	metrics *metrics
 	warn    sync.Once
 
-	mu       sync.Mutex
-	free     int                 // places for renderers that no call holds
-	idle     []*renderer         // in some of them; the longest idle first
-	waiting  []*turn             // for a place
+	// The lock of queue guards the rest.
+	idle     []*renderer         // the longest idle first; with those that calls hold, at most maxRenderers
 	accounts map[string]*account // by namespace; those that are not full
-}
-
-// turn is a call that waits for a place.
-type turn struct {
-	namespace string
-	granted   chan error // has room for the answer
+	outcomes map[[sha256.Size]byte]outcome
 }
 
 // account is what a namespace has left of its processor time.
@@ -802,91 +905,59 @@ type account struct {
 	mostBy string        // the step at which that ended
 }
 
-// accountError is returned while a namespace's account is empty, rendererError when a renderer ended for no
-// reason that lies in its request.
-type (
-	accountError  struct{ error }
-	rendererError struct{ error }
-)
-
-func newRenderers(binary string, m *metrics) *renderers {
-	return &renderers{binary: binary, metrics: m, free: maxRenderers, accounts: map[string]*account{}}
+// outcome is what came of rendering something, by the digest of the job.
+type outcome struct {
+	namespace string
+	at        time.Time
+	took      time.Duration // processor time
+	limit     error         // of memory or processor time that it hit, or nil
+	pause     time.Duration // for which it is not tried again, if so
 }
 
-// render has the files of a volume rendered for a Pod of the namespace:
+func newRenderers(binary string, log *slog.Logger, m *metrics) *renderers {
+	p := &renderers{binary: binary, log: log, metrics: m, accounts: map[string]*account{},
+		outcomes: map[[sha256.Size]byte]outcome{}}
+	p.places = maxRenderers
+	p.before = func(a, b *turn) bool { return p.left(a.namespace) > p.left(b.namespace) }
+	p.ready = func(t *turn) bool {
+		return p.allowance(t.what) > 0 || !slices.ContainsFunc(p.having, func(other *turn) bool { return other.what == t.what })
+	}
+	p.refusal = p.refuse
+	return p
+}
+
+// render makes the files of a volume for a Pod of the namespace:
 //
-//  1. wait for a place, unless the namespace's account is empty
+//  1. wait for a place, unless the namespace's account is empty or this is known to hit a limit
 //  2. take the namespace's idle renderer, or start one
 //  3. ask it
-//  4. charge the account, and let the next call in
+//  4. charge the account, remember the outcome, and let the next call in
 //
-// It returns a podError, an accountError, a rendererError, the error of ctx, or one of a class or a
-// Connector.
+// Its errors are a failure with the code, the error of ctx, or one of a class or a Connector.
 func (p *renderers) render(ctx context.Context, namespace string, j job) (files, error) {
 	// 1. wait
-	if err := p.wait(ctx, namespace); err != nil {
+	t := &turn{namespace: namespace, what: j.what}
+	if err := p.wait(ctx, t); err != nil {
 		return nil, err
 	}
+	defer p.leave(t)
 
 	// 2. take
-	r, err := p.take(namespace)
+	r, most, err := p.take(t)
 	if err != nil {
-		p.leave(nil, namespace, 0)
-		return nil, rendererError{fmt.Errorf("no renderer could be started: %w", err)}
+		return nil, failuref(codes.Unavailable, "no renderer could be started: %w", err)
 	}
 
 	// 3. ask
 	before := r.used
-	f, err := r.ask(ctx, j)
+	f, err := r.ask(ctx, j, most)
 	if r.limit != "" {
 		p.metrics.inc(rendererLimitsTotal, "limit", r.limit)
 	}
 
 	// 4. charge
-	p.leave(r, namespace, r.used-before)
+	p.charge(r, t, r.used-before, err)
 	return f, err
-}
-
-// wait returns once the caller holds a place, or with the reason why it gets none.
-func (p *renderers) wait(ctx context.Context, namespace string) error {
-	t := &turn{namespace, make(chan error, 1)}
-	p.mu.Lock()
-	p.waiting = append(p.waiting, t)
-	p.admit()
-	p.mu.Unlock()
-	select {
-	case err := <-t.granted:
-		return err
-	case <-ctx.Done():
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if i := slices.Index(p.waiting, t); i >= 0 {
-		p.waiting = slices.Delete(p.waiting, i, i+1)
-	} else if <-t.granted == nil { // at this very moment
-		p.free++
-		p.admit()
-	}
-	return fmt.Errorf("others were served first: %w", ctx.Err())
-}
-
-// admit gives the free places to those who wait, the fullest account first, and refuses those whose account
-// is empty. The caller holds the lock.
-func (p *renderers) admit() {
-	p.waiting = slices.DeleteFunc(p.waiting, func(t *turn) bool {
-		err := p.refusal(t.namespace)
-		if err != nil {
-			t.granted <- err
-		}
-		return err != nil
-	})
-	for ; p.free > 0 && len(p.waiting) > 0; p.free-- {
-		next := slices.MaxFunc(p.waiting, func(a, b *turn) int {
-			return cmp.Compare(p.left(a.namespace), p.left(b.namespace))
-		})
-		p.waiting = slices.DeleteFunc(p.waiting, func(t *turn) bool { return t == next })
-		next.granted <- nil
-	}
 }
 
 // left is what the namespace's account holds now. The caller holds the lock.
@@ -898,31 +969,65 @@ func (p *renderers) left(namespace string) time.Duration {
 	return min(accountSize, a.left+time.Duration(accountRefill*float64(time.Since(a.at))))
 }
 
-// refusal is an error while the namespace's account is empty. The caller holds the lock.
-func (p *renderers) refusal(namespace string) error {
-	left := p.left(namespace)
-	if left > 0 {
-		return nil
-	}
-	a := p.accounts[namespace]
-	return accountError{fmt.Errorf("rendering for namespace %q has used up its %v of processor time, of "+
-		"which %v come back each minute, enough for the next try in %v; what took most, %v, is %s", namespace,
-		accountSize, time.Duration(accountRefill*float64(time.Minute)),
-		time.Duration(float64(-left)/accountRefill).Truncate(time.Second)+time.Second,
-		a.most.Round(10*time.Millisecond), a.mostBy)}
+// knownLimit returns the limit that a job hit the last time, while it is not tried again.
+func (p *renderers) knownLimit(what [sha256.Size]byte) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.refuseKnown(what)
 }
 
-// take returns a renderer for the namespace to a caller that holds a place.
-func (p *renderers) take(namespace string) (*renderer, error) {
+// refuseKnown is knownLimit for a caller that holds the lock.
+func (p *renderers) refuseKnown(what [sha256.Size]byte) error {
+	o := p.outcomes[what]
+	if wait := time.Until(o.at.Add(o.pause)); o.limit != nil && wait > 0 {
+		return fmt.Errorf("%w; it is tried again after %v, or when something has changed", o.limit,
+			wait.Truncate(time.Second)+time.Second)
+	}
+	return nil
+}
+
+// refuse returns why a turn gets no place: the limit that its job hit, or the empty account of its namespace,
+// which lets in what has been cheap before. The caller holds the lock.
+func (p *renderers) refuse(t *turn) error {
+	if err := p.refuseKnown(t.what); err != nil {
+		return err
+	}
+	left := p.left(t.namespace)
+	if left > 0 || p.allowance(t.what) > 0 {
+		return nil
+	}
+	a := p.accounts[t.namespace]
+	return failuref(codes.ResourceExhausted, "rendering for namespace %q has used up its %v of processor "+
+		"time, of which %v come back each minute, enough for the next try in %v; what took most, %v, is %s",
+		t.namespace, accountSize, time.Duration(accountRefill*float64(time.Minute)),
+		time.Duration(float64(-left)/accountRefill).Truncate(time.Second)+time.Second,
+		a.most.Round(10*time.Millisecond), a.mostBy)
+}
+
+// allowance is the processor time that a job may have while its account is empty: ten times what it took before,
+// within bounds; 0 if that is not known. The caller holds the lock.
+func (p *renderers) allowance(what [sha256.Size]byte) time.Duration {
+	if o, known := p.outcomes[what]; known && o.limit == nil && o.took <= maxAllowance {
+		return min(max(10*o.took, minAllowance), maxAllowance)
+	}
+	return 0
+}
+
+// take returns a renderer to a turn that has a place, and what processor time it may have.
+func (p *renderers) take(t *turn) (_ *renderer, most time.Duration, _ error) {
 	p.mu.Lock()
+	if most = renderProcessorTime; p.left(t.namespace) <= 0 {
+		most = p.allowance(t.what)
+	}
 	var other *renderer
-	if i := slices.IndexFunc(p.idle, func(r *renderer) bool { return r.namespace == namespace }); i >= 0 {
+	sameNamespace := func(r *renderer) bool { return r.namespace == t.namespace }
+	if i := slices.IndexFunc(p.idle, sameNamespace); i >= 0 {
 		r := p.idle[i]
 		p.idle = slices.Delete(p.idle, i, i+1)
 		p.mu.Unlock()
 		r.retirement.Stop()
-		return r, nil
-	} else if len(p.idle) > p.free { // one of them is in the caller's place
+		return r, most, nil
+	} else if len(p.idle)+len(p.having) > maxRenderers { // one of them is in the caller's place
 		other = p.idle[0]
 		p.idle = slices.Delete(p.idle, 0, 1)
 	}
@@ -930,29 +1035,62 @@ func (p *renderers) take(namespace string) (*renderer, error) {
 	if other != nil {
 		other.end()
 	}
-	return p.start(namespace)
+	r, err := p.start(t.namespace)
+	return r, most, err
 }
 
-// leave gives the caller's place back, with the renderer in it if that can go on, and charges the namespace.
-func (p *renderers) leave(r *renderer, namespace string, used time.Duration) {
+// charge makes a renderer idle, if it can go on, charges the namespace, and remembers the outcome.
+func (p *renderers) charge(r *renderer, t *turn, used time.Duration, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if r != nil {
-		a := account{most: used, mostBy: r.step}
-		if old := p.accounts[namespace]; old != nil && old.most > used {
-			a = *old
-		}
-		a.left, a.at = p.left(namespace)-used, time.Now()
-		p.accounts[namespace] = &a
-		if !r.ended {
-			p.idle = append(p.idle, r)
-			r.retirement = time.AfterFunc(rendererIdle, func() { p.retire(r) })
-		}
+	a := account{most: used, mostBy: r.step}
+	if old := p.accounts[t.namespace]; old != nil && old.most > used {
+		a = *old
+	}
+	a.left, a.at = p.left(t.namespace)-used, time.Now()
+	p.accounts[t.namespace] = &a
+	if !r.ended {
+		p.idle = append(p.idle, r)
+		r.retirement = time.AfterFunc(rendererIdle, func() { p.retire(r) })
 	}
 	isFull := func(namespace string, _ *account) bool { return p.left(namespace) == accountSize }
 	maps.DeleteFunc(p.accounts, isFull)
-	p.free++
-	p.admit()
+
+	o := outcome{namespace: t.namespace, at: time.Now(), took: used}
+	switch {
+	case r.limit == "memory" || r.limit == "processor":
+		o.limit, o.pause = err, min(max(2*p.outcomes[t.what].pause, minPause), maxPause)
+	case r.ended || err != nil:
+		o.took = maxAllowance + 1 // nothing is known of it
+	}
+	p.remember(t.what, o)
+}
+
+// remember keeps an outcome, in the place of the namespace's oldest, or of all, where there are too many. The
+// caller holds the lock.
+func (p *renderers) remember(what [sha256.Size]byte, o outcome) {
+	delete(p.outcomes, what)
+	inAll, inNamespace := what, what // the oldest ones
+	count := 0
+	for other, old := range p.outcomes {
+		if inAll == what || old.at.Before(p.outcomes[inAll].at) {
+			inAll = other
+		}
+		if old.namespace != o.namespace {
+			continue
+		}
+		count++
+		if inNamespace == what || old.at.Before(p.outcomes[inNamespace].at) {
+			inNamespace = other
+		}
+	}
+	switch {
+	case count >= maxNamespaceOutcomes:
+		delete(p.outcomes, inNamespace)
+	case len(p.outcomes) >= maxOutcomes:
+		delete(p.outcomes, inAll)
+	}
+	p.outcomes[what] = o
 }
 
 // retire ends a renderer if it is idle.
@@ -1023,7 +1161,7 @@ func (p *renderers) start(namespace string) (*renderer, error) {
 		}
 		if c.missing != "" {
 			p.warn.Do(func() {
-				slog.Warn("renderers are less confined than they could be; all limits hold", "missing",
+				p.log.Warn("renderers are less confined than they could be; all limits hold", "missing",
 					c.missing, "error", errors.Join(refusals...))
 			})
 		}
@@ -1118,7 +1256,7 @@ func (r *renderer) end() {
 	r.steps.Close()
 }
 
-// ask has one volume rendered:
+// ask gets one volume rendered, in so much processor time at most:
 //
 //  1. write the request
 //  2. read the answer, of which everything is checked again
@@ -1126,9 +1264,10 @@ func (r *renderer) end() {
 //  4. if there is no answer, say why, from the renderer's last step and from how it ended
 //
 // After step 4 the renderer has ended.
-func (r *renderer) ask(ctx context.Context, j job) (files, error) {
+func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, error) {
 	watchdog := time.AfterFunc(renderTime, r.kill)
 	stop := context.AfterFunc(ctx, r.kill)
+	enough := r.allow(most)
 
 	// 1. write
 	_, err := r.steps.WriteAt([]byte("a request: reading it\x00"), 0)
@@ -1138,21 +1277,21 @@ func (r *renderer) ask(ctx context.Context, j job) (files, error) {
 
 	// 2. read
 	var f files
-	var failure error
+	var failed error
 	if err == nil {
-		f, failure, err = r.readAnswer(j.token)
+		f, failed, err = r.readAnswer(j.token)
 	}
 	inTime, wanted := watchdog.Stop(), stop()
 
 	// 3. note
-	before := r.used
+	before, within := r.used, enough()
 	r.noteStep(j.token)
-	if err != nil || !inTime || !wanted || r.processorTime() > lifeProcessorTime/2 {
+	if err != nil || !inTime || !wanted || !within || r.processorTime() > lifeProcessorTime/2 {
 		r.end()
 	}
 	r.used = r.processorTime()
 	if err == nil {
-		return f, failure
+		return f, failed
 	}
 
 	// 4. say why
@@ -1160,9 +1299,12 @@ func (r *renderer) ask(ctx context.Context, j job) (files, error) {
 	switch {
 	case ctx.Err() != nil:
 		return nil, ctx.Err()
+	case !within:
+		return nil, failuref(codes.ResourceExhausted, "%s takes more than the %v of processor time that it may "+
+			"have while its namespace has used up its own", r.step, most)
 	case !inTime && r.used-before < renderProcessorTime/4: // no template waits for anything but the processor
-		return nil, rendererError{fmt.Errorf("the node is too busy: %s had %v of processor time in %v",
-			r.step, r.used-before, renderTime)}
+		return nil, failuref(codes.Unavailable, "the node is too busy: %s had %v of processor time in %v",
+			r.step, r.used-before, renderTime)
 	case !inTime:
 		r.limit = "time"
 		return nil, fmt.Errorf("%s takes more than %v", r.step, renderTime)
@@ -1173,8 +1315,39 @@ func (r *renderer) ask(ctx context.Context, j job) (files, error) {
 		r.limit = "memory"
 		return nil, fmt.Errorf("%s takes more than %d MiB of memory", r.step, renderMemory>>20)
 	}
-	return nil, rendererError{fmt.Errorf("the renderer ended (%v, %v); its last step was %s", state, err,
-		r.step)}
+	return nil, failuref(codes.Unavailable, "the renderer ended (%v, %v); its last step was %s", state, err,
+		r.step)
+}
+
+// allow kills the process once it has used so much processor time from now on, if that is less than the
+// kernel's limit, which has whole seconds only. What it returns ends that, and reports whether it was within.
+func (r *renderer) allow(most time.Duration) (enough func() (within bool)) {
+	if most >= renderProcessorTime {
+		return func() bool { return true }
+	}
+	var over atomic.Bool
+	ctx, cancel := context.WithCancel(context.Background())
+	done, pid, before := make(chan struct{}), r.process.Process.Pid, r.used
+	go func() {
+		defer close(done)
+		for tick := time.NewTicker(most); ; {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				tick.Stop()
+				return
+			}
+			if used, err := processorClock(pid); err == nil && used-before > most {
+				over.Store(true)
+				r.kill()
+			}
+		}
+	}()
+	return func() bool {
+		cancel()
+		<-done
+		return !over.Load()
+	}
 }
 
 // processorTime is what the process has used since its start.
@@ -1182,12 +1355,18 @@ func (r *renderer) processorTime() time.Duration {
 	if r.ended {
 		return r.process.ProcessState.UserTime() + r.process.ProcessState.SystemTime()
 	}
-	var t unix.Timespec
-	clock := int32(^r.process.Process.Pid<<3 | 2) // clock_getcpuclockid(3)
-	if err := unix.ClockGettime(clock, &t); err != nil {
+	used, err := processorClock(r.process.Process.Pid)
+	if err != nil {
 		return r.used
 	}
-	return time.Duration(t.Nano())
+	return used
+}
+
+// processorClock reads the processor time of a process that nobody has waited for: clock_getcpuclockid(3).
+func processorClock(pid int) (time.Duration, error) {
+	var t unix.Timespec
+	err := unix.ClockGettime(int32(^pid<<3|2), &t)
+	return time.Duration(t.Nano()), err
 }
 
 // readAnswer reads the files of a volume, or the failure that the renderer reports. An error means that the
@@ -1213,7 +1392,7 @@ func (r *renderer) readAnswer(token string) (_ files, failure, err error) {
 		case frameFailure:
 			return nil, errors.New(plainText(content, token)), nil
 		case framePodFailure:
-			return nil, podError{errors.New(plainText(content, token))}, nil
+			return nil, podError(errors.New(plainText(content, token))), nil
 		default:
 			err = fmt.Errorf("unexpected frame %q", kind)
 		}
@@ -1274,20 +1453,16 @@ func readFrame(r io.Reader, limit int) (kind byte, content []byte, err error) {
 
 // jobHeader is the first frame of a request. The objects follow it: the Connectors, then the classes.
 type jobHeader struct {
-	Connectors     []string // namespace/name
-	Classes        []string
-	ClassOf        []int // an index into Classes for each Connector
-	Configurations []string
-	Excluded       []string
-	Params         map[string]json.RawMessage
-	BuiltIn        bool
-	Token          string
+	selection
+	Connectors []string // namespace/name
+	Classes    []string
+	ClassOf    []int // an index into Classes for each Connector
+	Token      string
 }
 
 // write sends the job to a renderer.
 func (j job) write(w io.Writer) error {
-	h := jobHeader{Configurations: j.selection.configurations, Excluded: j.selection.excluded,
-		Params: j.selection.params, BuiltIn: j.selection.builtIn, Token: j.token}
+	h := jobHeader{selection: j.selection, Token: j.token}
 	var objects, classes []*apiObject
 	for _, s := range j.sources {
 		i := slices.Index(classes, s.class)
@@ -1516,7 +1691,7 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 		switch {
 		case err == nil:
 			writeFrame(answers, frameDone, nil)
-		case errors.As(err, new(podError)):
+		case codeOf(err) == codes.InvalidArgument:
 			writeFrame(answers, framePodFailure, []byte(cut(err.Error(), maxTextBytes)))
 		default:
 			writeFrame(answers, frameFailure, []byte(cut(err.Error(), maxTextBytes)))
@@ -1614,7 +1789,5 @@ func serveJob(requests io.Reader, header []byte, announce func(step string)) (f 
 	for i := range mounted {
 		mounted[i] = mountedConnector{objects[i], objects[len(h.Connectors)+h.ClassOf[i]]}
 	}
-	want := selection{configurations: h.Configurations, excluded: h.Excluded, params: h.Params,
-		builtIn: h.BuiltIn}
-	return render(mounted, want, h.Token, announce)
+	return render(mounted, h.selection, h.Token, announce)
 }

@@ -347,9 +347,9 @@ func awaitTurns(t *testing.T, p *renderers, count int) {
 }
 
 func TestFullestAccountIsNext(t *testing.T) {
-	p := newRenderers("", nil)
+	p := newRenderers("", nil, nil)
 	changeRenderers(p, func() {
-		p.free = 0
+		p.places = 0
 		p.accounts["poor"] = &account{left: time.Second, at: time.Now()}
 		p.accounts["rich"] = &account{left: 5 * time.Second, at: time.Now()}
 		p.accounts["once-poor"] = &account{left: time.Second, at: time.Now().Add(-2 * time.Minute)} // 7 s by now
@@ -358,7 +358,7 @@ func TestFullestAccountIsNext(t *testing.T) {
 	for i, who := range []string{"poor/1", "rich/1", "once-poor/1", "poor/2", "full/1", "rich/2", "full/2", "once-poor/2"} {
 		go func() {
 			namespace, _, _ := strings.Cut(who, "/")
-			if err := p.wait(t.Context(), namespace); err != nil {
+			if err := p.wait(t.Context(), &turn{namespace: namespace, what: [32]byte{byte(i)}}); err != nil {
 				t.Error(err)
 			}
 			served <- who
@@ -366,7 +366,7 @@ func TestFullestAccountIsNext(t *testing.T) {
 		awaitTurns(t, p, i+1)
 	}
 	for _, want := range []string{"full/1", "full/2", "once-poor/1", "once-poor/2", "rich/1", "rich/2", "poor/1", "poor/2"} {
-		changeRenderers(p, func() { p.free++ })
+		changeRenderers(p, func() { p.places++ })
 		if got := <-served; got != want {
 			t.Errorf("the next is %s, not %s", got, want)
 		}
@@ -379,7 +379,7 @@ func TestOthersDoNotWaitForHostileVolumes(t *testing.T) {
 	n.api.put(class("hostile", configuration("config", "file", `{{ fail "x" }}`)), connector("hostile", "git", "hostile"))
 	p := n.driver.renderers
 	changeRenderers(p, func() {
-		p.free = 0
+		p.places = 0
 		p.accounts["hostile"] = &account{left: accountSize - 4*time.Second, at: time.Now()}
 	})
 	var wait sync.WaitGroup
@@ -404,28 +404,32 @@ func TestOthersDoNotWaitForHostileVolumes(t *testing.T) {
 		})
 		awaitTurns(t, p, 10+i+1)
 	}
-	changeRenderers(p, func() { p.free = maxRenderers })
+	changeRenderers(p, func() { p.places = maxRenderers })
 	wait.Wait()
 }
 
 func TestEmptyAccount(t *testing.T) {
 	n := startNode(t)
-	n.api.put(class("endless", configuration("config", "file", "{{ range 9223372036854775807 }}{{ end }}"), configuration("good", "file", "x")), connector("hungry", "git", "endless"))
+	n.api.put(class("endless", configuration("config", "file", "{{ range 9223372036854775807 }}{{ end }}"), configuration("good", "file", "x"),
+		configuration("other", "file", "y")), connector("hungry", "git", "endless"))
 	p := n.driver.renderers
 	setAccount := func(left, ago time.Duration) {
 		changeRenderers(p, func() {
 			p.accounts["hungry"] = &account{left: left, at: time.Now().Add(-ago), most: left, mostBy: "nothing"}
 		})
 	}
-	v := n.pod("hungry/default").volume("config")
+	volume := func(names string) *podVolume {
+		return n.pod("hungry/default").volume("config", attrs{"configuration.names": names})
+	}
+	v := volume("config")
 	setAccount(time.Millisecond, 0)
 	v.mustBeStopped(takesTime)
 
-	// The next are refused at once, whatever they are.
+	// The next are refused at once, whatever they are, unless they are known to be cheap.
 	used := `^rendering for namespace "hungry" has used up its 10s of processor time, of which 3s come back each minute, enough for the next try in \d+s; ` +
 		`what took most, [\d.]+m?s, is ConnectorClass "endless", configuration "config", file "file": rendering it$`
-	good := n.pod("hungry/default").volume("config", attrs{"configuration.names": "good"})
-	for _, v := range []*podVolume{v, good} {
+	good := volume("good")
+	for _, v := range []*podVolume{volume("other"), good} {
 		err := v.publish()
 		wantError(t, err, codes.ResourceExhausted)
 		if text := status.Convert(err).Message(); !regexp.MustCompile(used).MatchString(text) {
@@ -444,16 +448,96 @@ func TestEmptyAccount(t *testing.T) {
 		t.Error("a full account is not forgotten")
 	}
 
+	// What was cheap is served while it is empty: the same for other Pods, and another token.
+	setAccount(-time.Minute, 0)
+	volume("good").mustPublish()
+	good.pod.renewToken()
+	good.mustPublish()
+	volume("other").mustRefuse(codes.ResourceExhausted, "has used up")
+
 	// It may become empty while somebody waits.
-	changeRenderers(p, func() { p.free = 0 })
+	setAccount(time.Second, 0)
+	changeRenderers(p, func() { p.places = 0 })
 	done := make(chan error)
-	go func() {
-		done <- n.pod("hungry/default").volume("config", attrs{"configuration.names": "good"}).publish()
-	}()
+	go func() { done <- volume("other").publish() }()
 	awaitTurns(t, p, 1)
 	setAccount(-time.Second, 0)
 	wantError(t, <-done, codes.ResourceExhausted, "has used up")
-	changeRenderers(p, func() { p.free = maxRenderers })
+	changeRenderers(p, func() { p.places = maxRenderers })
+}
+
+// What has hit a limit is not tried again at once, by no Pod of the namespace, until it or the time has changed.
+func TestKnownLimitIsNotTriedAgain(t *testing.T) {
+	n := startNode(t)
+	n.api.put(class("large", configuration("config", "file", `{{ $x := repeat 200000000 "x" }}`)), connector("default", "large", "large"))
+	p := n.driver.renderers
+	volume := func() *podVolume { return n.volume(attrs{"connector.name": "large", "token.expiration": "1h"}) }
+	limits := func() float64 { return n.readMetrics()[`connectors_csi_renderer_limits_total{limit="memory"}`] }
+	volumes := make([]*podVolume, 20)
+	for i := range volumes {
+		volumes[i] = volume()
+	}
+	results := publishAtOnce(volumes)
+	for range volumes {
+		wantError(t, <-results, codes.FailedPrecondition, "takes more than 64 MiB of memory")
+	}
+	tokens := n.api.count(tokenPath("default", "default"))
+	if limits() != 1 {
+		t.Errorf("twenty Pods have hit the limit %v times", limits())
+	}
+	volume().mustRefuse(codes.FailedPrecondition, "takes more than 64 MiB of memory; it is tried again after 30s, or when something has changed")
+	if n.api.count(tokenPath("default", "default")) != tokens {
+		t.Error("a token was asked for that could not be used")
+	}
+	later := func(d time.Duration) {
+		changeRenderers(p, func() {
+			for what, o := range p.outcomes {
+				o.at = o.at.Add(-d)
+				p.outcomes[what] = o
+			}
+		})
+	}
+	for i, pause := range []string{"1m0s", "2m0s", "4m0s", "8m0s", "10m0s", "10m0s"} {
+		later(10 * time.Minute)
+		volume().mustRefuse(codes.FailedPrecondition, "takes more than 64 MiB of memory")
+		volume().mustRefuse(codes.FailedPrecondition, "it is tried again after "+pause)
+		if int(limits()) != i+2 {
+			t.Errorf("the limit was hit %v times", limits())
+		}
+	}
+	v := volume()
+	n.api.put(class("large", configuration("config", "file", "small")))
+	v.mustPublish()
+	v.want("file", "small")
+}
+
+// What is remembered is bounded, and one namespace's does not displace another's.
+func TestOutcomesAreBounded(t *testing.T) {
+	p := newRenderers("", nil, nil)
+	what := func(namespace, number int) (key [32]byte) {
+		key[0], key[1], key[2] = byte(namespace), byte(number>>8), byte(number)
+		return key
+	}
+	for namespace := range 40 {
+		for number := range 70 {
+			p.remember(what(namespace, number), outcome{namespace: fmt.Sprint(namespace), at: time.Now()})
+		}
+	}
+	count := map[string]int{}
+	for _, o := range p.outcomes {
+		count[o.namespace]++
+	}
+	if len(p.outcomes) != 1024 || count["39"] != 64 || count["0"] != 0 {
+		t.Errorf("%d outcomes: %v", len(p.outcomes), count)
+	}
+	for _, number := range []int{0, 5} {
+		if _, kept := p.outcomes[what(39, number)]; kept {
+			t.Errorf("the outcome %d is kept", number)
+		}
+	}
+	if _, kept := p.outcomes[what(39, 69)]; !kept {
+		t.Error("the newest is gone")
+	}
 }
 
 func TestRenderersAreUsedAgain(t *testing.T) {
@@ -499,8 +583,8 @@ func TestRenderersAreUsedAgain(t *testing.T) {
 	}
 	all.Wait()
 	p := n.driver.renderers
-	if len(n.renderers()) != maxRenderers || len(p.idle) != maxRenderers || p.free != maxRenderers || len(p.waiting) != 0 {
-		t.Errorf("renderers %v, idle %d, places %d, waiting %d", n.renderers(), len(p.idle), p.free, len(p.waiting))
+	if len(n.renderers()) != maxRenderers || len(p.idle) != maxRenderers || len(p.having) != 0 || len(p.waiting) != 0 {
+		t.Errorf("renderers %v, idle %d, at it %d, waiting %d", n.renderers(), len(p.idle), len(p.having), len(p.waiting))
 	}
 	for _, r := range slices.Clone(p.idle) {
 		p.retire(r)
@@ -533,18 +617,18 @@ func TestCallersThatGiveUpRendering(t *testing.T) {
 			v.wantNothing()
 		}
 	}
-	changeRenderers(p, func() { p.free = 0 })
+	changeRenderers(p, func() { p.places = 0 })
 	giveUp := publish()
 	awaitTurns(t, p, 1)
 	giveUp()
 	awaitTurns(t, p, 0)
-	changeRenderers(p, func() { p.free = maxRenderers })
+	changeRenderers(p, func() { p.places = maxRenderers })
 
 	giveUp = publish()
 	eventually(t, "a renderer is at it", func() bool { r := n.renderers(); return len(r) == 1 && processorTime(t, r[0]) > 0 })
 	giveUp()
-	if left := n.renderers(); len(left) > 0 || p.free != maxRenderers || p.accounts["default"] == nil {
-		t.Errorf("renderers %v, places %d, accounts %v", left, p.free, p.accounts)
+	if left := n.renderers(); len(left) > 0 || len(p.having) != 0 || p.accounts["default"] == nil {
+		t.Errorf("renderers %v, at it %d, accounts %v", left, len(p.having), p.accounts)
 	}
 	n.volume().mustPublish()
 }

@@ -167,8 +167,12 @@ func (n *node) wantForgotten() {
 				return false
 			}
 		}
-		left = fmt.Sprint(d.busy, d.volumes, len(d.tokens), k.streams, k.reads, k.namespaces, k.held.bytes)
-		return len(d.busy)+len(d.volumes)+len(d.tokens)+len(k.streams)+len(k.reads)+len(k.namespaces)+k.held.bytes == 0
+		using := 0
+		for e := range k.allEntries {
+			using += len(e.users) + e.lookups
+		}
+		left = fmt.Sprint(d.volumes, d.kept, k.streams, using, k.namespaces, k.held.bytes)
+		return len(d.volumes)+d.kept[""]+len(k.streams)+using+len(k.namespaces)+k.held.bytes == 0
 	})
 }
 
