@@ -43,6 +43,40 @@ func benchmarkPublish(v *podVolume) {
 	}
 }
 
+// BenchmarkPublishWatched is BenchmarkPublish where another volume has the objects watched already.
+func BenchmarkPublishWatched(b *testing.B) {
+	n := startNode(b)
+	n.volume().settle()
+	benchmarkPublish(n.volume())
+}
+
+// BenchmarkPublish30 publishes 30 volumes at once, all in one namespace.
+func BenchmarkPublish30(b *testing.B) { benchmarkPublish30(b, 1) }
+
+// BenchmarkPublish30Namespaces is the same in 30 namespaces, each of which has a renderer of its own.
+func BenchmarkPublish30Namespaces(b *testing.B) { benchmarkPublish30(b, 30) }
+
+func benchmarkPublish30(b *testing.B, namespaces int) {
+	n := startNode(b)
+	volumes := make([]*podVolume, 30)
+	for i := range volumes {
+		volumes[i] = n.pod(fmt.Sprintf("team-%d/default", i%namespaces)).
+			volume("config", attrs{"connector.namespace": "default"})
+	}
+	for b.Loop() {
+		results := publishAtOnce(volumes)
+		for range volumes {
+			must(b, <-results)
+		}
+		b.StopTimer()
+		for _, v := range volumes {
+			v.mustUnpublish()
+		}
+		clear(n.driver.renderers.accounts) // for more than ten seconds of processor time
+		b.StartTimer()
+	}
+}
+
 // BenchmarkPublishFloor is what BenchmarkPublish cannot do without: the same two requests to the API server, and
 // the same system calls, bare.
 func BenchmarkPublishFloor(b *testing.B) { benchmarkFloor(b, func(csi.IdentityClient) {}) }

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net/url"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -977,20 +978,21 @@ func collectSources(pod podIdentity, refs []reference, getConnector func(referen
 
 // proxyAudiences are the audiences that the proxies of the Connectors want in the token. Whoever may write a
 // Connector's status could name any, and have tokens made for somebody else's service; so what a Connector
-// names counts only if its class names it too, or if it is the proxy's address, which is where the files send
-// the token.
+// names counts only if its class names it too, or if it is the proxy's address, an http or https URL, which is
+// where the files send the token: plain words are the audiences of services that are no proxy.
 func proxyAudiences(sources []source) ([]string, error) {
 	var audiences []string
 	for _, s := range sources {
 		connector, class := s.connector, s.class
 		audience := cmp.Or(connector.proxyAudience, class.proxyAudience)
-		isProxy := audience == connector.proxyURL &&
-			(connector.proxyAddress == "" || connector.proxyAddress == connector.proxyURL)
+		u, err := url.Parse(audience)
+		isProxy := err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Hostname() != "" &&
+			audience == connector.proxyURL && (connector.proxyAddress == "" || connector.proxyAddress == connector.proxyURL)
 		if audience != "" && audience != class.proxyAudience && audience != class.classAudience && !isProxy {
 			return nil, status.Errorf(codes.FailedPrecondition,
 				"Connector %q: the audience %q in its status.proxy.httpAddress is neither one that "+
 					"ConnectorClass %q names (status.proxy.httpAddress.audience, spec.proxy.audience) nor "+
-					"the address of the Connector's proxy",
+					"the address of the Connector's proxy, an http or https URL",
 				connector.namespace+"/"+connector.name, cut(audience, maxQuotedBytes), class.name)
 		}
 		if audience != "" && !slices.Contains(audiences, audience) {

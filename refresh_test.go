@@ -562,6 +562,16 @@ func TestAudienceOfSomebodyElse(t *testing.T) {
 		{"a part of the proxy's address", httpAddress(object{"url": "http://proxy", "audience": "http://prox"})},
 		{"the address in another spelling", httpAddress(object{"url": "http://proxy", "URL": "vault", "audience": "vault"})},
 		{"an address that is not used", with(object{"proxyAddress": "http://evil", "proxy": object{"httpAddress": object{"url": "vault", "audience": "vault"}}}, "status")},
+		{"a service that is no URL, as the proxy's address", httpAddress(object{"url": "sts.amazonaws.com", "audience": "sts.amazonaws.com"})},
+		{"the same as proxyAddress too", with(object{"proxyAddress": "vault", "proxy": object{"httpAddress": object{"url": "vault", "audience": "vault"}}}, "status")},
+		{"a word before a colon", httpAddress(object{"url": "istio-ca:80", "audience": "istio-ca:80"})},
+		{"a URL of another scheme", httpAddress(object{"url": "spiffe://cluster.local/ns/a", "audience": "spiffe://cluster.local/ns/a"})},
+		{"a URN", httpAddress(object{"url": "urn:istio-ca", "audience": "urn:istio-ca"})},
+		{"http without a host", httpAddress(object{"url": "http:///vault", "audience": "http:///vault"})},
+		{"http with a port alone", httpAddress(object{"url": "http://:80", "audience": "http://:80"})},
+		{"http with a user alone", httpAddress(object{"url": "http://vault@", "audience": "http://vault@"})},
+		{"http as a word", httpAddress(object{"url": "http:vault", "audience": "http:vault"})},
+		{"a path", httpAddress(object{"url": "//vault", "audience": "//vault"})},
 		{"an address in a list", with(object{"proxy": []any{object{"httpAddress": object{"url": "vault"}}, object{"httpAddress": object{"audience": "vault"}}}}, "status")},
 	} {
 		t.Run(c.what, func(t *testing.T) {
