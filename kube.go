@@ -36,6 +36,9 @@ const (
 	maxRequests          = 16
 	maxNamespaceRequests = 4
 	maxOwnRequests       = 16
+	// Answers that are read at once of those that are larger than what each request may have.
+	maxLargeAnswers  = 2
+	smallAnswerBytes = 64 << 10
 
 	// etcd holds objects of at most about 1.5 MiB, which JSON can make longer.
 	maxObjectBytes = 3 << 20
@@ -88,8 +91,9 @@ type kube struct {
 	client  *http.Client
 	watcher *http.Client // for streams
 
-	requests    *queue // for the places of requests with Pods' tokens
+	requests    *queue // for requests with Pods' tokens
 	ownRequests *queue // and with the driver's own
+	answers     *queue // for the large answers of both
 
 	mu         sync.Mutex
 	namespaces map[string]*share // of those with lookups under way
@@ -156,11 +160,11 @@ func newKube(c kubeConfig) (*kube, error) {
 		IdleConnTimeout:     5 * time.Minute,
 		TLSHandshakeTimeout: requestTimeout,
 		// Finds out that a connection is dead, which TCP alone may take a quarter of an hour for.
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second},
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second,
+			MaxReceiveBufferPerStream: smallAnswerBytes},
 	}
 	streaming := transport.Clone()
 	streaming.ResponseHeaderTimeout = requestTimeout
-	streaming.HTTP2.MaxReceiveBufferPerStream = 64 << 10
 	noRedirect := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	k := &kube{
 		kubeConfig:  c,
@@ -168,6 +172,7 @@ func newKube(c kubeConfig) (*kube, error) {
 		watcher:     &http.Client{Transport: streaming, CheckRedirect: noRedirect},
 		requests:    newRequestQueue(maxRequests),
 		ownRequests: newRequestQueue(maxOwnRequests),
+		answers:     newRequestQueue(maxLargeAnswers),
 		namespaces:  map[string]*share{},
 		held:        newHoldings(),
 		entries:     map[string]map[string]*entry{},
@@ -1204,12 +1209,26 @@ func (l *lookup) once(ctx context.Context, places *queue, resource, path, token 
 		return nil, 0, err
 	}
 	defer response.Body.Close()
-	data, err := io.ReadAll(io.LimitReader(response.Body, maxObjectBytes+1))
+	data, err := l.readAnswer(ctx, response.Body)
 	if err != nil || response.StatusCode/100 == 2 {
 		return data, 0, err
 	}
 	wait, err = decodeFailure(response, data)
 	return nil, wait, err
+}
+
+// readAnswer reads an answer, of which only few may be large at a time: nobody has counted them yet.
+func (l *lookup) readAnswer(ctx context.Context, body io.Reader) ([]byte, error) {
+	data, err := io.ReadAll(io.LimitReader(body, smallAnswerBytes))
+	if err != nil || len(data) < smallAnswerBytes {
+		return data, err
+	}
+	t := &turn{namespace: l.pod.namespace}
+	if err := l.kube.answers.wait(ctx, t); err != nil {
+		return nil, err
+	}
+	defer l.kube.answers.leave(t)
+	return io.ReadAll(io.LimitReader(io.MultiReader(bytes.NewReader(data), body), maxObjectBytes+1))
 }
 
 // newRequest makes a GET, or with a body a POST.

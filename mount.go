@@ -187,17 +187,19 @@ func sweepVolume(target string) (at found, err error) {
 // keeps next to nothing of it. It does so only in a file system of that device, where every name is one that
 // this driver gives. It returns a clone of the mount if there is still something in it, as an old file that
 // somebody has open, or else -1.
-func emptyVolume(target string, device uint64) (clone int) {
-	clone, err := openClone(target)
-	if err != nil {
-		return -1
-	}
-	if foundBehind(clone).device == device && setReadOnly(clone, false) == nil && empty(clone) == nil &&
-		!foundBehind(clone).isEmpty() {
-		return clone
-	}
-	unix.Close(clone)
-	return -1
+func emptyVolume(target string, device uint64) (kept int) {
+	kept = -1
+	throughClone(target, func(clone int) error {
+		if foundBehind(clone).device != device {
+			return errNotOurs
+		}
+		err := empty(clone)
+		if err == nil && !foundBehind(clone).isEmpty() {
+			kept, err = unix.FcntlInt(uintptr(clone), unix.F_DUPFD_CLOEXEC, 0)
+		}
+		return err
+	})
+	return kept
 }
 
 // isEmpty reports whether a tmpfs has nothing but its root directory.
@@ -256,11 +258,19 @@ func removeGenerations(root *os.Root, names iter.Seq[string], current string) er
 // throughClone calls change with a writable clone of the mount, which nobody else sees, and returns what there is
 // after it.
 func throughClone(target string, change func(clone int) error) (at found, err error) {
-	clone, err := openClone(target)
+	clone, err := unix.OpenTree(unix.AT_FDCWD, target,
+		unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
 	if err != nil {
-		return at, err
+		return at, fmt.Errorf("open_tree %s: %w", target, err)
 	}
 	defer unix.Close(clone)
+	var stat unix.Statfs_t
+	if err := unix.Fstatfs(clone, &stat); err != nil {
+		return at, fmt.Errorf("fstatfs %s: %w", target, err)
+	}
+	if stat.Type != unix.TMPFS_MAGIC {
+		return at, fmt.Errorf("%s: %w", target, errNotOurs)
+	}
 	if err := setReadOnly(clone, false); err != nil {
 		return at, err
 	}
@@ -268,26 +278,6 @@ func throughClone(target string, change func(clone int) error) (at found, err er
 		err = fmt.Errorf("%s: %w", target, err)
 	}
 	return foundBehind(clone), err
-}
-
-// openClone clones the mount at the target path, if it is a tmpfs.
-func openClone(target string) (clone int, err error) {
-	clone, err = unix.OpenTree(unix.AT_FDCWD, target,
-		unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
-	if err != nil {
-		return -1, fmt.Errorf("open_tree %s: %w", target, err)
-	}
-	var stat unix.Statfs_t
-	if err = unix.Fstatfs(clone, &stat); err != nil {
-		err = fmt.Errorf("fstatfs %s: %w", target, err)
-	} else if stat.Type != unix.TMPFS_MAGIC {
-		err = fmt.Errorf("%s: %w", target, errNotOurs)
-	}
-	if err != nil {
-		unix.Close(clone)
-		return -1, err
-	}
-	return clone, nil
 }
 
 // unpublishVolume unmounts whatever is mounted at the target path and removes the directory. Nothing there,
