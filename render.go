@@ -31,6 +31,7 @@ import (
 	"text/template/parse"
 	"time"
 	"unicode"
+	"unicode/utf8"
 	"unsafe"
 
 	"github.com/Masterminds/sprig/v3"
@@ -126,9 +127,8 @@ func render(mounted []mountedConnector, want selection, token string,
 	return out.files, nil
 }
 
-// checkValues refuses addresses that could end the line or the quotes that a class puts them in, since
-// whoever writes a Connector shall not write other people's configuration, and keeps of CACerts just the
-// certificates.
+// checkValues refuses addresses that are more than an address where a class puts them, since whoever writes a
+// Connector shall not write other people's configuration, and keeps of CACerts just the certificates.
 func checkValues(m mountedConnector) error {
 	connector, class := fmt.Sprintf("Connector %q", fullName(m.connector)),
 		fmt.Sprintf("ConnectorClass %q", nameOf(m.class))
@@ -160,17 +160,23 @@ func checkValues(m mountedConnector) error {
 	return keepCertificates(class, m.class)
 }
 
-// checkAddress refuses an address that is more than one word; the error has the one character that is at
-// fault.
+// checkAddress refuses what an address cannot hold, or what a shell, a format or a reader's eye takes for
+// something else; the CRDs in deploy.yaml have the same rule.
 func checkAddress(of, field, address string) error {
-	bad := func(r rune) bool {
-		return unicode.IsControl(r) || unicode.IsSpace(r) || strings.ContainsRune("\"'\\`", r)
+	i := strings.IndexFunc(address, func(r rune) bool {
+		return r <= ' ' || r > '~' || strings.ContainsRune("\"'`\\$<>{}|^", r)
+	})
+	if i < 0 {
+		return nil
 	}
-	if i := strings.IndexFunc(address, bad); i >= 0 {
-		return fmt.Errorf("%s: %s holds %q at position %d: white space, control characters, quotes, "+
-			"backslashes and backticks are not allowed in an address", of, field, []rune(address[i:])[0], i+1)
+	bad, _ := utf8.DecodeRuneInString(address[i:])
+	name, host := strconv.QuoteRune(bad), ""
+	if bad > unicode.MaxASCII {
+		name, host = fmt.Sprintf("%U", bad), ", in a host name as xn--…"
 	}
-	return nil
+	return fmt.Errorf("%s: %s holds %s at position %d, but an address is ASCII without white space, control "+
+		"characters, quotes and any of \\ ` $ < > { } | ^: remove it, or write it as %%%s%s", of, field,
+		name, i+1, strings.ReplaceAll(fmt.Sprintf("% X", string(bad)), " ", "%"), host)
 }
 
 // keepCertificates replaces status.proxy.httpAddress.CACerts by the certificates in it, encoded anew: bundles

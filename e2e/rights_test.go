@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,8 +9,7 @@ import (
 )
 
 // What the driver may not: the capabilities that its process gives up, and what the API server itself refuses, as
-// deploy.yaml tells it: tokens that the driver's ServiceAccount has no use for, and addresses that would write more into
-// a file than an address.
+// deploy.yaml tells it: tokens that the driver's ServiceAccount has no use for.
 
 func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 	ns := begin(t)
@@ -102,52 +100,4 @@ func kubeconfig(t *testing.T, name, token string) string {
 		t.Fatal(err)
 	}
 	return path
-}
-
-func TestAddressesOfOneWordOnly(t *testing.T) {
-	ns := begin(t)
-	ns.target("words", map[string]string{"address": "{{ .connector.spec.address }}"})
-	fields := []struct {
-		kind, object, subresource string
-		path                      []string
-	}{
-		{"connector", "target", "", []string{"spec", "address"}},
-		{"connector", "target", "", []string{"spec", "addressExtensions", "value"}},
-		{"connector", "target", "status", []string{"status", "proxyAddress"}},
-		{"connector", "target", "status", []string{"status", "proxy", "httpAddress", "url"}},
-		{"connectorclass", "words", "status", []string{"status", "proxyAddress"}},
-		{"connectorclass", "words", "status", []string{"status", "proxy", "httpAddress", "url"}},
-	}
-	for _, f := range fields {
-		set := func(value any) error {
-			patch := value
-			for i := len(f.path) - 1; i >= 0; i-- {
-				patch = map[string]any{f.path[i]: patch}
-				if f.path[i] == "value" {
-					patch = []any{map[string]any{"name": "more", "value": value}}
-				}
-			}
-			text, err := json.Marshal(patch)
-			if err != nil {
-				t.Fatal(err)
-			}
-			_, err = kubectl("--namespace", ns.name, "patch", f.kind, f.object, "--subresource="+f.subresource,
-				"--type=merge", "--dry-run=server", "--patch", string(text))
-			return err
-		}
-		for _, address := range []string{"", "https://user@[2001:db8::1]:8443/a%20b/~c;d=(e)?f=$g&h=i#j", "https://例え.example.com/é"} {
-			if err := set(address); err != nil {
-				t.Errorf("%s %v: %v", f.kind, f.path, err)
-			}
-		}
-		for _, part := range []string{"\n", "\t", " ", "\x00", "\x7f", "\u0085", "\u00a0", "\u2028", `"`, `'`, "`", `\`} {
-			err := set("https://one.example.com/" + part)
-			if err == nil || !strings.Contains(err.Error(), "is invalid") || !strings.Contains(err.Error(), f.path[len(f.path)-1]+" in body should match") {
-				t.Errorf("%s %v with %q: %v", f.kind, f.path, part, err)
-			}
-		}
-	}
-	// An extension need not be a string.
-	ns.kubectl("patch", "connector", "target", "--type=merge", "--dry-run=server",
-		"--patch", `{"spec": {"addressExtensions": [{"name": "object", "value": {"a": "b c"}}, {"name": "number", "value": 1}]}}`)
 }
