@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"encoding/pem"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -178,6 +179,37 @@ func FuzzRegistrationStatus(f *testing.F) {
 		r, m, e := parseRegistrationStatus(append([]byte{8, 0, 18, 0}, data...))
 		if r != registered || m != message || (e == nil) != (err == nil) {
 			t.Errorf("%x: %v, %q, %v", data, r, m, e)
+		}
+	})
+}
+
+func FuzzBundles(f *testing.F) {
+	a, b := certificate("a"), certificate("b")
+	for _, bundle := range []string{a + b, "\ufeff# a\r\n" + strings.ReplaceAll(a, "\n", "\r\n"), strings.ReplaceAll(b, "CERT", "X509 CERT"), a[:90], strings.TrimSpace(a) + b,
+		strings.ReplaceAll(a, " CERT", " TRUSTED CERT"), "-----BEGIN PRIVATE KEY-----\nAA==\n-----END PRIVATE KEY-----\n", "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----"} {
+		f.Add(bundle)
+	}
+	f.Fuzz(func(t *testing.T, bundle string) {
+		o := connector("default", "git", "git", with(bundle, "status", "proxy", "httpAddress", "CACerts"))
+		kept := func() string { return stringAt(o, "status", "proxy", "httpAddress", "CACerts") }
+		if err := keepCertificates("x", o); err != nil {
+			if len(err.Error()) > 500 || kept() != bundle {
+				t.Errorf("%v: %q", err, kept())
+			}
+			return
+		}
+		// As many as there were, and nothing else.
+		again, count := "", 0
+		for block, rest := pem.Decode([]byte(kept())); block != nil; block, rest = pem.Decode(rest) {
+			again += string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: block.Bytes}))
+			count++
+		}
+		if begun := strings.Count(strings.NewReplacer("\ufeff", "", "\r", "\n").Replace(bundle), "-----BEGIN"); count != begun || again != kept() {
+			t.Errorf("%d of %d certificates in %q", count, begun, kept())
+		}
+		once := kept()
+		if err := keepCertificates("x", o); err != nil || kept() != once {
+			t.Errorf("at the second time: %v, %q", err, kept())
 		}
 	})
 }

@@ -3,7 +3,10 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/ed25519"
 	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -12,6 +15,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
+	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -604,9 +608,15 @@ func param(name string, fields ...any) any {
 	return p
 }
 
-// certificate makes a PEM block as a certificate is one, with the text in place of the certificate.
-func certificate(text string) string {
-	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte(text)}))
+// certificate makes one with that subject, always the same, in PEM.
+func certificate(subject string) string {
+	key := ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize))
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: subject}}
+	der, err := x509.CreateCertificate(nil, template, template, key.Public(), key)
+	if err != nil {
+		panic(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
 }
 
 func gitClass() object {

@@ -6,6 +6,8 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"encoding/asn1"
+	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
 	"encoding/pem"
@@ -179,8 +181,12 @@ func checkAddress(of, field, address string) error {
 		name, i+1, strings.ReplaceAll(fmt.Sprintf("% X", string(bad)), " ", "%"), host)
 }
 
+// maxLabelBytes is how much a message has of what a PEM block says that it is.
+const maxLabelBytes = 40
+
 // keepCertificates replaces status.proxy.httpAddress.CACerts by the certificates in it, encoded anew: bundles
-// have lines of comment between them, which would reach files.
+// have lines of comment between them, which would reach files. Where one cannot be kept, none is: a file that
+// lacks a certificate fails much later, in TLS.
 func keepCertificates(of string, o object) error {
 	address, _ := valueAt(o, "status", "proxy", "httpAddress").(object)
 	bundle := stringAt(address, "CACerts")
@@ -188,17 +194,67 @@ func keepCertificates(of string, o object) error {
 		return nil
 	}
 	var certificates []byte
-	for block, rest := pem.Decode([]byte(bundle)); block != nil; block, rest = pem.Decode(rest) {
-		if block.Type == "CERTIFICATE" {
-			plain := &pem.Block{Type: block.Type, Bytes: block.Bytes}
-			certificates = append(certificates, pem.EncodeToMemory(plain)...)
+	bundle = strings.NewReplacer("\ufeff", "", "\r", "\n").Replace(bundle)
+	parts := strings.Split(bundle, "-----BEGIN")
+	for i, part := range parts[1:] {
+		der, err := readCertificate(part)
+		if before := parts[i]; before != "" && !strings.HasSuffix(before, "\n") {
+			err = errors.New("a newline is missing before its -----BEGIN, or it is indented")
 		}
+		if err != nil {
+			return fmt.Errorf("%s: status.proxy.httpAddress.CACerts, certificate %d of %d: %w", of, i+1,
+				len(parts)-1, err)
+		}
+		block := &pem.Block{Type: "CERTIFICATE", Bytes: der}
+		certificates = append(certificates, pem.EncodeToMemory(block)...)
 	}
-	if certificates == nil {
+	switch {
+	case strings.Count(bundle, "-----END") != len(parts)-1:
+		return fmt.Errorf("%s: status.proxy.httpAddress.CACerts has an -----END without a -----BEGIN", of)
+	case certificates == nil:
 		return fmt.Errorf("%s: status.proxy.httpAddress.CACerts holds no certificate in PEM format", of)
 	}
 	address["CACerts"] = string(certificates)
 	return nil
+}
+
+// certificateFields are those of RFC 5280, section 4.1, by which a certificate is told from other things.
+type certificateFields struct {
+	Content struct {
+		Version                   int `asn1:"optional,explicit,tag:0"`
+		Serial, Algorithm, Issuer asn1.RawValue
+		Validity                  struct{ NotBefore, NotAfter asn1.RawValue }
+		Subject, PublicKey        asn1.RawValue
+	}
+	Algorithm asn1.RawValue
+	Signature asn1.BitString
+}
+
+// readCertificate returns the certificate of a PEM block, whose text it has from after the -----BEGIN on, as
+// DER. Whether it is a valid one is left to those who use it: crypto/x509 refuses some that OpenSSL takes.
+func readCertificate(block string) ([]byte, error) {
+	first, rest, _ := strings.Cut(block, "\n")
+	label, more, ok := strings.Cut(first, "-----") // of what may follow on that line nothing is quoted
+	if !ok || strings.TrimSpace(more) != "" ||
+		!slices.Contains([]string{" CERTIFICATE", " X509 CERTIFICATE", " TRUSTED CERTIFICATE"}, label) {
+		return nil, fmt.Errorf("it begins with %q, not with a line -----BEGIN CERTIFICATE-----",
+			"-----BEGIN"+cut(label, maxLabelBytes))
+	}
+	last := "-----END" + label + "-----"
+	text, after, ok := strings.Cut("\n"+rest, "\n"+last)
+	if after, _, _ = strings.Cut(after, "\n"); !ok || strings.TrimSpace(after) != "" {
+		return nil, fmt.Errorf("it is cut off: it has no line %s", last)
+	}
+	der, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(text), ""))
+	if err != nil {
+		return nil, errors.New("what stands between its first and its last line is not base64")
+	}
+	trailer, err := asn1.Unmarshal(der, &certificateFields{})
+	// OpenSSL's trusted certificates are followed by what they are trusted for.
+	if err != nil || len(trailer) > 0 && label != " TRUSTED CERTIFICATE" {
+		return nil, errors.New("it is damaged, or something else than one certificate")
+	}
+	return der[:len(der)-len(trailer)], nil
 }
 
 // groupByClass groups the Connectors by class, keeping the order in which each class came first.

@@ -1,13 +1,22 @@
 package main
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"math/big"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // What a Connector's author can write into other people's files, and what is said of values that do not fit.
@@ -101,4 +110,146 @@ func TestCharactersOfAddresses(t *testing.T) {
 		v.mustPublish()
 		v.want("file", address)
 	}
+}
+
+// publishBundle publishes a volume of a Connector with these CACerts, and returns what templates see of them.
+func (n *node) publishBundle(bundle string) (string, error) {
+	n.t.Helper()
+	n.api.put(class("git", configuration("config", "ca", "{{ .context.proxy.caCert }}|{{ .connector.status.proxy.httpAddress.CACerts }}")),
+		connector("default", "git", "git", with(bundle, "status", "proxy", "httpAddress", "CACerts")))
+	v := n.volume()
+	if err := v.publish(); err != nil {
+		v.wantNothing()
+		return "", err
+	}
+	one, other, _ := strings.Cut(v.file("ca"), "|")
+	if one != other {
+		n.t.Errorf("templates see %q and %q", one, other)
+	}
+	return one, v.unpublish()
+}
+
+// A bundle of certificates may have lines between them that say what they are, or something else.
+func TestBundlesThatAreKept(t *testing.T) {
+	n := startNode(t)
+	a, b, c := certificate("a"), certificate("b"), certificate("c")
+	labelled := func(label string) string { return strings.ReplaceAll(b, " CERTIFICATE-", " "+label+" CERTIFICATE-") }
+	der, _ := pem.Decode([]byte(b))
+	trusted := string(pem.EncodeToMemory(&pem.Block{Type: "TRUSTED CERTIFICATE", Bytes: append(der.Bytes, "\x30\x0c\x30\x0a\x06\x08\x2b\x06\x01\x05\x05\x07\x03\x01"...)}))
+	lines := strings.SplitAfter(b, "\n")
+	for what, bundle := range sorted(map[string]string{
+		"as they are":              a + b + c,
+		"without a last newline":   strings.TrimSuffix(a+b+c, "\n"),
+		"CRLF":                     strings.ReplaceAll(a+b+c, "\n", "\r\n"),
+		"CR":                       strings.ReplaceAll(a+b+c, "\n", "\r"),
+		"CR twice":                 strings.ReplaceAll(a+b+c, "\n", "\r\r\n"),
+		"a byte order mark":        "\ufeff" + a + b + c,
+		"a mark before each":       "\ufeff" + a + "\ufeff" + b + "\ufeff" + c,
+		"comments":                 "# evil\n" + a + "[core]\n\tfsmonitor = id\n\n" + b + "Subject: CN = c - d\n=====\n" + c + "evil",
+		"lines of dashes":          "-----\n" + a + "---- b ----\n" + b + "-----------------\n" + c,
+		"NUL between":              a + "\x00\n" + b + c + "\x00",
+		"X509 CERTIFICATE":         a + labelled("X509") + c,
+		"TRUSTED CERTIFICATE":      a + trusted + c,
+		"TRUSTED, with no trailer": a + labelled("TRUSTED") + c,
+		"blanks after each line":   strings.ReplaceAll(a+b+c, "\n", " \t\n"),
+		"blank lines":              strings.ReplaceAll(a+b+c, "\n", "\n\n"),
+		"indented base64":          a + lines[0] + "  " + strings.Join(lines[1:len(lines)-2], "\t") + lines[len(lines)-2] + c,
+		"one long line":            a + lines[0] + strings.ReplaceAll(strings.Join(lines[1:len(lines)-2], ""), "\n", "") + "\n" + lines[len(lines)-2] + c,
+	}) {
+		if got, err := n.publishBundle(bundle); got != a+b+c {
+			t.Errorf("%s: %v, %q", what, err, got)
+		}
+	}
+	if got, err := n.publishBundle(a + a + b + a); got != a+a+b+a {
+		t.Errorf("the same several times: %v, %q", err, got)
+	}
+	many := strings.Repeat("# "+strings.Repeat("x", 800)+"\n"+a, 1000)
+	if got, err := n.publishBundle(many); got != strings.Repeat(a, 1000) {
+		t.Errorf("%d bytes: %v, %d bytes", len(many), err, len(got))
+	}
+}
+
+// Where one certificate cannot be kept, somebody hears of it before TLS fails.
+func TestBundlesThatAreRefused(t *testing.T) {
+	n := startNode(t)
+	a, b, c := certificate("a"), certificate("b"), certificate("c")
+	const number, damaged = "status.proxy.httpAddress.CACerts, certificate ", ": it is damaged, or something else than one certificate"
+	const second, notFirst, third, noEnd, noBase64 = number + "2 of 3: ", number + "2 of 3: a newline is missing before its -----BEGIN, or it is indented",
+		number + "3 of 3: a newline is missing before its -----BEGIN, or it is indented", number + "2 of 3: it is cut off: it has no line -----END CERTIFICATE-----",
+		number + "2 of 3: what stands between its first and its last line is not base64"
+	lines := strings.SplitAfter(b, "\n")
+	body, last := strings.Join(lines[1:len(lines)-2], ""), lines[len(lines)-2]
+	block := func(label string, der ...byte) string {
+		return string(pem.EncodeToMemory(&pem.Block{Type: label, Bytes: der}))
+	}
+	decoded, _ := pem.Decode([]byte(b))
+	der := slices.Clip(decoded.Bytes)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(t, err)
+	request, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	must(t, err)
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+	must(t, err)
+	issuer := &x509.Certificate{KeyUsage: x509.KeyUsageCRLSign, SubjectKeyId: []byte("key")}
+	list, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), NextUpdate: time.Now(),
+		RevokedCertificateEntries: []x509.RevocationListEntry{{SerialNumber: big.NewInt(1), RevocationTime: time.Now()}}}, issuer, key)
+	must(t, err)
+	for what, c := range sorted(map[string]struct{ bundle, message string }{
+		"no newline between":        {a + strings.TrimSuffix(b, "\n") + c, third},
+		"a space between":           {strings.TrimSuffix(a, "\n") + " " + b + c, notFirst},
+		"a line separator between":  {a + strings.TrimSuffix(b, "\n") + "\u2028" + c, third},
+		"indented":                  {a + "  " + strings.ReplaceAll(b, "\n", "\n  ") + "\n" + c, notFirst},
+		"a quoted one":              {a + "> " + strings.ReplaceAll(b, "\n", "\n> ") + "\n" + c, notFirst},
+		"six dashes":                {a + "-" + b + c, notFirst},
+		"named in a comment":        {a + "# a copy of -----BEGIN CERTIFICATE-----\n" + c, number + "2 of 3: a newline is missing before its -----BEGIN, or it is indented"},
+		"cut off":                   {a + b[:100] + "\n" + c, noEnd},
+		"its end is indented":       {a + lines[0] + body + " " + last + c, noEnd},
+		"its end is on its line":    {a + lines[0] + strings.TrimSuffix(body, "\n") + last + c, noEnd},
+		"its end has more":          {a + strings.TrimSuffix(b, "\n") + " x\n" + c, noEnd},
+		"its end has another label": {a + lines[0] + body + "-----END X509 CERTIFICATE-----\n" + c, noEnd},
+		"a line is missing":         {a + lines[0] + strings.Join(lines[2:], "") + c, number + "2 of 3: it is damaged"},
+		"no base64":                 {a + lines[0] + "!" + body + last + c, noBase64},
+		"a comment within":          {a + lines[0] + "# x\n" + body + last + c, noBase64},
+		"NUL within":                {a + lines[0] + "\x00" + body + last + c, noBase64},
+		"padding within":            {a + lines[0] + "AA==\n" + body + last + c, noBase64},
+		"no padding":                {a + strings.ReplaceAll(block("CERTIFICATE", append(der, 0)...), "=", "") + c, second},
+		"base64 for URLs":           {a + lines[0] + "_-_-" + body + last + c, noBase64},
+		"headers":                   {a + lines[0] + "Proc-Type: 4,ENCRYPTED\n\n" + body + last + c, noBase64},
+		"nested":                    {a + lines[0] + c + body + last, number + "2 of 3: it is cut off: it has no line -----END CERTIFICATE-----"},
+		"empty":                     {a + block("CERTIFICATE") + c, second + damaged[2:]},
+		"text":                      {a + block("CERTIFICATE", []byte("hello")...) + c, second + damaged[2:]},
+		"cut off within the base64": {a + block("CERTIFICATE", der[:len(der)-3]...) + c, second + damaged[2:]},
+		"more than a certificate":   {a + block("CERTIFICATE", append(der, 0, 0)...) + c, second + damaged[2:]},
+		"two in one":                {a + block("CERTIFICATE", append(der, der...)...) + c, second + damaged[2:]},
+		"a request, labelled wrong": {a + block("CERTIFICATE", request...) + c, second + damaged[2:]},
+		"a key, labelled wrong":     {a + block("CERTIFICATE", pkcs8...) + c, second + damaged[2:]},
+		"a list, labelled wrong":    {a + block("CERTIFICATE", list...) + c, second + damaged[2:]},
+		"a request":                 {a + block("CERTIFICATE REQUEST", request...) + c, second + `it begins with "-----BEGIN CERTIFICATE REQUEST", not with a line -----BEGIN CERTIFICATE-----`},
+		"a private key":             {block("PRIVATE KEY", pkcs8...) + a, number + `1 of 2: it begins with "-----BEGIN PRIVATE KEY", not`},
+		"a revocation list":         {a + block("X509 CRL", 0x30, 0) + c, second + `it begins with "-----BEGIN X509 CRL", not`},
+		"a bag":                     {a + block("PKCS7", 0x30, 0) + c, second + `it begins with "-----BEGIN PKCS7", not`},
+		"lower case":                {a + strings.ReplaceAll(b, "CERTIFICATE", "certificate") + c, second + `it begins with "-----BEGIN certificate", not`},
+		"a label with a blank":      {a + strings.ReplaceAll(b, "CERTIFICATE", "CERTIFICATE ") + c, second + `it begins with "-----BEGIN CERTIFICATE ", not`},
+		"a key on one line":         {a + "-----BEGIN PRIVATE KEY-----MIGH" + c, number + `2 of 3: it begins with "-----BEGIN PRIVATE KEY", not`}, // and nothing of it in the message
+		"no label":                  {a + "-----BEGIN-----\n" + c, second + `it begins with "-----BEGIN", not`},
+		"four dashes at the end":    {a + strings.Replace(b, "E-----\n", "E----\n", 1) + c, second + "it begins with"},
+		"more behind its beginning": {a + strings.Replace(b, "E-----\n", "E----- x\n", 1) + c, second + "it begins with"},
+		"four dashes":               {a + b[1:] + c, "status.proxy.httpAddress.CACerts has an -----END without a -----BEGIN"},
+		"the beginning is missing":  {strings.Join(lines[1:], "") + a, "status.proxy.httpAddress.CACerts has an -----END without a -----BEGIN"},
+		"a long label":              {a + "-----BEGIN " + strings.Repeat("x", 100000), number + `2 of 2: it begins with "-----BEGIN ` + strings.Repeat("x", 39) + ` …", not with`},
+		"nothing but beginnings":    {strings.Repeat("-----BEGIN CERTIFICATE-----\n", 40000), number + "1 of 40000: it is cut off: it has no line"},
+		"a comment":                 {"evil", "status.proxy.httpAddress.CACerts holds no certificate in PEM format"},
+		"a byte order mark":         {"\ufeff", "status.proxy.httpAddress.CACerts holds no certificate in PEM format"},
+		"DER":                       {string(der), "status.proxy.httpAddress.CACerts holds no certificate in PEM format"},
+	}) {
+		_, err := n.publishBundle(c.bundle)
+		if message := `Connector "default/git": ` + c.message; status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), message) || strings.Contains(err.Error(), "MIGH") {
+			t.Errorf("%s: no %q in: %v", what, message, err)
+		}
+	}
+	n.api.put(connector("default", "git", "git"))
+	git := gitClass()
+	with(a[:100], "status", "proxy", "httpAddress", "CACerts")(git)
+	n.api.put(git)
+	n.volume().mustRefuse(codes.FailedPrecondition, `ConnectorClass "git": `+number+"1 of 1: it is cut off: it has no line -----END CERTIFICATE-----")
 }
