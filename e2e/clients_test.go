@@ -36,6 +36,8 @@ func clientNeeds() []need {
 		{"npm", "npm", hasCommand("npm")},
 		{"pip", "python3-pip", hasCommand("pip3")},
 		{"Maven", "maven", hasCommand("mvn")},
+		{"keytool", "default-jre-headless", hasCommand("keytool")},
+		{"OpenSSL", "openssl", hasCommand("openssl")},
 		{"skopeo", "skopeo", hasCommand("skopeo")},
 	}
 }
