@@ -320,10 +320,13 @@ func renderConfiguration(out *volumeFiles, c mountedClass, configuration object,
 			return err
 		}
 		announce(name)
-		data := func(token string) any { return templateData(c, params, token) }
-		content, err := renderFile(name, text, out.room(name), data, token)
+		attempt := func(c mountedClass) ([]byte, error) {
+			data := func(token string) any { return templateData(c, params, token) }
+			return renderFile(name, text, out.room(name), data, token)
+		}
+		content, err := attempt(c)
 		if err != nil {
-			return fmt.Errorf("%w%s", err, hintNoProxy(text, c.connectors))
+			return fmt.Errorf("%w%s", err, hintNoProxy(c, attempt, err))
 		}
 		if err := out.add(name, content); err != nil {
 			return fmt.Errorf("file %q: %w", name, err)
@@ -332,17 +335,35 @@ func renderConfiguration(out *volumeFiles, c mountedClass, configuration object,
 	return nil
 }
 
-// hintNoProxy names the usual reason why a template that uses the proxy fails on a Connector created a moment
-// ago.
-func hintNoProxy(text string, connectors []object) string {
-	for _, connector := range connectors {
-		if strings.Contains(text, "proxy") && proxyAddress(connector) == "" {
-			return fmt.Sprintf("; Connector %s has no proxy address yet (status.proxy.httpAddress.url): "+
-				"wait for the Connectors operator to set it, or look at the class's spec.proxy and the "+
-				"Connector's conditions", fullName(connector))
+// hintNoProxy names the usual reason why a template fails on a Connector created a moment ago, if that is what
+// it fails for: with an address of a proxy it would do something else.
+func hintNoProxy(c mountedClass, attempt func(mountedClass) ([]byte, error), failure error) string {
+	lacking := ""
+	c.connectors = slices.Clone(c.connectors)
+	for i, connector := range c.connectors {
+		if proxyAddress(connector) != "" {
+			continue
 		}
+		lacking = cmp.Or(lacking, fullName(connector))
+		connector = deepCopy(connector).(object)
+		at := connector
+		for _, field := range []string{"status", "proxy", "httpAddress"} {
+			if _, ok := at[field].(object); !ok {
+				at[field] = object{}
+			}
+			at = at[field].(object)
+		}
+		at["url"], c.connectors[i] = "http://proxy.example.com", connector
 	}
-	return ""
+	if lacking == "" {
+		return ""
+	}
+	if _, err := attempt(c); err != nil && err.Error() == failure.Error() {
+		return ""
+	}
+	return fmt.Sprintf("; Connector %s has no proxy address yet (status.proxy.httpAddress.url): wait for the "+
+		"Connectors operator to set it, or look at the class's spec.proxy and the Connector's conditions",
+		lacking)
 }
 
 // templateData is what the templates of a class see.

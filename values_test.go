@@ -253,3 +253,44 @@ func TestBundlesThatAreRefused(t *testing.T) {
 	n.api.put(git)
 	n.volume().mustRefuse(codes.FailedPrecondition, `ConnectorClass "git": `+number+"1 of 1: it is cut off: it has no line -----END CERTIFICATE-----")
 }
+
+// Whether the operator is to be waited for depends on what fails, not on the words of the template.
+func TestHintOfAProxyThatIsNotThereYet(t *testing.T) {
+	n := startNode(t)
+	const hint = "Connector default/git has no proxy address yet (status.proxy.httpAddress.url): wait for the Connectors operator"
+	noStatus, noURL := with(nil, "status"), with(nil, "status", "proxy", "httpAddress", "url")
+	for template, fails := range sorted(map[string]bool{
+		`{{ .connector.status.proxyAddress }}`:                                                             true,
+		`{{ .connector.status.proxy.httpAddress.url }}`:                                                    true,
+		`{{ .connector.status.proxyAddress | b64enc }}`:                                                    true,
+		`{{ (urlParse .connector.status.proxyAddress).host }}`:                                             true,
+		`{{ $u := .connector.status.proxyAddress }}{{ urlParse $u }}`:                                      true,
+		`{{ range .connectors }}{{ .status.proxyAddress }}{{ end }}`:                                       true,
+		`{{ if not .connector.status.proxyAddress }}{{ fail "too early" }}{{ end }}`:                       true,
+		`{{ .connector.status.proxyAddress }}{{ .connector.spec.typo }}`:                                   true, // one after the other
+		"# for the proxy\n{{ .connector.spec.typo }}":                                                      false,
+		`{{/* the proxy */}}{{ .connector.spec.proxyTypo }}`:                                               false,
+		`{{ .connector.spec.typo }}{{ .connector.status.proxyAddress }}`:                                   false,
+		`{{ .connectorclass.proxyAddress }}`:                                                               false,
+		`{{ fail "no proxy" }}`:                                                                            false,
+		`{{ proxy }}`:                                                                                      false,
+		`{{ if .connector.status.proxyAddress }}proxy{{ else }}{{ .connector.spec.typo }}{{ end }}{{ x }}`: false,
+	}) {
+		for _, change := range []func(object){noStatus, noURL} {
+			n.api.put(class("git", configuration("config", "http.proxy", template)), connector("default", "git", "git", change))
+			err := n.volume().publish()
+			if status.Code(err) != codes.FailedPrecondition || strings.Contains(err.Error(), hint) != fails {
+				t.Errorf("%s: %v", template, err)
+			}
+		}
+		n.api.put(connector("default", "git", "git"))
+		if err := n.volume().publish(); err != nil && strings.Contains(err.Error(), "no proxy address") {
+			t.Errorf("%s, with a proxy: %v", template, err)
+		}
+	}
+	// Of several Connectors, it is the one that has none.
+	n.api.put(class("git", configuration("config", "a", "{{ range .connectors }}{{ .status.proxyAddress }}{{ end }}")),
+		connector("default", "one", "git"), connector("default", "two", "git", noStatus))
+	n.volume(attrs{"connector.name": "-", "connectors": "one,two"}).
+		mustRefuse(codes.FailedPrecondition, "{{ .status.proxyAddress }} has no value; Connector default/two has no proxy address yet")
+}
