@@ -698,7 +698,7 @@ func TestConfigurationParams(t *testing.T) {
 		"":                                         `required configuration param "name" is missing`,
 		`{"config":{}}`:                            `required configuration param "name" is missing`,
 		`{"config":{"name":null}}`:                 `required configuration param "name" is missing`,
-		`{"config":{"name":1}}`:                    `configuration param "name" must be of type string, not number`,
+		`{"config":{"name":1}}`:                    `configuration param "name" must be of type string, not integer`,
 		`{"config":{"name":true}}`:                 `configuration param "name" must be of type string, not boolean`,
 		`{"config":{"name":"n","kind":"none"}}`:    `configuration param "kind" must be one of [mirror publish], not "none"`,
 		`{"config":{"name":"n","list":"a"}}`:       `configuration param "list" must be of type array, not string`,

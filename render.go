@@ -308,7 +308,7 @@ func renderConfiguration(out *volumeFiles, c mountedClass, configuration object,
 	given, _ := value.(object)
 	params, err := resolveParams(objectList(configuration, "params"), given)
 	if err != nil {
-		return podError(err)
+		return err
 	}
 	templates, _ := configuration["data"].(object)
 	for _, name := range slices.Sorted(maps.Keys(templates)) {
@@ -412,6 +412,9 @@ func caCert(c mountedClass) string {
 	return stringAt(c.class, "status", "proxy", "httpAddress", "CACerts")
 }
 
+// paramTypes are those that a class can declare a parameter with: JSON schema's.
+var paramTypes = []string{"string", "integer", "number", "boolean", "array", "object"}
+
 // resolveParams checks the supplied parameters against the declared ones and adds the defaults. Parameters
 // that are not declared pass through, since classes exist that use them without declaring them.
 func resolveParams(declared []object, supplied map[string]any) (map[string]any, error) {
@@ -419,16 +422,21 @@ func resolveParams(declared []object, supplied map[string]any) (map[string]any, 
 	maps.Copy(params, supplied)
 	for _, d := range declared {
 		name, kind := stringAt(d, "name"), cmp.Or(stringAt(d, "type"), "string")
+		if !slices.Contains(paramTypes, kind) {
+			return nil, fmt.Errorf("param %q is declared with the type %q; there are %s", name,
+				cut(kind, maxQuotedBytes), strings.Join(paramTypes, ", "))
+		}
 		value, ok := supplied[name]
 		if !ok {
 			if params[name], ok = d["default"]; !ok {
-				return nil, fmt.Errorf("required configuration param %q is missing: set it in "+
-					"configuration.params", name)
+				return nil, podError(fmt.Errorf("required configuration param %q is missing: set it in "+
+					"configuration.params", name))
 			}
 			continue
 		}
-		if is := kindOf(value); is != kind {
-			return nil, fmt.Errorf("configuration param %q must be of type %s, not %s", name, kind, is)
+		if is := kindOf(value); is != kind && (is != "integer" || kind != "number") {
+			return nil, podError(fmt.Errorf("configuration param %q must be of type %s, not %s", name, kind,
+				is))
 		}
 		allowed, _ := d["enum"].([]any)
 		values, isList := value.([]any)
@@ -438,25 +446,27 @@ func resolveParams(declared []object, supplied map[string]any) (map[string]any, 
 		for _, v := range values {
 			if len(allowed) > 0 && !slices.ContainsFunc(allowed,
 				func(a any) bool { return fmt.Sprint(a) == fmt.Sprint(v) }) {
-				return nil, fmt.Errorf("configuration param %q must be one of %v, not %q", name, allowed,
-					cut(fmt.Sprint(v), maxQuotedBytes))
+				return nil, podError(fmt.Errorf("configuration param %q must be one of %v, not %q", name,
+					allowed, cut(fmt.Sprint(v), maxQuotedBytes)))
 			}
 		}
 	}
 	return params, nil
 }
 
-// kindOf names the type of a value in the words of a class's params.
+// kindOf names the type of a value in the words of paramTypes.
 func kindOf(value any) string {
 	switch value.(type) {
 	case string:
 		return "string"
+	case int64:
+		return "integer"
+	case bool:
+		return "boolean"
 	case []any:
 		return "array"
 	case object:
 		return "object"
-	case bool:
-		return "boolean"
 	}
 	return "number"
 }

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/pem"
+	"fmt"
 	"math/big"
 	"os"
 	"regexp"
@@ -293,4 +294,50 @@ func TestHintOfAProxyThatIsNotThereYet(t *testing.T) {
 		connector("default", "one", "git"), connector("default", "two", "git", noStatus))
 	n.volume(attrs{"connector.name": "-", "connectors": "one,two"}).
 		mustRefuse(codes.FailedPrecondition, "{{ .status.proxyAddress }} has no value; Connector default/two has no proxy address yet")
+}
+
+// The types of JSON schema. Values of the others that classes declare could never be given.
+func TestTypesOfParams(t *testing.T) {
+	n := startNode(t)
+	values := map[string]string{"string": `"s"`, "integer": "8080", "number": "1.5", "boolean": "true", "array": `["a"]`, "object": `{"a":1}`}
+	for kind := range sorted(values) {
+		declared := configuration("config", "file", "{{ .configurations.p }}")
+		declared["params"] = []any{param("p", "type", kind)}
+		n.api.put(class("git", declared))
+		for of, value := range sorted(values) {
+			v := n.volume(attrs{"configuration.params": `{"config":{"p":` + value + `}}`})
+			if of == kind || kind == "number" && of == "integer" {
+				v.mustPublish()
+				v.want("file", strings.NewReplacer(`"`, "", "{", "map[", "}", "]").Replace(value))
+				continue
+			}
+			v.mustRefuse(codes.InvalidArgument, fmt.Sprintf(`configuration param "p" must be of type %s, not %s`, kind, of))
+		}
+	}
+	for value, kind := range sorted(map[string]string{"0": "integer", "-1": "integer", "9223372036854775807": "integer", "1.0": "number", "1e3": "number", "-0.5": "number", "false": "boolean"}) {
+		n.api.put(class("git", object{"name": "config", "data": object{"file": "{{ .configurations.p }}"}, "params": []any{param("p", "type", kind)}}))
+		n.volume(attrs{"configuration.params": `{"config":{"p":` + value + `}}`}).mustPublish()
+	}
+	n.api.put(class("git", object{"name": "config", "data": object{}, "params": []any{param("p", "type", "integer")}}))
+	n.volume(attrs{"configuration.params": `{"config":{"p":1.5}}`}).mustRefuse(codes.InvalidArgument, `configuration param "p" must be of type integer, not number`)
+
+	// A type that there is not is the class's fault, and only of those who mount that configuration.
+	for _, kind := range []string{"bool", "int", "float", "String", "null", "any", " string", "list", strings.Repeat("x", 300)} {
+		declared := configuration("config", "file", "x")
+		declared["params"] = []any{param("p", "type", kind, "default", "d")}
+		n.api.put(class("git", declared, configuration("first", "one", "1")))
+		message := fmt.Sprintf(`ConnectorClass "git", configuration "config": param "p" is declared with the type %q; there are string, `+
+			`integer, number, boolean, array, object`, cut(kind, maxQuotedBytes))
+		n.volume().mustRefuse(codes.FailedPrecondition, message)
+		n.volume(attrs{"configuration.params": `{"config":{"p":true}}`}).mustRefuse(codes.FailedPrecondition, message)
+		n.volume(attrs{"configuration.names": "first"}).mustPublish()
+	}
+	// Values of an enum are what they print as.
+	declared := configuration("config", "file", "{{ .configurations.p }}")
+	declared["params"] = []any{param("p", "type", "integer", "enum", []any{"80", "443"})}
+	n.api.put(class("git", declared))
+	v := n.volume(attrs{"configuration.params": `{"config":{"p":443}}`})
+	v.mustPublish()
+	v.want("file", "443")
+	n.volume(attrs{"configuration.params": `{"config":{"p":81}}`}).mustRefuse(codes.InvalidArgument, `configuration param "p" must be one of [80 443], not "81"`)
 }
