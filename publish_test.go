@@ -421,7 +421,7 @@ func TestObjectErrors(t *testing.T) {
 			[]string{`Connector "default/git" not found`, "create it", "connector.name"}},
 		"forbidden": {func(n *node) { n.api.forbid("default/default", connectorPath("default", "git")) }, codes.PermissionDenied,
 			[]string{"ServiceAccount default/default may not read", `Connector "default/git"`, `User "system:serviceaccount:default:default" cannot get`,
-				"kubectl create rolebinding default-connectors --namespace=default --clusterrole=connectors-connector-viewer-role --serviceaccount=default:default"}},
+				"kubectl create rolebinding default.default-connectors --namespace=default --clusterrole=connectors-connector-viewer-role --serviceaccount=default:default"}},
 		"no class": {func(n *node) { n.api.remove(classPath("git")) }, codes.NotFound,
 			[]string{`ConnectorClass "git" of Connector "default/git" not found`, "spec.connectorClassName"}},
 		"class forbidden": {func(n *node) { n.api.forbid(driverUser, classPath("git")) }, codes.PermissionDenied,
