@@ -607,7 +607,8 @@ func parseAttributes(volumeContext map[string]string, podNamespace string, built
 	}
 	if len(a.selection.Configurations) == 0 && !builtIn {
 		return a, fmt.Errorf("%s is missing in volumeAttributes: name the configurations of the "+
-			"ConnectorClass to mount", attrConfigurations)
+			"ConnectorClass to mount; it may be left out only where the driver runs with --builtin-files",
+			attrConfigurations)
 	}
 	a.selection.Params, err = parseParams(volumeContext[attrParams], a.selection.Configurations)
 	if err != nil {
