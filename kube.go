@@ -1271,6 +1271,16 @@ func decodeFailure(response *http.Response, data []byte) (wait time.Duration, _ 
 	var answer struct{ Kind, Message string }
 	if json.Unmarshal(data, &answer) != nil || answer.Kind != "Status" || answer.Message == "" {
 		answer.Message = http.StatusText(response.StatusCode)
+		// An API server that lacks not an object but its kind has no Status for it.
+		rest, ours := strings.CutPrefix(response.Request.URL.Path, connectorsAPI)
+		if ours && response.StatusCode == http.StatusNotFound {
+			resource := "connectors"
+			if strings.HasPrefix(rest, "/connectorclasses") {
+				resource = "connectorclasses"
+			}
+			return 0, failuref(codes.FailedPrecondition, "the cluster has no CRD %s.connectors.alauda.io: apply "+
+				"the whole of deploy.yaml, or install the Connectors operator", resource)
+		}
 	}
 	if response.StatusCode == http.StatusTooManyRequests ||
 		response.StatusCode == http.StatusServiceUnavailable {

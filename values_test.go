@@ -341,3 +341,31 @@ func TestTypesOfParams(t *testing.T) {
 	v.want("file", "443")
 	n.volume(attrs{"configuration.params": `{"config":{"p":81}}`}).mustRefuse(codes.InvalidArgument, `configuration param "p" must be one of [80 443], not "81"`)
 }
+
+// What a message tells somebody to do has to work.
+func TestRemediesOfMessages(t *testing.T) {
+	n := startNode(t)
+	// Two ServiceAccounts of one name are bound by two RoleBindings, whatever their namespaces' names are.
+	names := map[string]string{}
+	for _, reader := range []string{"team-a/b", "team/b", "team/a-b", "team/a.b", "team-a/default", "team-a-b/default", "team-a/b-default", "team-a/b.default"} {
+		n.api.forbid(reader, connectorPath("default", "git"))
+		err := n.pod(reader).volume("config", attrs{"connector.namespace": "default"}).publish()
+		name := regexp.MustCompile(`kubectl create rolebinding (\S+-connectors) --namespace=default `).FindStringSubmatch(err.Error())
+		if name == nil || names[name[1]] != "" {
+			t.Fatalf("%s, as %s: %v", reader, names[name[1]], err)
+		}
+		names[name[1]] = reader
+	}
+
+	// An API server without the CRDs says so without a Status.
+	const nothing = "404 page not found\n"
+	n.api.answer("/connectors/", 404, nothing, "Content-Type", "text/plain; charset=utf-8")
+	n.volume().mustRefuse(codes.FailedPrecondition, `Connector "default/git" cannot be read: the cluster has no CRD connectors.connectors.alauda.io: apply`, "deploy.yaml")
+	n.api.answer("/connectorclasses/", 404, nothing)
+	n.volume().mustRefuse(codes.FailedPrecondition, `ConnectorClass "git" of Connector "default/git" cannot be read: the cluster has no CRD connectorclasses.connectors.alauda.io: apply`, "deploy.yaml")
+	n.api.answer("/token", 404, nothing)
+	n.volume(attrs{"token.expiration": "1h"}).mustRefuse(codes.NotFound, "no token of 1h0m0s for ServiceAccount default/default: Not Found (HTTP 404")
+	n.api.answer("", 0, "")
+
+	n.volume(attrs{"configuration.names": "-"}).mustRefuse(codes.InvalidArgument, "configuration.names is missing", "only where the driver runs with --builtin-files")
+}

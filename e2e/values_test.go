@@ -168,3 +168,32 @@ func TestToolsReadWhatBecomesOfBundles(t *testing.T) {
 		}
 	}
 }
+
+// Two teams whose ServiceAccounts have the same name do what the messages tell them, and a cluster without the CRDs
+// learns that it lacks them.
+func TestRemediesOfMessagesWork(t *testing.T) {
+	ns := begin(t)
+	ns.target("remedies", map[string]string{"address": "{{ .connector.spec.address }}"})
+	allow := regexp.MustCompile(`Allow it with: kubectl (create rolebinding \S+ --namespace=\S+ --clusterrole=\S+ --serviceaccount=\S+)`)
+	for _, team := range []namespace{newNamespace(t), newNamespace(t)} {
+		team.pod("pod", `{connector.name: target, connector.namespace: `+ns.name+`, configuration.names: config}`)
+		command := allow.FindStringSubmatch(team.refused("pod", "code = PermissionDenied", "may not read Connector"))
+		if command == nil {
+			t.Fatal("the message has no command")
+		}
+		ns.kubectl(strings.Fields(command[1])...)
+		team.running("pod")
+	}
+
+	for kind, name := range sorted(map[string]string{"Connector": "connectors", "ConnectorClass": "connectorclasses"}) {
+		crd := "crd/" + name + ".connectors.alauda.io"
+		ns.kubectl("delete", crd)
+		ns.pod(name, mountTarget)
+		ns.refused(name, "code = FailedPrecondition", kind+` "`, "cannot be read: the cluster has no CRD "+name+".connectors.alauda.io: apply the whole of deploy.yaml")
+		installDriver(t)
+		ns.kubectl("wait", "--for=condition=Established", crd)
+		ns.class("remedies", configurations{"config": {"address": "{{ .connector.spec.address }}"}})
+		ns.connector("target", "remedies", "https://one.example.com")
+		ns.running(name)
+	}
+}
