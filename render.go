@@ -843,6 +843,8 @@ const (
 	rendererIdle = 10 * time.Second
 	rendererUID  = 65532 // user and group, where the driver may choose
 
+	rendererThreads = 32 // and processes; Go needs seven at most
+
 	// What rendering one volume may take. The kernel counts what the process maps beyond what it maps at its
 	// start; rendererMemory is for Go's own needs.
 	renderMemory        = 64 << 20
@@ -1234,9 +1236,10 @@ var confinements = []struct {
 	missing string
 }{
 	{"user", unix.CLONE_NEWUSER | otherNamespaces, rendererUID, ""},
-	{"root", otherNamespaces, 0, "a user namespace"},
+	{"root", otherNamespaces, 0, "a user namespace, and a limit of processes"},
 	{"same user", unix.CLONE_NEWUSER | otherNamespaces, os.Getuid(), "a user of its own"},
-	{"bare", 0, 0, "namespaces (user, mount, network, pid, ipc) and an empty root directory"},
+	{"bare", 0, 0, "namespaces (user, mount, network, pid, ipc), an empty root directory, and a limit of " +
+		"processes"},
 }
 
 // start starts a renderer, confined as well as the kernel allows. What is missing then is logged once.
@@ -1254,7 +1257,7 @@ func (p *renderers) start(namespace string) (*renderer, error) {
 		}
 		if c.missing != "" {
 			p.warn.Do(func() {
-				p.log.Warn("renderers are less confined than they could be; all limits hold", "missing",
+				p.log.Warn("renderers are less confined than they could be; other limits hold", "missing",
 					c.missing, "error", errors.Join(refusals...))
 			})
 		}
@@ -1609,7 +1612,7 @@ func confine(confinement string) error {
 	}
 
 	// 1. limits
-	if err := setLimits(); err != nil {
+	if err := setLimits(confinement); err != nil {
 		return err
 	}
 
@@ -1646,19 +1649,24 @@ func confine(confinement string) error {
 
 // setLimits sets the limits of this process, which hold for what it executes as well, and makes it the one
 // that yields to all others.
-func setLimits() error {
-	for _, limit := range []struct {
+func setLimits(confinement string) error {
+	type limit struct {
 		name     string
 		resource int
 		max      uint64
-	}{
+	}
+	limits := []limit{
 		{"CPU", unix.RLIMIT_CPU, uint64(lifeProcessorTime / time.Second)},
 		{"FSIZE", unix.RLIMIT_FSIZE, 0},
 		{"NOFILE", unix.RLIMIT_NOFILE, statusDescriptor + 1},
 		{"STACK", unix.RLIMIT_STACK, 1 << 20}, // of the first thread; a C library has it for all others
 		{"CORE", unix.RLIMIT_CORE, 0},
 		{"MEMLOCK", unix.RLIMIT_MEMLOCK, 0},
-	} {
+	}
+	if countsProcesses(confinement) {
+		limits = append(limits, limit{"NPROC", unix.RLIMIT_NPROC, rendererThreads})
+	}
+	for _, limit := range limits {
 		if err := unix.Setrlimit(limit.resource, &unix.Rlimit{Cur: limit.max, Max: limit.max}); err != nil {
 			return fmt.Errorf("setrlimit RLIMIT_%s: %w", limit.name, err)
 		}
@@ -1669,6 +1677,19 @@ func setLimits() error {
 	unix.Syscall(unix.SYS_IOPRIO_SET, ioprioWhoProcess, 0, ioprioIdle)
 	os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0)
 	return nil
+}
+
+// countsProcesses reports whether RLIMIT_NPROC is about this renderer's threads and processes alone: before
+// Linux 5.14 it counts all those of the user on the node, and so it does without a user namespace.
+func countsProcesses(confinement string) bool {
+	if confinement != "user" && confinement != "same user" {
+		return false
+	}
+	var linux unix.Utsname
+	var major, minor int
+	unix.Uname(&linux)
+	fmt.Sscanf(unix.ByteSliceToString(linux.Release[:]), "%d.%d", &major, &minor)
+	return major > 5 || major == 5 && minor >= 14
 }
 
 // emptyRoot makes an empty directory that cannot be written the root directory, and forgets the old one.
