@@ -29,7 +29,7 @@ func addressPatterns(t *testing.T) []*regexp.Regexp {
 	must(t, err)
 	var patterns []*regexp.Regexp
 	for _, match := range regexp.MustCompile(`(?m)^ +pattern: '(.*)'$`).FindAllStringSubmatch(string(text), -1) {
-		patterns = append(patterns, regexp.MustCompile(strings.ReplaceAll(match[1], "''", "'"))) // as the API server does
+		patterns = append(patterns, regexp.MustCompile(match[1])) // as the API server does
 	}
 	if len(patterns) != 6 { // spec.address, spec.addressExtensions, and two in each status
 		t.Fatalf("deploy.yaml has %d patterns", len(patterns))
@@ -56,7 +56,8 @@ func TestPatternsOfAddressesAreTheDrivers(t *testing.T) {
 			}
 		}
 	}
-	for _, address := range []string{"", "a", "\n", "a\n", "\na", "a\n\n", "a\nb", "\xff", "a\xe2\x80", "\ufeffa", "a\u0301"} {
+	for _, address := range []string{"", "a", "\n", "a\n", "\na", "a\n\n", "a\nb", "\xff", "a\xe2\x80",
+		"\ufeffa", "a\u0301"} {
 		for _, pattern := range patterns {
 			if driver, server := checkAddress("", "", address) == nil, pattern.MatchString(address); driver != server {
 				t.Errorf("%q: the driver says %v, and pattern %s %v", address, driver, pattern, server)
@@ -101,12 +102,15 @@ func TestCharactersOfAddresses(t *testing.T) {
 		strings.Repeat("a", 5000) + "|": `'|' at position 5011` + rule,
 	}) {
 		n.api.put(connector("default", "git", "git", with("https://x/"+part, "spec", "address")))
-		n.volume(attrs{"configuration.names": "first"}).mustRefuse(codes.FailedPrecondition, `Connector "default/git": spec.address holds `+message)
+		n.volume(attrs{"configuration.names": "first"}).
+			mustRefuse(codes.FailedPrecondition, `Connector "default/git": spec.address holds `+message)
 	}
 	// What addresses have that exist: query strings, JDBC, IPv6, percent-encoding.
-	for _, address := range []string{"jdbc:oracle:thin:@//db.example.com:1521/x", "jdbc:sqlserver://db;databaseName=a,b;user=(c)", "git@example.com:a/~b.git",
-		"https://u:p@[fd00::1%25eth0]:8443/%7Bx%7D/?a=b&c=*!#d", "oci+ssh://host_1/a+b", "xn--r8jz45g.example.com"} {
-		n.api.put(class("git", configuration("config", "file", "{{ .connector.spec.address }}")), connector("default", "git", "git", with(address, "spec", "address")))
+	n.api.put(class("git", configuration("config", "file", "{{ .connector.spec.address }}")))
+	for _, address := range []string{"jdbc:oracle:thin:@//db.example.com:1521/x", "git@example.com:a/~b.git",
+		"jdbc:sqlserver://db;databaseName=a,b;user=(c)", "https://u:p@[fd00::1%25eth0]:8443/%7Bx%7D/?a=b&c=*!#d",
+		"oci+ssh://host_1/a+b", "xn--r8jz45g.example.com"} {
+		n.api.put(connector("default", "git", "git", with(address, "spec", "address")))
 		v := n.volume()
 		v.mustPublish()
 		v.want("file", address)
@@ -116,7 +120,8 @@ func TestCharactersOfAddresses(t *testing.T) {
 // publishBundle publishes a volume of a Connector with these CACerts, and returns what templates see of them.
 func (n *node) publishBundle(bundle string) (string, error) {
 	n.t.Helper()
-	n.api.put(class("git", configuration("config", "ca", "{{ .context.proxy.caCert }}|{{ .connector.status.proxy.httpAddress.CACerts }}")),
+	const template = "{{ .context.proxy.caCert }}|{{ .connector.status.proxy.httpAddress.CACerts }}"
+	n.api.put(class("git", configuration("config", "ca", template)),
 		connector("default", "git", "git", with(bundle, "status", "proxy", "httpAddress", "CACerts")))
 	v := n.volume()
 	if err := v.publish(); err != nil {
@@ -136,8 +141,10 @@ func TestBundlesThatAreKept(t *testing.T) {
 	a, b, c := certificate("a"), certificate("b"), certificate("c")
 	labelled := func(label string) string { return strings.ReplaceAll(b, " CERTIFICATE-", " "+label+" CERTIFICATE-") }
 	der, _ := pem.Decode([]byte(b))
-	trusted := string(pem.EncodeToMemory(&pem.Block{Type: "TRUSTED CERTIFICATE", Bytes: append(der.Bytes, "\x30\x0c\x30\x0a\x06\x08\x2b\x06\x01\x05\x05\x07\x03\x01"...)}))
+	const forServers = "\x30\x0c\x30\x0a\x06\x08\x2b\x06\x01\x05\x05\x07\x03\x01" // openssl x509 -addtrust serverAuth
+	trusted := string(pem.EncodeToMemory(&pem.Block{Type: "TRUSTED CERTIFICATE", Bytes: append(der.Bytes, forServers...)}))
 	lines := strings.SplitAfter(b, "\n")
+	first, body, last := lines[0], lines[1:len(lines)-2], lines[len(lines)-2]
 	for what, bundle := range sorted(map[string]string{
 		"as they are":              a + b + c,
 		"without a last newline":   strings.TrimSuffix(a+b+c, "\n"),
@@ -146,7 +153,7 @@ func TestBundlesThatAreKept(t *testing.T) {
 		"CR twice":                 strings.ReplaceAll(a+b+c, "\n", "\r\r\n"),
 		"a byte order mark":        "\ufeff" + a + b + c,
 		"a mark before each":       "\ufeff" + a + "\ufeff" + b + "\ufeff" + c,
-		"comments":                 "# evil\n" + a + "[core]\n\tfsmonitor = id\n\n" + b + "Subject: CN = c - d\n=====\n" + c + "evil",
+		"comments":                 "# evil\n" + a + "[core]\n\tfsmonitor = id\n\n" + b + "Subject: CN = c - d\n==\n" + c + "evil",
 		"lines of dashes":          "-----\n" + a + "---- b ----\n" + b + "-----------------\n" + c,
 		"NUL between":              a + "\x00\n" + b + c + "\x00",
 		"X509 CERTIFICATE":         a + labelled("X509") + c,
@@ -154,8 +161,8 @@ func TestBundlesThatAreKept(t *testing.T) {
 		"TRUSTED, with no trailer": a + labelled("TRUSTED") + c,
 		"blanks after each line":   strings.ReplaceAll(a+b+c, "\n", " \t\n"),
 		"blank lines":              strings.ReplaceAll(a+b+c, "\n", "\n\n"),
-		"indented base64":          a + lines[0] + "  " + strings.Join(lines[1:len(lines)-2], "\t") + lines[len(lines)-2] + c,
-		"one long line":            a + lines[0] + strings.ReplaceAll(strings.Join(lines[1:len(lines)-2], ""), "\n", "") + "\n" + lines[len(lines)-2] + c,
+		"indented base64":          a + first + "  " + strings.Join(body, "\t") + last + c,
+		"one long line":            a + first + strings.ReplaceAll(strings.Join(body, ""), "\n", "") + "\n" + last + c,
 	}) {
 		if got, err := n.publishBundle(bundle); got != a+b+c {
 			t.Errorf("%s: %v, %q", what, err, got)
@@ -174,12 +181,9 @@ func TestBundlesThatAreKept(t *testing.T) {
 func TestBundlesThatAreRefused(t *testing.T) {
 	n := startNode(t)
 	a, b, c := certificate("a"), certificate("b"), certificate("c")
-	const number, damaged = "status.proxy.httpAddress.CACerts, certificate ", ": it is damaged, or something else than one certificate"
-	const second, notFirst, third, noEnd, noBase64 = number + "2 of 3: ", number + "2 of 3: a newline is missing before its -----BEGIN, or it is indented",
-		number + "3 of 3: a newline is missing before its -----BEGIN, or it is indented", number + "2 of 3: it is cut off: it has no line -----END CERTIFICATE-----",
-		number + "2 of 3: what stands between its first and its last line is not base64"
 	lines := strings.SplitAfter(b, "\n")
-	body, last := strings.Join(lines[1:len(lines)-2], ""), lines[len(lines)-2]
+	first, body, last := lines[0], strings.Join(lines[1:len(lines)-2], ""), lines[len(lines)-2]
+	label := func(label string) string { return strings.ReplaceAll(b, "CERTIFICATE", label) }
 	block := func(label string, der ...byte) string {
 		return string(pem.EncodeToMemory(&pem.Block{Type: label, Bytes: der}))
 	}
@@ -191,74 +195,87 @@ func TestBundlesThatAreRefused(t *testing.T) {
 	must(t, err)
 	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
 	must(t, err)
-	issuer := &x509.Certificate{KeyUsage: x509.KeyUsageCRLSign, SubjectKeyId: []byte("key")}
-	list, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), NextUpdate: time.Now(),
-		RevokedCertificateEntries: []x509.RevocationListEntry{{SerialNumber: big.NewInt(1), RevocationTime: time.Now()}}}, issuer, key)
+	list, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{
+		Number: big.NewInt(1), NextUpdate: time.Now(), RevokedCertificateEntries: []x509.RevocationListEntry{
+			{SerialNumber: big.NewInt(1), RevocationTime: time.Now()}},
+	}, &x509.Certificate{KeyUsage: x509.KeyUsageCRLSign, SubjectKeyId: []byte("key")}, key)
 	must(t, err)
-	for what, c := range sorted(map[string]struct{ bundle, message string }{
-		"no newline between":        {a + strings.TrimSuffix(b, "\n") + c, third},
-		"a space between":           {strings.TrimSuffix(a, "\n") + " " + b + c, notFirst},
-		"a line separator between":  {a + strings.TrimSuffix(b, "\n") + "\u2028" + c, third},
-		"indented":                  {a + "  " + strings.ReplaceAll(b, "\n", "\n  ") + "\n" + c, notFirst},
-		"a quoted one":              {a + "> " + strings.ReplaceAll(b, "\n", "\n> ") + "\n" + c, notFirst},
-		"six dashes":                {a + "-" + b + c, notFirst},
-		"named in a comment":        {a + "# a copy of -----BEGIN CERTIFICATE-----\n" + c, number + "2 of 3: a newline is missing before its -----BEGIN, or it is indented"},
-		"cut off":                   {a + b[:100] + "\n" + c, noEnd},
-		"its end is indented":       {a + lines[0] + body + " " + last + c, noEnd},
-		"its end is on its line":    {a + lines[0] + strings.TrimSuffix(body, "\n") + last + c, noEnd},
-		"its end has more":          {a + strings.TrimSuffix(b, "\n") + " x\n" + c, noEnd},
-		"its end has another label": {a + lines[0] + body + "-----END X509 CERTIFICATE-----\n" + c, noEnd},
-		"a line is missing":         {a + lines[0] + strings.Join(lines[2:], "") + c, number + "2 of 3: it is damaged"},
-		"no base64":                 {a + lines[0] + "!" + body + last + c, noBase64},
-		"a comment within":          {a + lines[0] + "# x\n" + body + last + c, noBase64},
-		"NUL within":                {a + lines[0] + "\x00" + body + last + c, noBase64},
-		"padding within":            {a + lines[0] + "AA==\n" + body + last + c, noBase64},
-		"no padding":                {a + strings.ReplaceAll(block("CERTIFICATE", append(der, 0)...), "=", "") + c, second},
-		"base64 for URLs":           {a + lines[0] + "_-_-" + body + last + c, noBase64},
-		"headers":                   {a + lines[0] + "Proc-Type: 4,ENCRYPTED\n\n" + body + last + c, noBase64},
-		"nested":                    {a + lines[0] + c + body + last, number + "2 of 3: it is cut off: it has no line -----END CERTIFICATE-----"},
-		"empty":                     {a + block("CERTIFICATE") + c, second + damaged[2:]},
-		"text":                      {a + block("CERTIFICATE", []byte("hello")...) + c, second + damaged[2:]},
-		"cut off within the base64": {a + block("CERTIFICATE", der[:len(der)-3]...) + c, second + damaged[2:]},
-		"more than a certificate":   {a + block("CERTIFICATE", append(der, 0, 0)...) + c, second + damaged[2:]},
-		"two in one":                {a + block("CERTIFICATE", append(der, der...)...) + c, second + damaged[2:]},
-		"a request, labelled wrong": {a + block("CERTIFICATE", request...) + c, second + damaged[2:]},
-		"a key, labelled wrong":     {a + block("CERTIFICATE", pkcs8...) + c, second + damaged[2:]},
-		"a list, labelled wrong":    {a + block("CERTIFICATE", list...) + c, second + damaged[2:]},
-		"a request":                 {a + block("CERTIFICATE REQUEST", request...) + c, second + `it begins with "-----BEGIN CERTIFICATE REQUEST", not with a line -----BEGIN CERTIFICATE-----`},
-		"a private key":             {block("PRIVATE KEY", pkcs8...) + a, number + `1 of 2: it begins with "-----BEGIN PRIVATE KEY", not`},
-		"a revocation list":         {a + block("X509 CRL", 0x30, 0) + c, second + `it begins with "-----BEGIN X509 CRL", not`},
-		"a bag":                     {a + block("PKCS7", 0x30, 0) + c, second + `it begins with "-----BEGIN PKCS7", not`},
-		"lower case":                {a + strings.ReplaceAll(b, "CERTIFICATE", "certificate") + c, second + `it begins with "-----BEGIN certificate", not`},
-		"a label with a blank":      {a + strings.ReplaceAll(b, "CERTIFICATE", "CERTIFICATE ") + c, second + `it begins with "-----BEGIN CERTIFICATE ", not`},
-		"a key on one line":         {a + "-----BEGIN PRIVATE KEY-----MIGH" + c, number + `2 of 3: it begins with "-----BEGIN PRIVATE KEY", not`}, // and nothing of it in the message
-		"no label":                  {a + "-----BEGIN-----\n" + c, second + `it begins with "-----BEGIN", not`},
-		"four dashes at the end":    {a + strings.Replace(b, "E-----\n", "E----\n", 1) + c, second + "it begins with"},
-		"more behind its beginning": {a + strings.Replace(b, "E-----\n", "E----- x\n", 1) + c, second + "it begins with"},
-		"four dashes":               {a + b[1:] + c, "status.proxy.httpAddress.CACerts has an -----END without a -----BEGIN"},
-		"the beginning is missing":  {strings.Join(lines[1:], "") + a, "status.proxy.httpAddress.CACerts has an -----END without a -----BEGIN"},
-		"a long label":              {a + "-----BEGIN " + strings.Repeat("x", 100000), number + `2 of 2: it begins with "-----BEGIN ` + strings.Repeat("x", 39) + ` …", not with`},
-		"nothing but beginnings":    {strings.Repeat("-----BEGIN CERTIFICATE-----\n", 40000), number + "1 of 40000: it is cut off: it has no line"},
-		"a comment":                 {"evil", "status.proxy.httpAddress.CACerts holds no certificate in PEM format"},
-		"a byte order mark":         {"\ufeff", "status.proxy.httpAddress.CACerts holds no certificate in PEM format"},
-		"DER":                       {string(der), "status.proxy.httpAddress.CACerts holds no certificate in PEM format"},
+
+	const newline = "a newline is missing before its -----BEGIN, or it is indented"
+	const cutOff = "it is cut off: it has no line -----END CERTIFICATE-----"
+	const noBase64 = "what stands between its first and its last line is not base64"
+	const damaged = "it is damaged, or something else than one certificate"
+	begins := func(with string) string {
+		return fmt.Sprintf("it begins with %q, not with a line -----BEGIN CERTIFICATE-----", "-----BEGIN"+with)
+	}
+	for what, c := range sorted(map[string]struct{ bundle, number, message string }{
+		"no newline between":        {a + strings.TrimSuffix(b, "\n") + c, "3 of 3", newline},
+		"a space between":           {strings.TrimSuffix(a, "\n") + " " + b + c, "2 of 3", newline},
+		"a line separator between":  {a + strings.TrimSuffix(b, "\n") + "\u2028" + c, "3 of 3", newline},
+		"indented":                  {a + "  " + strings.ReplaceAll(b, "\n", "\n  ") + "\n" + c, "2 of 3", newline},
+		"quoted":                    {a + "> " + strings.ReplaceAll(b, "\n", "\n> ") + "\n" + c, "2 of 3", newline},
+		"six dashes":                {a + "-" + b + c, "2 of 3", newline},
+		"named in a comment":        {a + "# a copy of -----BEGIN CERTIFICATE-----\n" + c, "2 of 3", newline},
+		"cut off":                   {a + b[:100] + "\n" + c, "2 of 3", cutOff},
+		"its end is indented":       {a + first + body + " " + last + c, "2 of 3", cutOff},
+		"its end is on its line":    {a + first + strings.TrimSuffix(body, "\n") + last + c, "2 of 3", cutOff},
+		"its end has more":          {a + strings.TrimSuffix(b, "\n") + " x\n" + c, "2 of 3", cutOff},
+		"its end has another label": {a + first + body + "-----END X509 CERTIFICATE-----\n" + c, "2 of 3", cutOff},
+		"nested":                    {a + first + c + body + last, "2 of 3", cutOff},
+		"nothing but beginnings":    {strings.Repeat(first, 40000), "1 of 40000", cutOff},
+		"no base64":                 {a + first + "!" + body + last + c, "2 of 3", noBase64},
+		"a comment within":          {a + first + "# x\n" + body + last + c, "2 of 3", noBase64},
+		"NUL within":                {a + first + "\x00" + body + last + c, "2 of 3", noBase64},
+		"padding within":            {a + first + "AA==\n" + body + last + c, "2 of 3", noBase64},
+		"no padding":                {a + first + body + "A\n" + last + c, "2 of 3", noBase64},
+		"base64 for URLs":           {a + first + "_-_-" + body + last + c, "2 of 3", noBase64},
+		"headers":                   {a + first + "Proc-Type: 4,ENCRYPTED\n\n" + body + last + c, "2 of 3", noBase64},
+		"a line is missing":         {a + first + strings.Join(lines[2:], "") + c, "2 of 3", damaged},
+		"empty":                     {a + first + last + c, "2 of 3", damaged},
+		"text":                      {a + block("CERTIFICATE", []byte("hello")...) + c, "2 of 3", damaged},
+		"cut off within the base64": {a + block("CERTIFICATE", der[:len(der)-3]...) + c, "2 of 3", damaged},
+		"more than a certificate":   {a + block("CERTIFICATE", append(der, 0, 0)...) + c, "2 of 3", damaged},
+		"two in one":                {a + block("CERTIFICATE", append(der, der...)...) + c, "2 of 3", damaged},
+		"a request, labelled wrong": {a + block("CERTIFICATE", request...) + c, "2 of 3", damaged},
+		"a key, labelled wrong":     {a + block("CERTIFICATE", pkcs8...) + c, "2 of 3", damaged},
+		"a list, labelled wrong":    {a + block("CERTIFICATE", list...) + c, "2 of 3", damaged},
+		"a request":                 {a + block("CERTIFICATE REQUEST", request...) + c, "2 of 3", begins(" CERTIFICATE REQUEST")},
+		"a private key":             {block("PRIVATE KEY", pkcs8...) + a, "1 of 2", begins(" PRIVATE KEY")},
+		"a private key on one line": {a + "-----BEGIN PRIVATE KEY-----MIGH" + c, "2 of 3", begins(" PRIVATE KEY")},
+		"a revocation list":         {a + block("X509 CRL", list...) + c, "2 of 3", begins(" X509 CRL")},
+		"a bag":                     {a + block("PKCS7", 0x30, 0) + c, "2 of 3", begins(" PKCS7")},
+		"lower case":                {a + label("certificate") + c, "2 of 3", begins(" certificate")},
+		"a label with a blank":      {a + label("CERTIFICATE ") + c, "2 of 3", begins(" CERTIFICATE ")},
+		"no label":                  {a + "-----BEGIN-----\n" + c, "2 of 3", begins("")},
+		"four dashes at the end":    {a + strings.Replace(b, "E-----\n", "E----\n", 1) + c, "2 of 3", begins(" CERTIFICATE----")},
+		"more behind its beginning": {a + strings.Replace(b, "E-----\n", "E----- x\n", 1) + c, "2 of 3", begins(" CERTIFICATE")},
+		"a long label":              {a + "-----BEGIN " + strings.Repeat("x", 100000), "2 of 2", begins(" " + strings.Repeat("x", 39) + " …")},
+		"four dashes":               {a + b[1:] + c, "", "has an -----END without a -----BEGIN"},
+		"the beginning is missing":  {strings.Join(lines[1:], "") + a, "", "has an -----END without a -----BEGIN"},
+		"a comment":                 {"evil", "", "holds no certificate in PEM format"},
+		"a byte order mark":         {"\ufeff", "", "holds no certificate in PEM format"},
+		"DER":                       {string(der), "", "holds no certificate in PEM format"},
 	}) {
+		message := `Connector "default/git": status.proxy.httpAddress.CACerts`
+		if c.number != "" {
+			message += ", certificate " + c.number + ":"
+		}
 		_, err := n.publishBundle(c.bundle)
-		if message := `Connector "default/git": ` + c.message; status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), message) || strings.Contains(err.Error(), "MIGH") {
-			t.Errorf("%s: no %q in: %v", what, message, err)
+		wantError(t, err, codes.FailedPrecondition, message+" "+c.message)
+		if err != nil && strings.Contains(err.Error(), "MIGH") {
+			t.Errorf("%s: the key is in the message", what)
 		}
 	}
-	n.api.put(connector("default", "git", "git"))
 	git := gitClass()
 	with(a[:100], "status", "proxy", "httpAddress", "CACerts")(git)
-	n.api.put(git)
-	n.volume().mustRefuse(codes.FailedPrecondition, `ConnectorClass "git": `+number+"1 of 1: it is cut off: it has no line -----END CERTIFICATE-----")
+	n.api.put(git, connector("default", "git", "git"))
+	n.volume().mustRefuse(codes.FailedPrecondition, `ConnectorClass "git": status.proxy.httpAddress.CACerts, certificate 1 of 1: `+cutOff)
 }
 
 // Whether the operator is to be waited for depends on what fails, not on the words of the template.
 func TestHintOfAProxyThatIsNotThereYet(t *testing.T) {
 	n := startNode(t)
-	const hint = "Connector default/git has no proxy address yet (status.proxy.httpAddress.url): wait for the Connectors operator"
+	const hint = "Connector default/git has no proxy address yet (status.proxy.httpAddress.url): wait for the "
 	noStatus, noURL := with(nil, "status"), with(nil, "status", "proxy", "httpAddress", "url")
 	for template, fails := range sorted(map[string]bool{
 		`{{ .connector.status.proxyAddress }}`:                                                             true,
@@ -278,7 +295,8 @@ func TestHintOfAProxyThatIsNotThereYet(t *testing.T) {
 		`{{ if .connector.status.proxyAddress }}proxy{{ else }}{{ .connector.spec.typo }}{{ end }}{{ x }}`: false,
 	}) {
 		for _, change := range []func(object){noStatus, noURL} {
-			n.api.put(class("git", configuration("config", "http.proxy", template)), connector("default", "git", "git", change))
+			n.api.put(class("git", configuration("config", "http.proxy", template)))
+			n.api.put(connector("default", "git", "git", change))
 			err := n.volume().publish()
 			if status.Code(err) != codes.FailedPrecondition || strings.Contains(err.Error(), hint) != fails {
 				t.Errorf("%s: %v", template, err)
@@ -293,13 +311,14 @@ func TestHintOfAProxyThatIsNotThereYet(t *testing.T) {
 	n.api.put(class("git", configuration("config", "a", "{{ range .connectors }}{{ .status.proxyAddress }}{{ end }}")),
 		connector("default", "one", "git"), connector("default", "two", "git", noStatus))
 	n.volume(attrs{"connector.name": "-", "connectors": "one,two"}).
-		mustRefuse(codes.FailedPrecondition, "{{ .status.proxyAddress }} has no value; Connector default/two has no proxy address yet")
+		mustRefuse(codes.FailedPrecondition, "{{ .status.proxyAddress }} has no value; Connector default/two has no proxy")
 }
 
 // The types of JSON schema. Values of the others that classes declare could never be given.
 func TestTypesOfParams(t *testing.T) {
 	n := startNode(t)
-	values := map[string]string{"string": `"s"`, "integer": "8080", "number": "1.5", "boolean": "true", "array": `["a"]`, "object": `{"a":1}`}
+	values := map[string]string{"string": `"s"`, "integer": "8080", "number": "1.5", "boolean": "true", "array": `["a"]`,
+		"object": `{"a":1}`}
 	for kind := range sorted(values) {
 		declared := configuration("config", "file", "{{ .configurations.p }}")
 		declared["params"] = []any{param("p", "type", kind)}
@@ -314,20 +333,21 @@ func TestTypesOfParams(t *testing.T) {
 			v.mustRefuse(codes.InvalidArgument, fmt.Sprintf(`configuration param "p" must be of type %s, not %s`, kind, of))
 		}
 	}
-	for value, kind := range sorted(map[string]string{"0": "integer", "-1": "integer", "9223372036854775807": "integer", "1.0": "number", "1e3": "number", "-0.5": "number", "false": "boolean"}) {
-		n.api.put(class("git", object{"name": "config", "data": object{"file": "{{ .configurations.p }}"}, "params": []any{param("p", "type", kind)}}))
+	for value, kind := range sorted(map[string]string{"0": "integer", "-1": "integer", "9223372036854775807": "integer",
+		"1.0": "number", "1e3": "number", "-0.5": "number", "false": "boolean"}) {
+		declared := configuration("config", "file", "{{ .configurations.p }}")
+		declared["params"] = []any{param("p", "type", kind)}
+		n.api.put(class("git", declared))
 		n.volume(attrs{"configuration.params": `{"config":{"p":` + value + `}}`}).mustPublish()
 	}
-	n.api.put(class("git", object{"name": "config", "data": object{}, "params": []any{param("p", "type", "integer")}}))
-	n.volume(attrs{"configuration.params": `{"config":{"p":1.5}}`}).mustRefuse(codes.InvalidArgument, `configuration param "p" must be of type integer, not number`)
 
 	// A type that there is not is the class's fault, and only of those who mount that configuration.
-	for _, kind := range []string{"bool", "int", "float", "String", "null", "any", " string", "list", strings.Repeat("x", 300)} {
+	for _, kind := range []string{"bool", "int", "float", "String", "null", "any", " string", strings.Repeat("x", 300)} {
 		declared := configuration("config", "file", "x")
 		declared["params"] = []any{param("p", "type", kind, "default", "d")}
 		n.api.put(class("git", declared, configuration("first", "one", "1")))
-		message := fmt.Sprintf(`ConnectorClass "git", configuration "config": param "p" is declared with the type %q; there are string, `+
-			`integer, number, boolean, array, object`, cut(kind, maxQuotedBytes))
+		message := fmt.Sprintf(`ConnectorClass "git", configuration "config": param "p" is declared with the type %q; `+
+			`there are string, integer, number, boolean, array, object`, cut(kind, maxQuotedBytes))
 		n.volume().mustRefuse(codes.FailedPrecondition, message)
 		n.volume(attrs{"configuration.params": `{"config":{"p":true}}`}).mustRefuse(codes.FailedPrecondition, message)
 		n.volume(attrs{"configuration.names": "first"}).mustPublish()
@@ -339,18 +359,20 @@ func TestTypesOfParams(t *testing.T) {
 	v := n.volume(attrs{"configuration.params": `{"config":{"p":443}}`})
 	v.mustPublish()
 	v.want("file", "443")
-	n.volume(attrs{"configuration.params": `{"config":{"p":81}}`}).mustRefuse(codes.InvalidArgument, `configuration param "p" must be one of [80 443], not "81"`)
+	n.volume(attrs{"configuration.params": `{"config":{"p":81}}`}).
+		mustRefuse(codes.InvalidArgument, `configuration param "p" must be one of [80 443], not "81"`)
 }
 
 // What a message tells somebody to do has to work.
 func TestRemediesOfMessages(t *testing.T) {
 	n := startNode(t)
 	// Two ServiceAccounts of one name are bound by two RoleBindings, whatever their namespaces' names are.
-	names := map[string]string{}
-	for _, reader := range []string{"team-a/b", "team/b", "team/a-b", "team/a.b", "team-a/default", "team-a-b/default", "team-a/b-default", "team-a/b.default"} {
+	names, command := map[string]string{}, regexp.MustCompile(`kubectl create rolebinding (\S+-connectors) --namespace=default `)
+	for _, reader := range []string{"team-a/b", "team/b", "team/a-b", "team/a.b", "team-a/default", "team-a-b/default",
+		"team-a/b-default", "team-a/b.default"} {
 		n.api.forbid(reader, connectorPath("default", "git"))
 		err := n.pod(reader).volume("config", attrs{"connector.namespace": "default"}).publish()
-		name := regexp.MustCompile(`kubectl create rolebinding (\S+-connectors) --namespace=default `).FindStringSubmatch(err.Error())
+		name := command.FindStringSubmatch(err.Error())
 		if name == nil || names[name[1]] != "" {
 			t.Fatalf("%s, as %s: %v", reader, names[name[1]], err)
 		}
@@ -360,12 +382,16 @@ func TestRemediesOfMessages(t *testing.T) {
 	// An API server without the CRDs says so without a Status.
 	const nothing = "404 page not found\n"
 	n.api.answer("/connectors/", 404, nothing, "Content-Type", "text/plain; charset=utf-8")
-	n.volume().mustRefuse(codes.FailedPrecondition, `Connector "default/git" cannot be read: the cluster has no CRD connectors.connectors.alauda.io: apply`, "deploy.yaml")
+	n.volume().mustRefuse(codes.FailedPrecondition, `Connector "default/git" cannot be read: `,
+		"the cluster has no CRD connectors.connectors.alauda.io: apply the whole of deploy.yaml")
 	n.api.answer("/connectorclasses/", 404, nothing)
-	n.volume().mustRefuse(codes.FailedPrecondition, `ConnectorClass "git" of Connector "default/git" cannot be read: the cluster has no CRD connectorclasses.connectors.alauda.io: apply`, "deploy.yaml")
+	n.volume().mustRefuse(codes.FailedPrecondition, `ConnectorClass "git" of Connector "default/git" cannot be read: `,
+		"the cluster has no CRD connectorclasses.connectors.alauda.io: apply the whole of deploy.yaml")
 	n.api.answer("/token", 404, nothing)
-	n.volume(attrs{"token.expiration": "1h"}).mustRefuse(codes.NotFound, "no token of 1h0m0s for ServiceAccount default/default: Not Found (HTTP 404")
+	n.volume(attrs{"token.expiration": "1h"}).
+		mustRefuse(codes.NotFound, "no token of 1h0m0s for ServiceAccount default/default: Not Found (HTTP 404")
 	n.api.answer("", 0, "")
 
-	n.volume(attrs{"configuration.names": "-"}).mustRefuse(codes.InvalidArgument, "configuration.names is missing", "only where the driver runs with --builtin-files")
+	n.volume(attrs{"configuration.names": "-"}).mustRefuse(codes.InvalidArgument, "configuration.names is missing",
+		"it may be left out only where the driver runs with --builtin-files")
 }
