@@ -126,16 +126,16 @@ type volume struct {
 	publication *publication      // kubelet's last that was valid; nil if there was no room to keep it
 	digest      [sha256.Size]byte // of all that the files were made from
 	token       issuedToken       // that the driver asked for
-	tidy, renew *time.Timer       // for the removal of old files, and the renewal of the token
 
 	// The lock of the driver guards the rest.
 	called   bool               // a call of kubelet waits for the turn, or has it
 	stop     context.CancelFunc // ends the push that has the turn
 	kept     int                // bytes
 	due      time.Time          // when the change came that the next push is for; zero if none is to come
-	next     *time.Timer        // for that push
 	pushed   time.Time          // when the last push began
 	failures int                // of the last pushes
+	// For the next push, the removal of old files, and the renewal of the token.
+	next, tidy, renew *time.Timer
 }
 
 func (d *driver) GetPluginInfo(context.Context,
@@ -233,7 +233,9 @@ func (d *driver) publish(ctx context.Context, v *volume, p *publication, at foun
 	l := d.kube.begin(&lookup{user: &v.user, pod: p.pod, token: p.token, first: !at.complete, renewal: renewal})
 	defer l.end()
 	defer func() {
-		if v.publication != nil && d.kube.use(&v.user, l, err == nil) {
+		if v.publication == nil {
+			d.kube.disuse(&v.user)
+		} else if d.kube.use(&v.user, l, err == nil) {
 			d.pushSoon(v)
 		}
 	}()
@@ -260,19 +262,23 @@ func (d *driver) publish(ctx context.Context, v *volume, p *publication, at foun
 	}
 
 	// 5. mount or update
+	v.digest = [sha256.Size]byte{} // of an update that fails halfway nothing is known
 	if changed, err = d.budget.publish(p.target, v.memory, at, f, p.who); err != nil {
 		return changed, mountStatus(err)
 	}
 	if v.mounted, v.digest = true, made; v.publication != p {
 		d.keep(v, p)
 	}
-	d.setTimers(v, changed && at.complete)
+	d.settle(v, changed && at.complete)
 	return changed, nil
 }
 
-// setTimers lets old files go, if there are any, and the token be renewed, both by the driver itself. The caller
-// has the volume's turn.
-func (d *driver) setTimers(v *volume, oldFiles bool) {
+// settle lets pushes come as soon as they may, old files go, if there are any, and the token be renewed. The
+// caller has the volume's turn.
+func (d *driver) settle(v *volume, oldFiles bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v.failures = 0
 	if oldFiles {
 		v.tidy = again(v.tidy, sweepDelay, func() { d.work(v, func(context.Context) { d.sweep(v) }) })
 	}
@@ -815,7 +821,7 @@ func (d *driver) unlock(v *volume) {
 	<-v.turn
 }
 
-// work does something with a mounted volume in its turn that is no call of kubelet. One that comes ends it by ctx.
+// work does something with a volume in its turn that is no call of kubelet. One that comes ends it by ctx.
 func (d *driver) work(v *volume, do func(ctx context.Context)) {
 	ctx, cancel := context.WithTimeout(context.Background(), publishTimeout)
 	defer cancel()
@@ -826,9 +832,7 @@ func (d *driver) work(v *volume, do func(ctx context.Context)) {
 		cancel()
 	}
 	d.mu.Unlock()
-	if v.mounted {
-		do(ctx)
-	}
+	do(ctx)
 }
 
 // pushSoon pushes a volume: at once, or when it is time again. What comes before that push is part of it.
@@ -855,7 +859,7 @@ func (d *driver) push(v *volume, renewal bool) {
 		d.mu.Unlock()
 		p := v.publication
 		at, err := d.budget.look(v.target, v.memory)
-		if p == nil || err != nil || !at.complete || ctx.Err() != nil {
+		if p == nil || err != nil || !at.complete || ctx.Err() != nil { // gone, or a call does it
 			return
 		}
 		start := time.Now()
@@ -863,12 +867,9 @@ func (d *driver) push(v *volume, renewal bool) {
 		err = shorten(err)
 		d.metrics.inc(pushesTotal, "code", status.Code(err).String())
 		d.mu.Lock()
-		switch {
-		case err == nil:
-			v.failures = 0
-		case renewal:
+		if err != nil && renewal {
 			v.renew = again(v.renew, retryInterval, func() { d.push(v, true) })
-		default:
+		} else if err != nil {
 			v.failures = min(v.failures+1, 5)
 		}
 		d.mu.Unlock()
@@ -923,13 +924,16 @@ func (d *driver) keep(v *volume, p *publication) {
 func (d *driver) forget(v *volume) {
 	v.mounted = false
 	d.keep(v, nil)
-	for _, t := range []*time.Timer{v.tidy, v.renew, v.next} {
+	d.kube.disuse(&v.user)
+	d.budget.forget(v.memory)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, t := range []*time.Timer{v.next, v.tidy, v.renew} {
 		if t != nil {
 			t.Stop()
 		}
 	}
-	d.kube.disuse(&v.user)
-	d.budget.forget(v.memory)
+	v.due = time.Time{}
 }
 
 // forgetUnmounted forgets the volumes that somebody else has unmounted, and what nobody keeps any more of others.
