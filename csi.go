@@ -1051,8 +1051,8 @@ func connectorStatus(err error, ref reference, pod podIdentity) error {
 			"Connector %q not found: create it, or correct %s or %s in volumeAttributes (%v)",
 			ref, attrName, attrNamespace, err)
 	case codes.PermissionDenied:
-		return status.Errorf(code, "ServiceAccount %[1]s/%[2]s may not read Connector %[3]q: %[4]v. Allow it "+
-			"with: kubectl create rolebinding %[1]s.%[2]s-connectors --namespace=%[5]s "+
+		return status.Errorf(code, "ServiceAccount %[1]s/%[2]s may not read Connector %[3]q: %[4]v. Allow "+
+			"it with: kubectl create rolebinding %[1]s.%[2]s-connectors --namespace=%[5]s "+
 			"--clusterrole=connectors-connector-viewer-role --serviceaccount=%[1]s:%[2]s",
 			pod.namespace, pod.serviceAccount, ref, err, ref.namespace)
 	default:

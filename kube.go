@@ -1278,8 +1278,8 @@ func decodeFailure(response *http.Response, data []byte) (wait time.Duration, _ 
 			if strings.HasPrefix(rest, "/connectorclasses") {
 				resource = "connectorclasses"
 			}
-			return 0, failuref(codes.FailedPrecondition, "the cluster has no CRD %s.connectors.alauda.io: apply "+
-				"the whole of deploy.yaml, or install the Connectors operator", resource)
+			return 0, failuref(codes.FailedPrecondition, "the cluster has no CRD %s.connectors.alauda.io: "+
+				"apply the whole of deploy.yaml, or install the Connectors operator", resource)
 		}
 	}
 	if response.StatusCode == http.StatusTooManyRequests ||

@@ -335,8 +335,8 @@ func renderConfiguration(out *volumeFiles, c mountedClass, configuration object,
 	return nil
 }
 
-// hintNoProxy names the usual reason why a template fails on a Connector created a moment ago, if that is what
-// it fails for: with an address of a proxy it would do something else.
+// hintNoProxy names the usual reason why a template fails on a Connector created a moment ago, if that is
+// what it fails for: with an address of a proxy it would do something else.
 func hintNoProxy(c mountedClass, attempt func(mountedClass) ([]byte, error), failure error) string {
 	lacking := ""
 	c.connectors = slices.Clone(c.connectors)
@@ -361,8 +361,8 @@ func hintNoProxy(c mountedClass, attempt func(mountedClass) ([]byte, error), fai
 	if _, err := attempt(c); err != nil && err.Error() == failure.Error() {
 		return ""
 	}
-	return fmt.Sprintf("; Connector %s has no proxy address yet (status.proxy.httpAddress.url): wait for the "+
-		"Connectors operator to set it, or look at the class's spec.proxy and the Connector's conditions",
+	return fmt.Sprintf("; Connector %s has no proxy address yet (status.proxy.httpAddress.url): wait for "+
+		"the Connectors operator to set it, or look at the class's spec.proxy and the Connector's conditions",
 		lacking)
 }
 
