@@ -28,6 +28,7 @@
 package main
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"encoding/binary"
@@ -41,6 +42,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -404,18 +406,17 @@ func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 		return err
 	}
 	defer probe.Close()
-	web := &http.Server{Handler: webHandler(r, csi.NewIdentityClient(probe), d.metrics),
-		ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second}
 	listener, err := net.Listen("tcp", httpAddress)
 	if err != nil {
 		return err
 	}
-	go web.Serve(listener)
-	defer web.Close()
-
+	defer listener.Close()
 	if err := r.listen(); err != nil {
 		return err
 	}
+	w := &web{registration: r, metrics: d.metrics}
+	go w.checkHealth(ctx, csi.NewIdentityClient(probe))
+	go w.serve(listener.(*net.TCPListener))
 	slog.Info("started", "version", version, "node", d.nodeName, "socket", socket,
 		"http", listener.Addr().String())
 	err = r.watch(ctx)
@@ -425,28 +426,122 @@ func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 	return err
 }
 
-// webHandler serves what probes and Prometheus ask for.
-func webHandler(r *registration, identity csi.IdentityClient, m *metrics) http.Handler {
-	mux := http.NewServeMux()
-	answer := func(w http.ResponseWriter, err error) {
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+// web serves what probes and Prometheus ask for, on a port that everybody in the cluster's network may reach.
+// So a connection is good for one request, and what all of them take together is bounded.
+type web struct {
+	registration *registration
+	metrics      *metrics
+
+	mu     sync.Mutex
+	open   []*webConnection // the oldest first
+	health error            // of the last call that the driver made to itself
+}
+
+// What connections may take: all of them, and each.
+const (
+	maxWebConnections = 64
+	maxWebBytes       = 4 << 10 // that the client sends
+	webTime           = 5 * time.Second
+)
+
+// webConnection is a connection that is not at its end.
+type webConnection struct {
+	*net.TCPConn
+	client netip.Addr
+	ended  chan struct{} // closed at its end
+}
+
+// serve takes connections until the listener is closed. One too many displaces the oldest of the client that
+// has the most, whose end it awaits: so a flood displaces itself, and no probe.
+func (w *web) serve(listener *net.TCPListener) {
+	for {
+		conn, err := listener.AcceptTCP()
+		if errors.Is(err, net.ErrClosed) {
 			return
+		} else if err != nil { // there is no descriptor left, for instance
+			time.Sleep(100 * time.Millisecond)
+			continue
 		}
-		fmt.Fprintln(w, "ok")
+		c := &webConnection{conn, conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr(), make(chan struct{})}
+		w.mu.Lock()
+		w.open = append(w.open, c)
+		count := map[netip.Addr]int{}
+		for _, o := range w.open {
+			count[o.client]++
+		}
+		oldestOfMost := slices.MaxFunc(w.open, func(a, b *webConnection) int { // it takes the first of several
+			return cmp.Compare(count[a.client], count[b.client])
+		})
+		tooMany := len(w.open) > maxWebConnections
+		w.mu.Unlock()
+		go w.answer(c)
+		if tooMany {
+			oldestOfMost.Close()
+			<-oldestOfMost.ended
+		}
 	}
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, request *http.Request) {
-		ctx, cancel := context.WithTimeout(request.Context(), 5*time.Second)
-		defer cancel()
-		_, err := identity.Probe(ctx, &csi.ProbeRequest{})
-		answer(w, err)
-	})
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) { answer(w, r.ready()) })
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-		fmt.Fprint(w, m.text())
-	})
-	return mux
+}
+
+// answer answers one request, and waits until the client closes the connection, which it does when it has the
+// answer: by SetLinger(0) the kernel keeps nothing of one that is closed here.
+func (w *web) answer(c *webConnection) {
+	defer func() {
+		c.Close()
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.open = slices.DeleteFunc(w.open, func(o *webConnection) bool { return o == c })
+		close(c.ended)
+	}()
+	c.SetLinger(0)
+	c.SetDeadline(time.Now().Add(webTime))
+	in := io.LimitReader(c, maxWebBytes)
+	request, err := http.ReadRequest(bufio.NewReader(in))
+	if err != nil {
+		return
+	}
+	code, text := w.page(request)
+	fmt.Fprintf(c, "HTTP/1.1 %d %s\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n"+
+		"Content-Length: %d\r\nConnection: close\r\n\r\n%s", code, http.StatusText(code), len(text), text)
+	c.CloseWrite()
+	io.Copy(io.Discard, in)
+}
+
+// page is the answer to a request.
+func (w *web) page(request *http.Request) (code int, text string) {
+	var err error
+	switch path := request.URL.Path; {
+	case request.Method != http.MethodGet:
+		return http.StatusMethodNotAllowed, "only GET\n"
+	case path == "/metrics":
+		return http.StatusOK, w.metrics.text()
+	case path == "/healthz":
+		w.mu.Lock()
+		err = w.health
+		w.mu.Unlock()
+	case path == "/readyz":
+		err = w.registration.ready()
+	default:
+		return http.StatusNotFound, "there are /healthz, /readyz and /metrics\n"
+	}
+	if err != nil {
+		return http.StatusServiceUnavailable, err.Error() + "\n"
+	}
+	return http.StatusOK, "ok\n"
+}
+
+// checkHealth calls the driver by its socket each second, as kubelet does, so that no request causes a call.
+func (w *web) checkHealth(ctx context.Context, identity csi.IdentityClient) {
+	for ; ctx.Err() == nil; time.Sleep(time.Second) {
+		call, cancel := context.WithTimeout(ctx, 5*time.Second)
+		_, err := identity.Probe(call, &csi.ProbeRequest{})
+		cancel()
+		if err != nil { // its text has the socket's path
+			err = fmt.Errorf("the driver does not answer its own call: %v", status.Code(err))
+		}
+		w.mu.Lock()
+		w.health = err
+		w.mu.Unlock()
+	}
 }
 
 // registration makes kubelet know the driver, by kubelet's plugin registration API, version 1

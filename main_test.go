@@ -8,7 +8,8 @@ package main
 // Beside this file, with TestMain and the process of the tests, stand
 //
 //	apiserver_test.go, node_test.go   what they are made with: the API server, the node, its Pods and volumes
-//	process_test.go                   main.go: the process, kubelet's registration, HTTP, the command render
+//	process_test.go                   main.go: the process, kubelet's registration, metrics, the command render
+//	http_test.go, preview_test.go     main.go: whoever reaches the port; hostile input, and whole clusters, for that command
 //	publish_test.go                   csi.go: the contract of a volume, and the errors that a user can meet
 //	refresh_test.go                   kube.go: reads, the cache, tokens
 //	watch_test.go, push_test.go       kube.go and csi.go: watches, and what comes of them
@@ -80,6 +81,8 @@ func TestMain(m *testing.M) {
 	switch os.Getenv(roleKey) {
 	case roleDriver:
 		main()
+	case roleCrowd:
+		besiege(os.Args[1])
 	case roleTests:
 		if err := setUpNamespace(); err != nil {
 			fmt.Fprintln(os.Stderr, "setting up the mount namespace:", err)

@@ -9,8 +9,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,7 +22,6 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 )
@@ -394,23 +391,6 @@ func runWithoutUserNamespaces(t *testing.T) {
 		GidMappingsEnableSetgroups: true, Pdeathsig: syscall.SIGKILL}
 	if output, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("%v: %s", err, output)
-	}
-}
-
-func TestHealthNeedsTheSocket(t *testing.T) {
-	n := startNode(t)
-	conn, err := grpc.NewClient("unix:"+n.dir+"/none", grpc.WithTransportCredentials(insecure.NewCredentials()))
-	must(t, err)
-	defer conn.Close()
-	web := httptest.NewServer(webHandler(&registration{socket: n.dir + "/none"}, csi.NewIdentityClient(conn), n.driver.metrics))
-	defer web.Close()
-	for path, want := range sorted(map[string]int{"/healthz": 503, "/readyz": 503, "/metrics": 200, "/": 404}) {
-		response, err := http.Get(web.URL + path)
-		must(t, err)
-		response.Body.Close()
-		if response.StatusCode != want {
-			t.Errorf("%s answers %d, not %d", path, response.StatusCode, want)
-		}
 	}
 }
 
