@@ -420,6 +420,9 @@ func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 	slog.Info("started", "version", version, "node", d.nodeName, "socket", socket,
 		"http", listener.Addr().String())
 	err = r.watch(ctx)
+	if r.present() {
+		os.Remove(socket)
+	}
 	server.GracefulStop()
 	d.close()
 	slog.Info("stopped")
@@ -561,9 +564,19 @@ type registration struct {
 // listen makes the socket and serves on it. A socket that a killed process left is replaced; anything else
 // that has its name is not.
 func (r *registration) listen() error {
+	if most := len(unix.RawSockaddrUnix{}.Path) - 1; len(r.socket) > most {
+		return fmt.Errorf("%s is too long for the path of a socket: it has %d bytes, and may have %d; kubelet "+
+			"needs a shorter --root-dir", r.socket, len(r.socket), most)
+	}
 	if info, err := os.Lstat(r.socket); err == nil {
 		if info.Mode().Type() != fs.ModeSocket {
 			return fmt.Errorf("%s exists and is not a socket", r.socket)
+		}
+		if conn, err := net.Dial("unix", r.socket); err == nil {
+			conn.Close()
+			return fmt.Errorf("another process serves %s: a node can have one driver of this name", r.socket)
+		} else if !errors.Is(err, unix.ECONNREFUSED) {
+			return err
 		}
 		if err := os.Remove(r.socket); err != nil {
 			return err
@@ -573,6 +586,7 @@ func (r *registration) listen() error {
 	if err != nil {
 		return fmt.Errorf("%w; mount kubelet's plugins_registry directory there", err)
 	}
+	listener.(*net.UnixListener).SetUnlinkOnClose(false) // by then it may be another's
 	if err := os.Chmod(r.socket, 0o600); err != nil {
 		return errors.Join(err, listener.Close())
 	}

@@ -38,6 +38,13 @@ func TestStartUpFailures(t *testing.T) {
 	must(t, os.MkdirAll(inTheWay+"/pods", 0o755))
 	must(t, os.MkdirAll(inTheWay+"/plugins_registry/connectors-csi-reg.sock", 0o755))
 	must(t, os.MkdirAll(n.dir+"/noRegistry/pods", 0o755))
+	taken := n.dir + "/taken"
+	must(t, errors.Join(os.MkdirAll(taken+"/pods", 0o755), os.MkdirAll(taken+"/plugins_registry", 0o755)))
+	other, err := net.Listen("unix", taken+"/plugins_registry/connectors-csi-reg.sock")
+	must(t, err)
+	defer other.Close()
+	deep := n.dir + "/" + strings.Repeat("x", 110-len(n.dir)-1)
+	must(t, errors.Join(os.MkdirAll(deep+"/pods", 0o755), os.MkdirAll(deep+"/plugins_registry", 0o755)))
 	for what, c := range sorted(map[string]struct {
 		environment []string
 		arguments   []string
@@ -47,6 +54,8 @@ func TestStartUpFailures(t *testing.T) {
 		"no API server":         {[]string{"KUBERNETES_SERVICE_HOST="}, nil, "KUBERNETES_SERVICE_HOST"},
 		"not shared":            {nil, []string{"--kubelet-dir=" + notShared}, "not on a shared mount"},
 		"no budget":             {nil, []string{"--volumes-budget=0"}, "--volumes-budget 0 must be above zero"},
+		"too long a path":       {nil, []string{"--kubelet-dir=" + deep}, "is too long for the path of a socket: it has 151 bytes, and may have 107"},
+		"another driver":        {nil, []string{"--kubelet-dir=" + taken}, "another process serves " + taken + "/plugins_registry/connectors-csi-reg.sock"},
 		"no such interval":      {nil, []string{"--refresh-interval=0s"}, "--refresh-interval 0s must be above zero"},
 		"argument":              {nil, []string{"start"}, `unexpected argument "start"`},
 		"port in use":           {nil, []string{"--http-address=" + busy.Addr().String()}, "address already in use"},
@@ -325,6 +334,54 @@ func TestSocket(t *testing.T) {
 	n.stop()
 	if _, err := os.Lstat(n.socket()); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the socket is still there: %v", err)
+	}
+}
+
+// Whatever takes the place of the socket stays there, when the driver ends and before.
+func TestSocketOfOthersStays(t *testing.T) {
+	file := func(path string) error { return os.WriteFile(path, []byte("other"), 0o644) }
+	socket := func(path string) error {
+		listener, err := net.Listen("unix", path)
+		if err == nil {
+			t.Cleanup(func() { listener.Close() })
+		}
+		return err
+	}
+	for what, c := range sorted(map[string]struct {
+		make func(path string) error
+		word string
+	}{
+		"a file":      {file, "exists and is not a socket"},
+		"a directory": {func(path string) error { return os.Mkdir(path, 0o755) }, "exists and is not a socket"},
+		"a link":      {func(path string) error { return os.Symlink("/none", path) }, "exists and is not a socket"},
+		"a driver":    {socket, "another process serves"},
+	}) {
+		for _, end := range []string{"by itself", "by SIGTERM"} {
+			t.Run(what+" "+end, func(t *testing.T) {
+				n := newNode(t)
+				p := n.startProcess()
+				must(t, c.make(n.socket()+".other"))
+				other, err := os.Lstat(n.socket() + ".other")
+				must(t, err)
+				must(t, os.Remove(n.socket()))
+				must(t, os.Rename(n.socket()+".other", n.socket()))
+				if end == "by SIGTERM" {
+					must(t, p.Process.Signal(syscall.SIGTERM))
+				}
+				p.awaitExit(t)
+				if end == "by itself" && !strings.Contains(p.log.String(), c.word) {
+					t.Errorf("no %q in %s", c.word, p.log)
+				}
+				if now, err := os.Lstat(n.socket()); err != nil || !os.SameFile(now, other) {
+					t.Errorf("it is gone: %v", err)
+				}
+				if what == "a driver" {
+					conn, err := net.Dial("unix", n.socket())
+					must(t, err)
+					conn.Close()
+				}
+			})
+		}
 	}
 }
 
