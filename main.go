@@ -40,6 +40,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -83,9 +84,15 @@ func main() {
 		err = run()
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "connectors-csi: "+err.Error())
+		fmt.Fprintln(os.Stderr, "connectors-csi: "+printable(err.Error()))
 		os.Exit(1)
 	}
+}
+
+// printable makes one line of a text that may be anybody's, with nothing in it that a terminal obeys.
+func printable(text string) string {
+	quoted := strconv.Quote(text)
+	return strings.NewReplacer(`\"`, `"`, `\\`, `\`).Replace(quoted[1 : len(quoted)-1])
 }
 
 const usage = `connectors-csi [flags]
@@ -125,10 +132,12 @@ func run() error {
 		return fmt.Errorf("unexpected argument %q", flag.Arg(0))
 	case *nodeName == "":
 		return errors.New("no node name: set NODE_NAME from spec.nodeName, or --node-name")
+	case !filepath.IsAbs(*kubeletDir):
+		return fmt.Errorf("--kubelet-dir %q must be an absolute path", *kubeletDir)
 	case *refresh <= 0:
 		return fmt.Errorf("--refresh-interval %v must be above zero", *refresh)
-	case *volumesBudget <= 0:
-		return fmt.Errorf("--volumes-budget %d must be above zero", *volumesBudget)
+	case *volumesBudget <= 0, *volumesBudget > math.MaxInt64>>20:
+		return fmt.Errorf("--volumes-budget %d must be above zero, and be a number of MiB", *volumesBudget)
 	}
 	if err := checkKernel(); err != nil {
 		return err
@@ -231,8 +240,8 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 		if err != nil {
 			return err
 		}
-		if token = strings.TrimSpace(string(text)); token == "" {
-			return fmt.Errorf("there is no token in %s", *tokenFile)
+		if token = strings.TrimSpace(string(text)); token == "" || len(token) > maxTokenBytes {
+			return fmt.Errorf("there is no token in %s, of at most %d KiB", *tokenFile, maxTokenBytes>>10)
 		}
 	}
 
@@ -245,28 +254,17 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	// 2. validate
 	podNamespace := cmp.Or(*namespace, input.namespace)
 	if attributes[attrName] == "" && attributes[attrConnectors] == "" {
-		attributes[attrConnectors] = strings.Join(input.order, ",")
+		for _, r := range input.order {
+			attributes[attrConnectors] += "," + r.namespace + "/" + r.name
+		}
 	}
 	a, err := parseAttributes(attributes, podNamespace, *builtIn)
-	if err != nil {
+	if err = cmp.Or(err, a.check()); err != nil {
 		return err
 	}
 
-	// 3. find
-	sources, err := collectSources(podIdentity{}, a.connectors, input.connector, input.class)
-	if err == nil {
-		_, err = proxyAudiences(sources)
-	}
-	if err != nil {
-		return errors.New(status.Convert(err).Message())
-	}
-
-	// 4. render
-	log := slog.New(slog.DiscardHandler) // what a renderer lacks here is not worth a word
-	p := newRenderers("/proc/self/exe", log, newMetrics(nil))
-	defer p.close()
-	f, err := p.render(context.Background(), podNamespace,
-		job{sources: sources, selection: a.selection, token: token})
+	// 3. and 4.
+	f, err := input.render(a, podNamespace, token)
 	if err != nil {
 		return err
 	}
@@ -275,13 +273,41 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	return printFiles(f, *outputDir, stdout)
 }
 
+// render is what preview does for a volume: its steps 3 and 4.
+func (in *input) render(a attributes, podNamespace, token string) (files, error) {
+	// 3. find
+	in.sizes = sizes{limit: maxVolumeObjectsBytes}
+	sources, err := collectSources(podIdentity{}, a.connectors, in.connector, in.class)
+	if err == nil {
+		_, err = proxyAudiences(sources)
+	}
+	if err != nil {
+		return nil, errors.New(status.Convert(err).Message())
+	}
+
+	// 4. render
+	log := slog.New(slog.DiscardHandler) // what a renderer lacks here is not worth a word
+	p := newRenderers("/proc/self/exe", log, newMetrics(nil))
+	defer p.close()
+	return p.render(context.Background(), podNamespace,
+		job{sources: sources, selection: a.selection, token: token})
+}
+
+const (
+	maxInputBytes = 64 << 20
+	maxListDepth  = 4 // of lists in lists, each of which is read once more
+)
+
+var objectsAPIVersion = strings.TrimPrefix(connectorsAPI, "/apis/")
+
 // input is what was read from standard input.
 type input struct {
 	namespace  string // of the first Connector
-	order      []string
+	order      []reference
 	connectors map[reference]*apiObject
 	classes    map[string]*apiObject
-	sizes      sizes // of those that the volume mounts
+	sizes      sizes  // of those that the volume mounts
+	foreign    string // says that an object of another API was passed over, if one was
 }
 
 func (in *input) connector(ref reference) (*apiObject, error) { return in.count(in.connectors[ref]) }
@@ -291,49 +317,58 @@ func (in *input) class(name string) (*apiObject, error) { return in.count(in.cla
 // count counts an object of the volume, if it is there.
 func (in *input) count(o *apiObject) (*apiObject, error) {
 	if o == nil {
-		return nil, failuref(codes.FailedPrecondition, "it is not in the input")
+		return nil, failuref(codes.FailedPrecondition, "it is not in the input%s", in.foreign)
 	}
 	return o, in.sizes.add(o)
 }
 
 // readInput reads objects, lists of objects, or several of either one after the other. Kinds that have
-// nothing to do with rendering are passed over. A Connector without a namespace is one of the given
-// namespace, or of "default".
+// nothing to do with rendering are passed over, and so are those of another API that have the same names. A
+// Connector without a namespace is one of the given namespace, or of "default".
 func readInput(stdin io.Reader, namespace string) (*input, error) {
-	in := &input{connectors: map[reference]*apiObject{}, classes: map[string]*apiObject{},
-		sizes: sizes{limit: maxVolumeObjectsBytes}}
-	for d := json.NewDecoder(stdin); ; {
+	in := &input{connectors: map[reference]*apiObject{}, classes: map[string]*apiObject{}}
+	limited := &io.LimitedReader{R: stdin, N: maxInputBytes}
+	for d := json.NewDecoder(limited); ; {
 		var value json.RawMessage
-		if err := d.Decode(&value); errors.Is(err, io.EOF) {
+		if err := d.Decode(&value); errors.Is(err, io.EOF) && limited.N > 0 {
 			break
 		} else if err != nil {
-			return nil, fmt.Errorf("standard input is not JSON, as kubectl get -o json prints it: %w", err)
+			return nil, fmt.Errorf("standard input is not JSON of less than %d MiB, as kubectl get -o json "+
+				"prints it: %w", maxInputBytes>>20, err)
 		}
-		if err := in.add(value, cmp.Or(namespace, "default")); err != nil {
+		if err := in.add(value, cmp.Or(namespace, "default"), maxListDepth); err != nil {
 			return nil, err
 		}
 	}
 	if len(in.order) == 0 {
-		return nil, errors.New("there is no Connector on standard input")
+		return nil, errors.New("there is no Connector on standard input" + in.foreign)
 	}
 	return in, nil
 }
 
-// add takes an object, or the items of a list.
-func (in *input) add(raw json.RawMessage, namespace string) error {
+// add takes an object, or the items of a list with at most so many others in one another.
+func (in *input) add(raw json.RawMessage, namespace string, depth int) error {
+	if depth < 0 {
+		return errors.New("standard input has too many lists in one another")
+	}
 	var list struct {
-		Kind  string            `json:"kind"`
-		Items []json.RawMessage `json:"items"`
+		APIVersion, Kind string
+		Items            []json.RawMessage
 	}
 	if err := json.Unmarshal(raw, &list); err != nil {
 		return fmt.Errorf("standard input holds something that is no Kubernetes object: %w", err)
 	}
 	for _, item := range list.Items {
-		if err := in.add(item, namespace); err != nil {
+		if err := in.add(item, namespace, depth-1); err != nil {
 			return err
 		}
 	}
 	if list.Kind != "Connector" && list.Kind != "ConnectorClass" {
+		return nil
+	}
+	if list.APIVersion != objectsAPIVersion {
+		in.foreign = fmt.Sprintf("; a %s with apiVersion %q was passed over, since it is not %s", list.Kind,
+			cut(list.APIVersion, maxQuotedBytes), objectsAPIVersion)
 		return nil
 	}
 	o, err := parseObject(raw)
@@ -351,23 +386,28 @@ func (in *input) add(raw json.RawMessage, namespace string) error {
 		if err != nil {
 			return err
 		}
-		value.(object)["metadata"].(object)["namespace"] = namespace // it has a name
+		metadata, ok := valueAt(value, "metadata").(object)
+		if !ok { // it has another one before
+			return fmt.Errorf("the %s %q on standard input has metadata twice", list.Kind, o.name)
+		}
+		metadata["namespace"] = namespace
 		text, err := json.Marshal(value)
 		if err != nil {
 			return err
 		}
-		return in.add(text, namespace)
+		return in.add(text, namespace, depth)
 	}
 	in.namespace = cmp.Or(in.namespace, o.namespace)
 	ref := reference{o.namespace, o.name}
 	if in.connectors[ref] == nil {
-		in.order = append(in.order, o.namespace+"/"+o.name)
+		in.order = append(in.order, ref)
 	}
 	in.connectors[ref] = o
 	return nil
 }
 
-// printFiles prints one file as it is, and several in the way of tail(1); or it writes them into a directory.
+// printFiles prints one file as it is, and several in the way of tail(1); or it writes them into a directory,
+// each as a new file, since one that is there may be a link, or open to others.
 func printFiles(f files, dir string, stdout io.Writer) error {
 	if dir != "" {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -377,7 +417,16 @@ func printFiles(f files, dir string, stdout io.Writer) error {
 	for i, name := range slices.Sorted(maps.Keys(f)) {
 		switch {
 		case dir != "":
-			if err := os.WriteFile(filepath.Join(dir, name), f[name], 0o600); err != nil {
+			path := filepath.Join(dir, name)
+			if err := unix.Unlink(path); err != nil && err != unix.ENOENT {
+				return fmt.Errorf("replacing %s: %w", path, err)
+			}
+			file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+			if err != nil {
+				return err
+			}
+			_, err = file.Write(f[name])
+			if err = errors.Join(err, file.Close()); err != nil {
 				return err
 			}
 		case len(f) == 1:
