@@ -218,6 +218,8 @@ func dropCapabilities() error {
 //  3. find the Connectors and their classes
 //  4. render, with the limits and the messages of a publish
 //  5. print the files
+//
+// With --check it does step 4 for every configuration that there is, and prints what fails.
 func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	flags := flag.NewFlagSet("connectors-csi render", flag.ExitOnError)
 	attributes := map[string]string{}
@@ -230,9 +232,15 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	tokenFile := flags.String("token-file", "", "a file with the token to render (default: the word TOKEN)")
 	outputDir := flags.String("output-dir", "",
 		"write the files into this directory, instead of printing them")
+	check := flags.Bool("check", false, "render each configuration of each Connector's class, as far as it "+
+		"needs no parameters, and print a line for each problem instead of the files")
 	flags.Parse(arguments)
-	if flags.NArg() > 0 {
+	switch {
+	case flags.NArg() > 0:
 		return fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	case *check && (len(attributes) > 0 || *outputDir != ""):
+		return errors.New("--check takes all Connectors and configurations: leave out volumeAttributes and " +
+			"--output-dir")
 	}
 	token := "TOKEN"
 	if *tokenFile != "" {
@@ -249,6 +257,10 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	input, err := readInput(stdin, *namespace)
 	if err != nil {
 		return err
+	}
+
+	if *check {
+		return input.check(*builtIn, token, stdout)
 	}
 
 	// 2. validate
@@ -291,6 +303,44 @@ func (in *input) render(a attributes, podNamespace, token string) (files, error)
 	defer p.close()
 	return p.render(context.Background(), podNamespace,
 		job{sources: sources, selection: a.selection, token: token})
+}
+
+// check renders each configuration of each Connector's class for that Connector alone, and prints each
+// problem once. Where the class is missing, rendering a configuration without a name says so.
+func (in *input) check(builtIn bool, token string, stdout io.Writer) error {
+	problems, rendered, unchecked := map[string]bool{}, 0, 0
+	for _, ref := range in.order {
+		configurations := []object{{}}
+		if class := in.classes[in.connectors[ref].class]; class != nil {
+			value, err := decodeJSON(class.raw)
+			if err != nil {
+				return err
+			}
+			configurations = objectList(value.(object), "spec", "configurations")
+		}
+		for _, c := range configurations {
+			want := selection{Configurations: []string{stringAt(c, "name")}, BuiltIn: builtIn}
+			a := attributes{connectors: []reference{ref}, selection: want}
+			_, err := in.render(a, ref.namespace, token)
+			problem := printable(fmt.Sprintf("%v: %v", ref, err))
+			switch {
+			case err == nil:
+				rendered++
+			case codeOf(err) == codes.InvalidArgument: // a parameter has no default
+				unchecked++
+			case !problems[problem]:
+				problems[problem] = true
+				fmt.Fprintln(stdout, problem)
+			}
+		}
+	}
+	summary := fmt.Sprintf("problems: %d; configurations that render: %d, that need configuration.params: %d",
+		len(problems), rendered, unchecked)
+	if len(problems) > 0 {
+		return errors.New(summary)
+	}
+	fmt.Fprintln(os.Stderr, "connectors-csi: "+summary)
+	return nil
 }
 
 const (

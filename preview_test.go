@@ -102,6 +102,7 @@ func TestPreviewErrorsArePrintable(t *testing.T) {
 		"a class's name":       {[]object{git, connector("default", "one", "g"+escape)}, []string{"--configuration.names=config"}, "is not the name of a ConnectorClass"},
 		"a configuration":      {[]object{class("git", configuration("x"+escape)), one}, []string{"--configuration.names=config"}, "does not exist"},
 		"another API":          {[]object{git, connector("default", "one", "git", with("x"+escape, "apiVersion"))}, []string{"--configuration.names=config"}, "was passed over"},
+		"checking all":         {[]object{git, one, connector("default", "two"+escape, "git")}, []string{"--check"}, "problems"},
 	}) {
 		t.Run(what, func(t *testing.T) {
 			stdout, stderr, code := runRender(t, c.objects, c.arguments...)
@@ -211,6 +212,80 @@ func TestPreviewHasTheLimitsOfAVolume(t *testing.T) {
 	} {
 		if stdout, stderr, code := runRender(t, objects, c.arguments...); !strings.Contains(stderr, c.stderr) || stdout != "" || code != 1 {
 			t.Errorf("exit code %d, %q, and on standard error not %q but %q", code, stdout, c.stderr, stderr)
+		}
+	}
+}
+
+// All classes and Connectors of a cluster are checked by one command.
+func TestPreviewChecksACluster(t *testing.T) {
+	sound := class("sound", configuration("config", "a", "{{ .connector.spec.address }}"),
+		with2(configuration("params", "p", "{{ .configurations.x }}"), "params", []any{param("x")}),
+		with2(configuration("defaults", "p", "{{ .configurations.x }}"), "params", []any{param("x", "default", "y")}))
+	broken := class("broken", configuration("good", "a", "A"), configuration("bad", "a", "x\n{{ .connector.spec.typo }}"), configuration("slow", "a", `{{ range until 100000000 }}{{ end }}`))
+	one, two := connector("team-a", "one", "sound"), connector("team-b", "two", "broken")
+	list := func(objects ...any) []object { return []object{{"kind": "List", "apiVersion": "v1", "items": objects}} }
+	const needs = "connectors-csi: problems: 0; configurations that render: 2, that need configuration.params: 1\n"
+	for _, c := range []struct {
+		what           string
+		objects        []object
+		arguments      []string
+		stdout, stderr string
+	}{
+		{"all is well", list(one, sound), nil, "", needs},
+		{"with built-in files", list(one, sound), []string{"--builtin-files"}, "", needs},
+		{"a Connector fails in one way for all configurations", list(connector("team-a", "one", "sound", with("a b", "spec", "address")), sound), nil,
+			"team-a/one: Connector \"team-a/one\": spec.address holds ",
+			"connectors-csi: problems: 1; configurations that render: 0, that need configuration.params: 0\n"},
+		{"a certificate that was passed over before", list(connector("team-a", "one", "sound",
+			with(certificate("a")+"-----BEGIN CERTIFICATE-----\n", "status", "proxy", "httpAddress", "CACerts")), sound), nil,
+			"team-a/one: Connector \"team-a/one\": status.proxy.httpAddress.CACerts",
+			"connectors-csi: problems: 1; configurations that render: 0, that need configuration.params: 0\n"},
+		{"a type that was not looked at before", list(one, class("sound", with2(configuration("config", "a", "A"), "params",
+			[]any{param("x", "type", "bool", "default", true)}))), nil,
+			"team-a/one: ConnectorClass \"sound\", configuration \"config\": param \"x\" is declared with the type \"bool\"",
+			"connectors-csi: problems: 1; configurations that render: 0, that need configuration.params: 0\n"},
+		{"a class is missing", list(one, two, sound), nil,
+			"team-b/two: ConnectorClass \"broken\" of Connector \"team-b/two\" cannot be read: it is not in the input\n",
+			"connectors-csi: problems: 1; configurations that render: 2, that need configuration.params: 1\n"},
+		{"names that cannot be", list(connector("a/b", "c/../d", "sound"), connector("", "e", "nothing", with("f", "metadata", "namespace")), sound), nil,
+			"f/e: ConnectorClass \"nothing\" of Connector \"f/e\" cannot be read: it is not in the input\n",
+			"connectors-csi: problems: 1; configurations that render: 2, that need configuration.params: 1\n"},
+		{"no class is named", list(one, connector("team-b", "two", ""), sound), nil,
+			"team-b/two: Connector \"team-b/two\": spec.connectorClassName \"\" is not the name of a ConnectorClass\n",
+			"connectors-csi: problems: 1; configurations that render: 2, that need configuration.params: 1\n"},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			stdout, stderr, code := runRender(t, c.objects, append([]string{"--check"}, c.arguments...)...)
+			lines := min(len(c.stdout), 1)
+			if !strings.HasPrefix(stdout, c.stdout) || strings.Count(stdout, "\n") != lines || stderr != c.stderr || code != lines {
+				t.Errorf("exit code %d, %q, and on standard error %q", code, stdout, stderr)
+			}
+		})
+	}
+
+	// Templates that take all that they may do not use up what the others have.
+	var objects []any
+	for i := range 8 {
+		objects = append(objects, connector("team-b", fmt.Sprint("c", i), "broken"))
+	}
+	stdout, stderr, code := runRender(t, list(append(objects, broken, one, sound)...), "--check")
+	for i := range 8 {
+		for _, line := range []string{
+			fmt.Sprintf("team-b/c%d: ConnectorClass \"broken\", configuration \"bad\": a line 2: {{ .connector.spec.typo }} has no value\n", i),
+			fmt.Sprintf("team-b/c%d: ConnectorClass \"broken\", configuration \"slow\", file \"a\": rendering it takes more than ", i),
+		} {
+			if !strings.Contains(stdout, line) {
+				t.Errorf("no %q in %q", line, stdout)
+			}
+		}
+	}
+	if want := "connectors-csi: problems: 16; configurations that render: 10, that need configuration.params: 1\n"; strings.Count(stdout, "\n") != 16 || stderr != want || code != 1 {
+		t.Errorf("exit code %d, %q, and on standard error %q", code, stdout, stderr)
+	}
+
+	for _, arguments := range [][]string{{"--configuration.names=config"}, {"--connector.name=one"}, {"--output-dir=x"}} {
+		if stdout, stderr, code := runRender(t, list(one, sound), append(arguments, "--check")...); stdout != "" || !strings.Contains(stderr, "--check takes all Connectors") || code != 1 {
+			t.Errorf("exit code %d, %q, and on standard error %q", code, stdout, stderr)
 		}
 	}
 }

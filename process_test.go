@@ -690,7 +690,7 @@ func TestVersionAndHelp(t *testing.T) {
 			t.Errorf("--help does not say %q: %s", want, got)
 		}
 	}
-	for _, want := range []string{"-configuration.names", "-connectors", "-namespace", "-token-file", "-output-dir", "-builtin-files"} {
+	for _, want := range []string{"-configuration.names", "-connectors", "-namespace", "-token-file", "-output-dir", "-builtin-files", "-check"} {
 		if got := run("render", "--help"); !strings.Contains(got, want) {
 			t.Errorf("render --help does not say %q: %s", want, got)
 		}
