@@ -32,6 +32,7 @@ import (
 	"text/template"
 	"text/template/parse"
 	"time"
+	_ "time/tzdata" // a renderer reaches no files
 	"unicode"
 	"unicode/utf8"
 	"unsafe"
