@@ -14,6 +14,7 @@ package main
 //	refresh_test.go                   kube.go: reads, the cache, tokens
 //	watch_test.go, push_test.go       kube.go and csi.go: watches, and what comes of them
 //	template_test.go                  render.go: templates and the documented ConnectorClasses
+//	functions_test.go                 render.go: the functions of templates, numbers, what the preview decides
 //	renderer_test.go                  render.go: the renderer, its death, its lies, turns
 //	hostile_test.go                   render.go: what templates, objects and a renderer taken over can do
 //	mount_test.go, memory_test.go     mount.go: the mount, kills, memory of volumes

@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/asn1"
+	"encoding/base32"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
@@ -17,10 +18,12 @@ import (
 	"log/slog"
 	"maps"
 	"math"
+	"math/big"
 	"net/url"
 	"os"
 	"os/exec"
 	"os/signal"
+	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
@@ -302,7 +305,7 @@ func unknownConfiguration(name string, classes []mountedClass) error {
 // renderConfiguration renders the files of one configuration of the class.
 func renderConfiguration(out *volumeFiles, c mountedClass, configuration object, supplied json.RawMessage,
 	token string, announce func(file string)) error {
-	value, err := decodeJSON([]byte(cmp.Or(string(supplied), "{}")))
+	value, err := decodeParams([]byte(cmp.Or(string(supplied), "{}")))
 	if err != nil {
 		return podError(fmt.Errorf("configuration.params: %w", err))
 	}
@@ -598,11 +601,6 @@ func (b *limitedBuffer) Write(p []byte) (int, error) {
 	return b.Buffer.Write(p)
 }
 
-// missingValue is the error of a template that prints something that is not there.
-type missingValue struct{ expression string }
-
-func (e missingValue) Error() string { return e.expression + " has no value" }
-
 // templateError is what text/template says of a template: its name, the line, the column, which may be
 // missing, and, where it was executed, what was being evaluated and which function failed.
 var templateError = regexp.MustCompile(
@@ -613,14 +611,14 @@ func plainError(file string, err error) error {
 	if err == nil {
 		return nil
 	}
-	match := templateError.FindStringSubmatch(err.Error())
+	match := templateError.FindStringSubmatch(withoutChecks(err.Error()))
 	if match == nil {
 		return fmt.Errorf("file %q: %w", file, err)
 	}
 	line, column, at, text := match[1], match[2], match[3], match[4]
-	var missing missingValue
-	if errors.As(err, &missing) {
-		return fmt.Errorf("%s line %s: %w", file, line, missing)
+	var refused argumentError
+	if errors.As(err, &refused) {
+		return fmt.Errorf("%s line %s: %w", file, line, refused)
 	}
 	where := file + " line " + line
 	if column != "" {
@@ -632,109 +630,670 @@ func plainError(file string, err error) error {
 	return fmt.Errorf("%s: %s", where, text)
 }
 
-// checkValue is a function that guard puts into templates. It is added after parsing, so no template can name
-// it.
-const checkValue = "printedValue"
+// ---- Functions: nothing broken reaches a file ----
+//
+// A value is missing if there is no such key, or if it is JSON's null. Templates may ask for it, and put it
+// into collections; whatever else gets it fails, and so does what prints it at any depth. Functions also fail
+// that would say so in the file, or return something else than was asked for.
 
-// functions are what templates may call: all of sprig, except what would hand the environment and the network
-// of its process to the author of a class.
-var functions = func() template.FuncMap {
-	functions := sprig.TxtFuncMap()
-	for _, f := range []string{"env", "expandenv", "getHostByName"} {
-		delete(functions, f)
+// demand is what a function wants of its arguments. All but the first three are demands on parameters of any
+// type; other parameters want a value.
+type demand int
+
+const (
+	aValue      demand = iota // that is not missing
+	nothing                   // a missing one is an answer, or goes into a collection
+	aDict                     // or a missing one
+	aCollection               // as first argument; what it is to hold may be missing
+	printable                 // a value with nothing missing in it
+	formattable               // the same, and no literal nil, which these would write as <nil>
+	aWhole                    // a whole number, or text that is one
+	anInteger                 // a number, which is truncated, or text that is a whole one
+	aNumber                   // or text that is one
+	aDate                     // or seconds since 1970
+)
+
+// names are all functions that templates may call: those of text/template, and of sprig all except env,
+// expandenv and getHostByName, which would hand the environment and the network to the author of a class.
+// Those that sprig has under a name with must as well are named once.
+var names = [...]string{
+	nothing: `all and any coalesce deepEqual default dict dig empty eq get has hasKey index kindIs kindOf list
+		ne not or pluck ternary tuple typeIs typeIsLike typeOf`,
+	aCollection: `append prepend push set without`,
+	printable:   `cat join quote sortAlpha squote toJson toPrettyJson toRawJson toStrings urlJoin`,
+	formattable: `html js print printf println toString urlquery`,
+	aWhole:      `add add1 biggest div duration max min mod mul sub`,
+	anInteger:   `int int64`,
+	aNumber:     `add1f addf ceil divf float64 floor maxf minf mulf round subf`,
+	aDate:       `ago date dateInZone date_in_zone htmlDate htmlDateInZone`,
+	aValue: `abbrev abbrevboth adler32sum atoi b32dec b32enc b64dec b64enc base bcrypt buildCustomCert call
+		camelcase chunk clean compact concat contains dateModify date_modify decryptAES deepCopy
+		derivePassword dir durationRound encryptAES ext fail first fromJson ge genCA genCAWithKey
+		genPrivateKey genSelfSignedCert genSelfSignedCertWithKey genSignedCert genSignedCertWithKey gt
+		hasPrefix hasSuffix hello htpasswd indent initial initials isAbs kebabcase keys last le len lower lt
+		merge mergeOverwrite must_date_modify nindent nospace now omit osBase osClean osDir osExt osIsAbs pick
+		plural randAlpha randAlphaNum randAscii randBytes randInt randNumeric regexFind regexFindAll
+		regexMatch regexQuoteMeta regexReplaceAll regexReplaceAllLiteral regexSplit repeat replace rest
+		reverse semver semverCompare seq sha1sum sha256sum sha512sum shuffle slice snakecase split splitList
+		splitn substr swapcase title toDate toDecimal trim trimAll trimPrefix trimSuffix trimall trunc uniq
+		unixEpoch unset until untilStep untitle upper urlParse uuidv4 values wrap wrapWith`,
+}
+
+// function is one of them.
+type function struct {
+	call   any // nil if only text/template has it
+	demand demand
+}
+
+// functions are all of them by name. Where sprig has a variant with must, which returns its error, that is
+// the function of both names.
+var functions = func() map[string]function {
+	all := map[string]function{}
+	sprigs := sprig.TxtFuncMap()
+	own := ownFunctions(sprigs)
+	for d, names := range names {
+		for _, name := range strings.Fields(names) {
+			must := "must" + strings.ToUpper(name[:1]) + name[1:]
+			f := function{cmp.Or(own[name], sprigs[must], sprigs[name]), demand(d)}
+			all[name] = f
+			if sprigs[must] != nil {
+				all[must] = f
+			}
+		}
 	}
-	maps.Copy(functions, printingFunctions)
-	return functions
+	return all
 }()
 
-// parseTemplate parses a template and puts the guards into it. It gets only the functions that its text can
+// ownFunctions take the place of functions that return the text of their error, take nonsense for something,
+// or stumble over a missing value. The demands on their arguments are met before.
+func ownFunctions(sprigs template.FuncMap) template.FuncMap {
+	inZone := func(layout string, date any, zone string) (string, error) {
+		_, err := time.LoadLocation(zone)
+		return sprigs["dateInZone"].(func(string, any, string) string)(layout, date, zone), err
+	}
+	own := template.FuncMap{
+		// Those of text/template stand here for the guard, which looks at the types of their results.
+		"html": template.HTMLEscaper, "js": template.JSEscaper, "urlquery": template.URLQueryEscaper,
+		"print": fmt.Sprint, "println": fmt.Sprintln, "printf": printf,
+
+		// Collections
+		"get":   func(from object, key string) any { return from[key] },
+		"index": lookUp,
+		"dig": func(arguments ...any) (any, error) {
+			last := len(arguments) - 1
+			if last < 2 {
+				return nil, errors.New("dig needs a key, a default and a dict")
+			}
+			found, err := lookUp(arguments[last], arguments[:last-1]...)
+			if found == nil {
+				found = arguments[last-1]
+			}
+			return found, err
+		},
+		"slice": func(list any, indexes ...any) (any, error) {
+			part, err := sprigs["mustSlice"].(func(any, ...any) (any, error))(list, indexes...)
+			if part == nil { // of an empty list
+				part = []any{}
+			}
+			return part, err
+		},
+		"chunk": func(size int, list any) ([][]any, error) {
+			if size < 1 {
+				return nil, errors.New("the size is below one")
+			}
+			return sprigs["mustChunk"].(func(int, any) ([][]any, error))(size, list)
+		},
+
+		// Numbers
+		"add":  func(numbers ...any) (int64, error) { return exactly((*big.Int).Add, int64(0), numbers...) },
+		"add1": func(number any) (int64, error) { return exactly((*big.Int).Add, number, int64(1)) },
+		"sub":  func(a, b any) (int64, error) { return exactly((*big.Int).Sub, a, b) },
+		"mul":  func(a any, more ...any) (int64, error) { return exactly((*big.Int).Mul, a, more...) },
+		"atoi": strconv.Atoi,
+		"toDecimal": func(octal any) (int64, error) {
+			return strconv.ParseInt(fmt.Sprint(octal), 8, 64)
+		},
+		"seq": func(numbers ...int) (string, error) {
+			if len(numbers) == 0 || len(numbers) > 3 || len(numbers) == 3 && numbers[1] == 0 {
+				return "", errors.New("seq takes an end, a start and an end, or a start, a step and an end")
+			}
+			return sprigs["seq"].(func(...int) string)(numbers...), nil
+		},
+		"fromJson": func(text string) (any, error) {
+			value, err := parseJSON([]byte(text))
+			if err != nil {
+				return nil, err
+			}
+			return mapLeaves(value, func(leaf any) (any, error) {
+				number, _ := leaf.(json.Number)
+				f, err := number.Float64()
+				same := plainNumber(f).String() == string(number) || strings.ContainsAny(string(number), ".eE")
+				if err == nil && same {
+					return f, nil
+				}
+				return keptNumber(leaf)
+			}, nil)
+		},
+
+		// Time
+		"date_modify": sprigs["mustDateModify"],
+		"dateInZone":  inZone, "date_in_zone": inZone,
+		"htmlDateInZone": func(date any, zone string) (string, error) {
+			return inZone(time.DateOnly, date, zone)
+		},
+		"duration": func(seconds any) (string, error) {
+			d, err := time.ParseDuration(fmt.Sprint(seconds, "s"))
+			return d.String(), err
+		},
+		"durationRound": func(duration any) (_ string, err error) {
+			if text, ok := duration.(string); ok {
+				var d time.Duration
+				d, err = time.ParseDuration(text)
+				duration = int64(d)
+			} else {
+				duration, err = date(duration)
+			}
+			return sprigs["durationRound"].(func(any) string)(duration), err
+		},
+
+		// Texts and secrets
+		"b64dec": func(text string) (string, error) {
+			decoded, err := base64.StdEncoding.DecodeString(text)
+			return string(decoded), err
+		},
+		"b32dec": func(text string) (string, error) {
+			decoded, err := base32.StdEncoding.DecodeString(text)
+			return string(decoded), err
+		},
+		"bcrypt": func(password string) (string, error) {
+			hash := sprigs["bcrypt"].(func(string) string)(password)
+			return hash, errorUnless(strings.HasPrefix(hash, "$2"), hash)
+		},
+		"htpasswd": func(user, password string) (string, error) {
+			line := sprigs["htpasswd"].(func(string, string) string)(user, password)
+			hash, ok := strings.CutPrefix(line, user+":")
+			return line, errorUnless(ok && strings.HasPrefix(hash, "$2"), hash)
+		},
+		"genPrivateKey": func(kind string) (string, error) {
+			key := sprigs["genPrivateKey"].(func(string) string)(kind)
+			return key, errorUnless(strings.HasPrefix(key, "-----BEGIN "), key)
+		},
+		"derivePassword": func(counter uint32, kind, password, user, site string) (string, error) {
+			derive := sprigs["derivePassword"].(func(uint32, string, string, string, string) string)
+			derived := derive(counter, kind, password, user, site)
+			return derived, errorUnless(!strings.Contains(derived, " "), derived) // which no password has
+		},
+	}
+	for _, name := range []string{"randAlpha", "randAlphaNum", "randAscii", "randNumeric"} {
+		own[name] = func(count int) (string, error) {
+			return sprigs[name].(func(int) string)(count), errorUnless(count >= 0, "the count is below zero")
+		}
+	}
+	return own
+}
+
+func errorUnless(ok bool, text string) error {
+	if ok {
+		return nil
+	}
+	return errors.New(text)
+}
+
+// lookUp returns what is at that path of keys and indexes in a collection, or nil where a part of the path is
+// missing.
+func lookUp(item any, path ...any) (any, error) {
+	for _, key := range path {
+		collection, k := reflect.ValueOf(item), reflect.ValueOf(key)
+		switch kind := collection.Kind(); {
+		case kind == reflect.Invalid:
+			return nil, nil
+		case !k.IsValid():
+			return nil, errors.New("a key has no value")
+		case kind == reflect.Map && k.Type().AssignableTo(collection.Type().Key()):
+			element := collection.MapIndex(k)
+			if !element.IsValid() {
+				return nil, nil
+			}
+			item = element.Interface()
+		case (kind == reflect.Slice || kind == reflect.String) && k.CanInt():
+			if k.Int() < 0 || k.Int() >= int64(collection.Len()) {
+				return nil, fmt.Errorf("index out of range: %d", k.Int())
+			}
+			item = collection.Index(int(k.Int())).Interface()
+		default:
+			return nil, fmt.Errorf("%T cannot be indexed with %T", item, key)
+		}
+	}
+	return item, nil
+}
+
+// exactly computes with whole numbers from left to right, and refuses a result that is too large for one.
+func exactly(compute func(z, x, y *big.Int) *big.Int, first any, more ...any) (int64, error) {
+	result := big.NewInt(first.(int64))
+	for _, number := range more {
+		compute(result, result, big.NewInt(number.(int64)))
+	}
+	return result.Int64(), errorUnless(result.IsInt64(), "the result is beyond 64 bits")
+}
+
+// printf is fmt's, for which a wrong number or type of values is no error but a mark in the result. A value
+// may hold what looks like one, so that they are looked for in what becomes of values without percent signs.
+func printf(format string, values ...any) (string, error) {
+	text := fmt.Sprintf(format, values...)
+	if !strings.Contains(text, "%!") {
+		return text, nil
+	}
+	harmless := func(leaf any) (any, error) {
+		if s, ok := leaf.(string); ok {
+			return strings.ReplaceAll(s, "%", "_"), nil
+		}
+		return leaf, nil
+	}
+	replaced, err := mapLeaves(values, harmless, nil)
+	if err != nil {
+		return "", err
+	}
+	marked := fmt.Sprintf(strings.ReplaceAll(format, "%%", "__"), replaced.([]any)...)
+	if i := strings.Index(marked, "%!"); i >= 0 {
+		return "", fmt.Errorf("the format %q does not fit its values: %s", cut(format, maxQuotedBytes),
+			cut(marked[i:], maxQuotedBytes))
+	}
+	return text, nil
+}
+
+// plainNumber is a float that is printed in plain decimals: 1000000, not 1e+06.
+type plainNumber float64
+
+func (n plainNumber) String() string { return strconv.FormatFloat(float64(n), 'f', -1, 64) }
+
+func (n plainNumber) MarshalJSON() ([]byte, error) { return []byte(n.String()), nil }
+
+// Format leaves all verbs but %v to fmt.
+func (n plainNumber) Format(state fmt.State, verb rune) {
+	if _, rounded := state.Precision(); verb == 'v' && !rounded && !state.Flag('#') {
+		fmt.Fprintf(state, fmt.FormatString(state, 's'), n.String())
+	} else {
+		fmt.Fprintf(state, fmt.FormatString(state, verb), float64(n))
+	}
+}
+
+// errNoValue is returned for a value that is missing, errCycle for one that contains itself.
+var (
+	errNoValue = errors.New("has no value")
+	errCycle   = errors.New("contains itself")
+)
+
+// isMissing reports whether there is no value. A list that is nil is what functions return for an empty one.
+func isMissing(value any) bool {
+	v := reflect.ValueOf(value)
+	return !v.IsValid() || v.Kind() == reflect.Map && v.IsNil()
+}
+
+// leafError says where in a value something is wrong.
+type leafError struct {
+	path string
+	error
+}
+
+func (e *leafError) Error() string {
+	if e.path == "" {
+		return e.error.Error()
+	}
+	return e.error.Error() + " at " + e.path
+}
+
+func (e *leafError) Unwrap() error { return e.error }
+
+// mapLeaves returns a copy of a value with what change makes of everything in it that is no list and no map;
+// one that is nil is a leaf as well, and nil. The path are the maps around the value.
+func mapLeaves(value any, change func(leaf any) (any, error), path []uintptr) (any, error) {
+	if isMissing(value) {
+		value = nil
+	}
+	v := reflect.ValueOf(value)
+	var c reflect.Value
+	switch v.Kind() {
+	case reflect.Map:
+		c = reflect.MakeMapWithSize(v.Type(), v.Len())
+		path = append(path, v.Pointer())
+		// Lists cannot be changed, so there is a map in every cycle.
+		if len(path)%1000 == 0 && slices.Contains(path[:len(path)-1], v.Pointer()) {
+			return nil, errCycle
+		}
+	case reflect.Slice:
+		c = reflect.MakeSlice(v.Type(), v.Len(), v.Len())
+	default:
+		changed, err := change(value)
+		if err != nil {
+			return nil, &leafError{"", err}
+		}
+		return changed, nil
+	}
+	for key, element := range v.Seq2() {
+		changed, err := mapLeaves(element.Interface(), change, path)
+		if leaf := new(leafError); errors.As(err, &leaf) {
+			leaf.path = fmt.Sprintf("[%#v]", key.Interface()) + leaf.path
+		}
+		if err != nil {
+			return nil, err
+		}
+		e := reflect.Zero(v.Type().Elem())
+		if changed != nil {
+			e = reflect.ValueOf(changed)
+		}
+		if v.Kind() == reflect.Map {
+			c.SetMapIndex(key, e)
+		} else {
+			c.Index(int(key.Int())).Set(e)
+		}
+	}
+	return c.Interface(), nil
+}
+
+// meet returns a value that has to meet the demand, as the function gets it.
+func (d demand) meet(value any) (any, error) {
+	if isMissing(value) && d == aDict {
+		return object(nil), nil
+	} else if isMissing(value) {
+		return nil, errNoValue
+	}
+	switch d {
+	case printable, formattable:
+		printed, err := mapLeaves(value, printedLeaf, nil)
+		if errors.Is(err, errCycle) {
+			return value, nil // whoever prints it meets the limits, or says so
+		}
+		return printed, err
+	case aWhole:
+		return wholeNumber(value)
+	case anInteger:
+		if v := reflect.ValueOf(value); v.CanFloat() {
+			value = math.Trunc(v.Float())
+		}
+		return wholeNumber(value)
+	case aNumber:
+		return float(value)
+	case aDate:
+		return date(value)
+	}
+	return value, nil
+}
+
+// printedLeaf is what is printed of a value that is no list and no map.
+func printedLeaf(value any) (any, error) {
+	if value == nil {
+		return nil, errNoValue
+	}
+	if f, ok := value.(float64); ok {
+		return plainNumber(f), errorUnless(!math.IsNaN(f) && !math.IsInf(f, 0), "is not a number")
+	}
+	return value, nil
+}
+
+// wholeNumber is the int64 that a value is, or that a text holds.
+func wholeNumber(value any) (any, error) {
+	v := reflect.ValueOf(value)
+	switch {
+	case v.CanInt():
+		return v.Int(), nil
+	case v.CanUint() && v.Uint() <= math.MaxInt64:
+		return int64(v.Uint()), nil
+	case v.CanFloat() && v.Float() == math.Trunc(v.Float()) && math.Abs(v.Float()) < 1<<63:
+		return int64(v.Float()), nil
+	case v.Kind() == reflect.Bool:
+		return map[bool]int64{true: 1}[v.Bool()], nil
+	case v.Kind() == reflect.String:
+		text := v.String()
+		if before, after, _ := strings.Cut(text, "."); after != "" && strings.Trim(after, "0") == "" {
+			text = before
+		}
+		if i, err := strconv.ParseInt(text, 0, 64); err == nil {
+			return i, nil
+		}
+	}
+	return nil, fmt.Errorf("%.99q is not a whole number of 64 bits", fmt.Sprint(value))
+}
+
+// float is the float64 that a value is, or that a text holds.
+func float(value any) (any, error) {
+	v := reflect.ValueOf(value)
+	if v.Kind() == reflect.String {
+		f, err := strconv.ParseFloat(v.String(), 64)
+		if err == nil && !math.IsNaN(f) && !math.IsInf(f, 0) {
+			return f, nil
+		}
+	} else if v.CanFloat() {
+		return v.Float(), nil
+	} else if whole, err := wholeNumber(value); err == nil {
+		return float64(whole.(int64)), nil
+	}
+	return nil, fmt.Errorf("%.99q is not a number", fmt.Sprint(value))
+}
+
+// date is the time that a value is, or the seconds since 1970 as int64.
+func date(value any) (any, error) {
+	if _, isTime := value.(time.Time); isTime {
+		return value, nil
+	}
+	if seconds, err := wholeNumber(value); err == nil && reflect.ValueOf(value).Kind() != reflect.String {
+		return seconds, nil
+	}
+	return nil, fmt.Errorf("%.99q is not a date: toDate makes one of a text", fmt.Sprint(value))
+}
+
+// parseTemplate parses a template and puts the checks into it. It gets only the functions that its text can
 // name, since each one costs more time than the search for it.
 func parseTemplate(name, text string) (*template.Template, error) {
 	named := template.FuncMap{}
 	separates := func(r rune) bool { return r != '_' && !unicode.IsLetter(r) && !unicode.IsDigit(r) }
 	for word := range strings.FieldsFuncSeq(text, separates) {
-		if f := functions[word]; f != nil {
-			named[word] = f
+		if f := functions[word]; f.call != nil {
+			named[word] = f.call
 		}
 	}
 	t, err := template.New(name).Funcs(named).Parse(text)
 	if err != nil {
 		return nil, err
 	}
-	t.Funcs(template.FuncMap{checkValue: func(expression string, value any) (any, error) {
-		if value == nil {
-			return nil, missingValue{expression}
-		}
-		return value, nil
-	}})
+	g := &guard{}
+	t.Funcs(template.FuncMap{checkFunction: g.check})
 	for _, defined := range t.Templates() {
-		guard(defined.Root)
+		g.list(defined.Root)
 	}
 	return t, nil
 }
 
-// printingFunctions are the functions that would print a missing value as <no value> or <nil>.
-var printingFunctions = template.FuncMap{
-	"print":    strict(fmt.Sprint),
-	"println":  strict(fmt.Sprintln),
-	"html":     strict(template.HTMLEscaper),
-	"js":       strict(template.JSEscaper),
-	"urlquery": strict(template.URLQueryEscaper),
-	"toString": strict(fmt.Sprint),
-	"printf": func(format string, args ...any) (string, error) {
-		return strict(func(args ...any) string { return fmt.Sprintf(format, args...) })(args...)
-	},
+// checkFunction is the function that a guard puts into templates. It is added after parsing, so no template
+// can name it.
+const checkFunction = "checkedValue"
+
+// guard rewrites a parsed template, in the way of html/template's escapers: what an action prints and what a
+// function gets goes through the function check, if it may not meet the demand.
+type guard struct{ checks []check }
+
+// check is what a guard has put into a template.
+type check struct {
+	demand   demand
+	function string     // that demands it; none: it is printed
+	checked  parse.Node // which writes the expression
 }
 
-// strict makes of a function that prints one that refuses to print what is missing.
-func strict(print func(...any) string) func(...any) (string, error) {
-	return func(args ...any) (string, error) {
-		if i := slices.Index(args, nil); i >= 0 {
-			return "", fmt.Errorf("value %d to print is missing", i+1)
-		}
-		return print(args...), nil
+// argumentError is what check says.
+type argumentError struct{ error }
+
+// check is called with the number of a check and the value.
+func (g *guard) check(number int, value any) (any, error) {
+	c := g.checks[number]
+	met, err := c.demand.meet(value)
+	if err == nil {
+		return met, nil
 	}
+	text := cut(withoutChecks(c.checked.String()), maxQuotedBytes)
+	if c.function == "" {
+		text = "{{ " + text + " }}"
+	}
+	if leaf := new(leafError); errors.Is(err, errNoValue) || errors.As(err, &leaf) {
+		err = fmt.Errorf("%s %w", text, err)
+	}
+	if c.function != "" {
+		err = fmt.Errorf("%s: %w", c.function, err)
+	}
+	return nil, argumentError{err}
 }
 
-// guard rewrites a parsed template, in the way of html/template's escapers: whatever an action prints goes
-// through checkValue, so that a missing value fails the mount instead of putting "<no value>" into somebody's
-// configuration. Conditions, assignments and arguments stay lenient.
-func guard(list *parse.ListNode) {
+// checkTexts is how checks look in the texts of nodes, and so in the errors of text/template.
+var checkTexts = regexp.MustCompile(fmt.Sprintf(
+	`\(([^()\s|]+) \| %[1]s \d+\)|\(%[1]s \d+ (nil)\)| \| %[1]s \d+`, checkFunction))
+
+func withoutChecks(text string) string { return checkTexts.ReplaceAllString(text, "$1$2") }
+
+// list puts checks into a list of nodes. Conditions and assignments may be of missing values.
+func (g *guard) list(list *parse.ListNode) {
 	if list == nil {
 		return
 	}
 	for _, node := range list.Nodes {
 		switch n := node.(type) {
 		case *parse.ActionNode:
-			if len(n.Pipe.Decl) == 0 {
-				n.Pipe.Cmds = append(n.Pipe.Cmds, checkCommand(n))
+			g.pipe(n.Pipe)
+			if len(n.Pipe.Decl) == 0 && printable.concerns(n.Pipe) {
+				n.Pipe.Cmds = append(n.Pipe.Cmds, g.command(printable, "", n.Pipe))
 			}
 		case *parse.IfNode:
-			guard(n.List)
-			guard(n.ElseList)
+			g.branch(&n.BranchNode)
 		case *parse.WithNode:
-			guard(n.List)
-			guard(n.ElseList)
+			g.branch(&n.BranchNode)
 		case *parse.RangeNode:
-			guard(n.List)
-			guard(n.ElseList)
+			g.branch(&n.BranchNode)
+		case *parse.TemplateNode:
+			g.pipe(n.Pipe)
 		}
 	}
 }
 
-// checkCommand is the command that checks what the action prints.
-func checkCommand(n *parse.ActionNode) *parse.CommandNode {
-	expression := "{{ " + n.Pipe.String() + " }}"
-	return &parse.CommandNode{NodeType: parse.NodeCommand, Pos: n.Pos, Args: []parse.Node{
-		parse.NewIdentifier(checkValue).SetPos(n.Pos),
-		&parse.StringNode{NodeType: parse.NodeString, Pos: n.Pos, Quoted: strconv.Quote(expression),
-			Text: expression},
+func (g *guard) branch(b *parse.BranchNode) {
+	g.pipe(b.Pipe)
+	g.list(b.List)
+	g.list(b.ElseList)
+}
+
+// pipe puts checks before the arguments of the functions of a pipeline, of which each command's result is the
+// last argument of the next.
+func (g *guard) pipe(pipe *parse.PipeNode) {
+	if pipe == nil {
+		return
+	}
+	var commands []*parse.CommandNode
+	for i, command := range pipe.Cmds {
+		for _, node := range command.Args {
+			if chain, ok := node.(*parse.ChainNode); ok {
+				node = chain.Node
+			}
+			if inner, ok := node.(*parse.PipeNode); ok {
+				g.pipe(inner)
+			}
+		}
+		if called, ok := command.Args[0].(*parse.IdentifierNode); ok {
+			for position, argument := range command.Args[1:] {
+				command.Args[position+1] = g.argument(called.Ident, position, argument)
+			}
+			if d := demandOn(called.Ident, len(command.Args)-1); i > 0 && d.concerns(commands[len(commands)-1]) {
+				before := &parse.PipeNode{NodeType: parse.NodePipe, Pos: pipe.Pos, Cmds: commands}
+				commands = append(commands, g.command(d, called.Ident, before))
+			}
+		}
+		commands = append(commands, command)
+	}
+	pipe.Cmds = commands
+}
+
+// argument returns the argument of a function with a check behind it, if it needs one.
+func (g *guard) argument(function string, position int, node parse.Node) parse.Node {
+	d := demandOn(function, position)
+	if !d.concerns(node) {
+		return node
+	}
+	check := g.command(d, function, node)
+	if pipe, ok := node.(*parse.PipeNode); ok && len(pipe.Decl) == 0 {
+		pipe.Cmds = append(pipe.Cmds, check)
+		return pipe
+	}
+	pipe := &parse.PipeNode{NodeType: parse.NodePipe, Pos: node.Position()}
+	if node.Type() == parse.NodeNil { // which is not a command
+		check.Args = append(check.Args, node)
+	} else {
+		pipe.Cmds = append(pipe.Cmds, &parse.CommandNode{NodeType: parse.NodeCommand, Pos: pipe.Pos,
+			Args: []parse.Node{node}})
+	}
+	pipe.Cmds = append(pipe.Cmds, check)
+	return pipe
+}
+
+// command makes a command that checks what is piped into it.
+func (g *guard) command(d demand, function string, checked parse.Node) *parse.CommandNode {
+	position := checked.Position()
+	number := len(g.checks)
+	g.checks = append(g.checks, check{d, function, checked})
+	return &parse.CommandNode{NodeType: parse.NodeCommand, Pos: position, Args: []parse.Node{
+		parse.NewIdentifier(checkFunction).SetPos(position),
+		&parse.NumberNode{NodeType: parse.NodeNumber, Pos: position, IsInt: true, Int64: int64(number),
+			Text: strconv.Itoa(number)},
 	}}
 }
 
-// decodeJSON decodes one JSON value as the Kubernetes API means it: a null in an object is the same as a
-// missing field, whole numbers are int64 (template functions print and compare them as such).
-func decodeJSON(data []byte) (any, error) {
+// demandOn is what a function demands of the argument at that position.
+func demandOn(name string, position int) demand {
+	f := functions[name]
+	t := reflect.TypeOf(f.call)
+	if t == nil || t.NumIn() == 0 {
+		return f.demand
+	}
+	last := t.NumIn() - 1
+	parameter := t.In(min(position, last))
+	if t.IsVariadic() && position >= last {
+		parameter = parameter.Elem()
+	}
+	switch kind := parameter.Kind(); {
+	case name == "slice" && position > 0:
+		return aWhole
+	case name == "dict" && position%2 == 0: // a key
+		return aValue
+	case kind == reflect.Map && f.demand == nothing:
+		return aDict
+	case kind == reflect.Interface && f.demand == aCollection && position > 0:
+		return nothing
+	case (kind == reflect.Interface || kind == reflect.Map) && f.demand != aCollection:
+		return f.demand
+	}
+	return aValue
+}
+
+// concerns reports whether what a node evaluates to may not meet the demand.
+func (d demand) concerns(node parse.Node) bool {
+	switch n := node.(type) {
+	case *parse.PipeNode:
+		return d.concerns(n.Cmds[len(n.Cmds)-1])
+	case *parse.CommandNode:
+		return d.concerns(n.Args[0])
+	case *parse.NilNode:
+		return d >= formattable
+	case *parse.NumberNode: // perhaps a float
+		return d >= printable
+	case *parse.StringNode, *parse.BoolNode:
+		return d > formattable
+	case *parse.IdentifierNode:
+		if t := reflect.TypeOf(functions[n.Ident].call); t != nil && d <= formattable {
+			switch t.Out(0).Kind() {
+			case reflect.String, reflect.Bool, reflect.Int, reflect.Int64:
+				return false
+			}
+		}
+	}
+	return d != nothing
+}
+
+// parseJSON decodes one JSON value, with its numbers as they are written.
+func parseJSON(data []byte) (any, error) {
 	decoder := json.NewDecoder(bytes.NewReader(data))
 	decoder.UseNumber()
 	var value any
@@ -744,7 +1303,41 @@ func decodeJSON(data []byte) (any, error) {
 	if _, err := decoder.Token(); err != io.EOF {
 		return nil, errors.New("more than one JSON value")
 	}
-	return normalize(value), nil
+	return value, nil
+}
+
+// decodeJSON decodes one JSON value as the Kubernetes API means it: a null in an object is the same as a
+// missing field, whole numbers are int64 (template functions print and compare them as such).
+func decodeJSON(data []byte) (any, error) {
+	value, err := parseJSON(data)
+	return normalize(value), err
+}
+
+// decodeParams decodes parameters like decodeJSON, and refuses numbers that would not stay what they are. The
+// API server has made a float of such a number long before one is read.
+func decodeParams(data []byte) (any, error) {
+	value, err := parseJSON(data)
+	if err != nil {
+		return nil, err
+	}
+	value, err = mapLeaves(value, keptNumber, nil)
+	return normalize(value), err
+}
+
+// keptNumber is the int64 or the float64 of a JSON number, unless that is another number.
+func keptNumber(leaf any) (any, error) {
+	number, isNumber := leaf.(json.Number)
+	if !isNumber {
+		return leaf, nil
+	}
+	if i, err := number.Int64(); err == nil {
+		return i, nil
+	}
+	f, err := number.Float64()
+	if err != nil || !strings.ContainsAny(string(number), ".eE") {
+		return nil, fmt.Errorf("%s does not fit into 64 bits: write it as a string", number)
+	}
+	return f, nil
 }
 
 // normalize brings a decoded value into the form that decodeJSON promises, in place.

@@ -73,6 +73,9 @@ func TestTemplates(t *testing.T) {
 		`{{ "a" | upper | b64enc }} {{ list 1 2 | join "," }} {{ (urlParse "https://h:1/p").hostname }} {{ dict "a" 1 | toJson }}`: `QQ== 1,2 h {"a":1}`,
 		`{{ sha256sum "a" | trunc 8 }} {{ splitList "," "a,b" | last }} {{ trimPrefix "/" "/a" }} {{ ternary "y" "n" true }}`:      "ca978112 b a y",
 
+		// The renderer reaches no files, and has the time zones all the same.
+		`{{ dateInZone "15:04 MST" 1767268800 "Europe/Berlin" }} {{ date "15:04 MST" 1767268800 }}`: "13:00 CET 12:00 UTC",
+
 		// Templates, loops
 		`{{ define "t" }}<{{ . }}>{{ end }}{{ template "t" .connector.kind }}{{ block "b" 1 }}{{ . }}{{ end }}`:                                  "<Connector>1",
 		`{{ range $i, $e := .connector.spec.list }}{{ if eq $i 1 }}{{ continue }}{{ end }}{{ $e }}{{ if eq $i 2 }}{{ break }}{{ end }}{{ end }}`: "a2.5",
@@ -108,15 +111,15 @@ func TestTemplatesThatFail(t *testing.T) {
 		`{{ template "t" .none }}{{ define "t" }}{{ . }}{{ end }}`:          missing,
 		`{{ block "b" .connector }}{{ .none }}{{ end }}`:                    missing,
 		`{{ (.connector.spec.none) }}`:                                      missing,
-		`{{ print "a" .connector.spec.none }}`:                              "value 2 to print is missing",
-		`{{ printf "%s" .connector.spec.none }}`:                            "value 1 to print is missing",
-		`{{ println .connector.spec.none }}`:                                "value 1 to print is missing",
-		`{{ urlquery .connector.spec.none }}`:                               "value 1 to print is missing",
-		`{{ .connector.spec.none | html }}`:                                 "value 1 to print is missing",
-		`{{ .connector.spec.none | js }}`:                                   "value 1 to print is missing",
-		`{{ .connector.spec.none | toString }}`:                             "value 1 to print is missing",
-		`{{ .connector.spec.none | b64enc }}`:                               "invalid value; expected string",
-		`{{ urlParse .connector.spec.none }}`:                               "invalid value; expected string",
+		`{{ print "a" .connector.spec.none }}`:                              "print: .connector.spec.none has no value",
+		`{{ printf "%s" .connector.spec.none }}`:                            "printf: .connector.spec.none has no value",
+		`{{ println .connector.spec.none }}`:                                ": .connector.spec.none has no value",
+		`{{ urlquery .connector.spec.none }}`:                               ": .connector.spec.none has no value",
+		`{{ .connector.spec.none | html }}`:                                 ": .connector.spec.none has no value",
+		`{{ .connector.spec.none | js }}`:                                   ": .connector.spec.none has no value",
+		`{{ .connector.spec.none | toString }}`:                             ": .connector.spec.none has no value",
+		`{{ .connector.spec.none | b64enc }}`:                               ": .connector.spec.none has no value",
+		`{{ urlParse .connector.spec.none }}`:                               ": .connector.spec.none has no value",
 
 		// What would give away the driver's environment or network, and what the guards use
 		`{{ env "NODE_NAME" }}`:           `"env" not defined`,
@@ -137,7 +140,7 @@ func TestTemplatesThatFail(t *testing.T) {
 			t.Errorf("%s\n\tis %q", template, got)
 		}
 		wantError(t, err, codes.FailedPrecondition, `ConnectorClass "class", configuration "config": file line `, word)
-		if text := err.Error(); strings.Contains(text, checkValue) || strings.Contains(text, "executing") || strings.Contains(text, "error calling") {
+		if text := err.Error(); strings.Contains(text, checkFunction) || strings.Contains(text, "executing") || strings.Contains(text, "error calling") {
 			t.Errorf("not in plain words: %v", err)
 		}
 	}
@@ -169,6 +172,24 @@ func TestTemplatesThatWantToTellTheToken(t *testing.T) {
 		`{{ genSelfSignedCert .context.token (list .context.token) nil 1 }}`,
 		`{{ buildCustomCert .context.token .context.token }}`,
 		`{{ decryptAES .context.token .context.token }}`,
+		`{{ atoi .context.token }}`,
+		`{{ int .context.token }}`,
+		`{{ b64dec .context.token }}`,
+		`{{ b32dec .context.token }}`,
+		`{{ htpasswd .context.token .context.token }}`,
+		`{{ bcrypt .context.token }}`,
+		`{{ genPrivateKey .context.token }}`,
+		`{{ derivePassword 1 .context.token .context.token "a" "b" }}`,
+		`{{ date "2006" .context.token }}`,
+		`{{ duration .context.token }}`,
+		`{{ durationRound .context.token }}`,
+		`{{ dateInZone "2006" now .context.token }}`,
+		`{{ fromJson .context.token }}`,
+		`{{ printf "%d" .context.token }}`,
+		`{{ printf .context.token 1 }}`,
+		`{{ toJson (dict "a" (list .context.token .none)) }}`,
+		`{{ toJson (dict .context.token .none) }}`,
+		`{{ dig .context.token "a" "b" .context.token }}`,
 		`{{ if hasPrefix "TOKEN" .context.token }}{{ else }}{{ fail .context.token }}{{ end }}`,
 	} {
 		if got, err := n.rendered(template); err == nil {
@@ -176,7 +197,7 @@ func TestTemplatesThatWantToTellTheToken(t *testing.T) {
 		}
 	}
 	// These do not fail, and are files.
-	for _, template := range []string{`{{ atoi .context.token }}`, `{{ b64dec .context.token | len }}`, `{{ .context }}`} {
+	for _, template := range []string{`{{ len .context.token }}`, `{{ b64enc .context.token | b64dec | len }}`, `{{ .context }}`} {
 		if _, err := n.rendered(template); err != nil {
 			t.Error(err)
 		}
