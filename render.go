@@ -560,10 +560,23 @@ func checkFileName(name string) error {
 	return nil
 }
 
+// placeholderToken stands for a token where none may be seen. It has the form, the length and the characters
+// of a ServiceAccount's.
+var placeholderToken = func() string {
+	encode := base64.RawURLEncoding.EncodeToString
+	signature := make([]byte, 256)
+	for i := range signature {
+		signature[i] = byte(i)
+	}
+	return encode([]byte(`{"alg":"RS256","kid":"placeholder"}`)) + "." +
+		encode([]byte(`{"sub":"`+strings.Repeat("placeholder", 55)+`"}`)) + "." + encode(signature)
+}()
+
 // renderFile renders one template into at most limit bytes.
 //
 // The text of an error may come out of the template ({{ fail .context.token }}), so an error is reported as
-// it is without the token: from a second run that has a placeholder in its place.
+// it is without the token: from another run, with a word or a placeholder in its place, that fails at the same
+// place.
 func renderFile(name, text string, limit int, data func(token string) any, token string) ([]byte, error) {
 	t, err := parseTemplate(name, text)
 	if err != nil {
@@ -573,8 +586,15 @@ func renderFile(name, text string, limit int, data func(token string) any, token
 	if err == nil || errors.Is(err, errTooLarge) {
 		return content, plainError(name, err)
 	}
-	if _, err := execute(t, limit, data("TOKEN")); err != nil {
-		return nil, plainError(name, err)
+	place := func(err error) string { // line, column and expression
+		match := templateError.FindStringSubmatch(err.Error())
+		return strings.Join(match[min(1, len(match)):min(4, len(match))], " ")
+	}
+	for _, shown := range []string{"TOKEN", placeholderToken} {
+		if _, again := execute(t, limit, data(shown)); again != nil && place(again) == place(err) {
+			text := plainError(name, again).Error()
+			return nil, errors.New(strings.ReplaceAll(text, placeholderToken, "TOKEN"))
+		}
 	}
 	return nil, fmt.Errorf("file %q fails because of the token's value", name)
 }
