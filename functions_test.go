@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/Masterminds/sprig/v3"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // renderText renders a template with some values, of which .none, .null and .list's second are missing.
@@ -465,6 +467,49 @@ func TestNumbersAndOtherValues(t *testing.T) {
 	}) {
 		if got, err := renderText(t, text); got != want {
 			t.Errorf("%s\n\tis  %q\n\tnot %q: %v", text, got, want, err)
+		}
+	}
+}
+
+// The preview refuses what a node refuses, since what decides is as long as a token, and shows the word TOKEN.
+func TestPreviewDecidesAsANode(t *testing.T) {
+	form := regexp.MustCompile(`^[-_A-Za-z0-9]+\.[-_A-Za-z0-9]+\.[-_A-Za-z0-9]*-[-_A-Za-z0-9]*_[-_A-Za-z0-9]*$`)
+	if n := len(placeholderToken); !form.MatchString(placeholderToken) || n < 900 || n > 1500 {
+		t.Errorf("this is no token: %s", placeholderToken)
+	}
+	n := startNode(t)
+	git := connector("default", "git", "git")
+	for text, want := range sorted(map[string]string{
+		"{{ .context.token }}":                                                 "TOKEN",
+		"{{ .context.token | b64enc }}":                                        "VE9LRU4=",
+		"{{ substr 0 5 .context.token }}":                                      "TOKEN",
+		"{{ substr 100 105 .context.token }}":                                  placeholderToken[100:105], // which TOKEN has not
+		`{{ if lt (len .context.token) 100 }}{{ fail "too short" }}{{ end }}x`: "x",
+	}) {
+		c := class("git", configuration("config", "a", text))
+		n.api.put(c, git)
+		v := n.volume()
+		v.mustPublish()
+		v.mustUnpublish()
+		stdout, stderr, code := runRender(t, []object{c, git}, "--configuration.names=config")
+		if stdout != want || stderr != "" || code != 0 {
+			t.Errorf("%s: exit code %d, %q, and on standard error %q", text, code, stdout, stderr)
+		}
+	}
+	for text, word := range sorted(map[string]string{
+		`{{ htpasswd "ci" .context.token }}`: `a line 1, column 3, at <htpasswd "ci" .context.token>: failed to encrypt string with bcrypt: ` +
+			`bcrypt: password length exceeds 72 bytes`,
+		`{{ bcrypt .context.token }}`: "exceeds 72 bytes",
+		`{{ if gt (len .context.token) 100 }}{{ fail (print "too long: " .context.token) }}{{ end }}`: "too long: TOKEN",
+		`{{ index (dict "TOKEN" (dict "a" 1)) .context.token | toJson }}`:                             `toJson: index (dict "TOKEN" (dict "a" 1)) .context.token has no value`,
+		`{{ int .context.token }}`: `int: "TOKEN" is not a whole number`,
+	}) {
+		c := class("git", configuration("config", "a", text))
+		n.api.put(c, git)
+		published := status.Convert(n.volume().publish()).Message()
+		stdout, stderr, code := runRender(t, []object{c, git}, "--configuration.names=config")
+		if stderr != "connectors-csi: "+published+"\n" || !strings.Contains(stderr, word) || stdout != "" || code != 1 {
+			t.Errorf("%s: exit code %d, %q\nthe command: %sthe publish: %s", text, code, stdout, stderr, published)
 		}
 	}
 }

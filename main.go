@@ -216,7 +216,7 @@ func dropCapabilities() error {
 //  1. read the objects
 //  2. validate the attributes, which are flags here
 //  3. find the Connectors and their classes
-//  4. render, with the limits and the messages of a publish
+//  4. render, with the limits and the messages of a publish, and once more with the word TOKEN
 //  5. print the files
 //
 // With --check it does step 4 for every configuration that there is, and prints what fails.
@@ -242,7 +242,7 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 		return errors.New("--check takes all Connectors and configurations: leave out volumeAttributes and " +
 			"--output-dir")
 	}
-	token := "TOKEN"
+	token := placeholderToken
 	if *tokenFile != "" {
 		text, err := os.ReadFile(*tokenFile)
 		if err != nil {
@@ -279,6 +279,13 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	f, err := input.render(a, podNamespace, token)
 	if err != nil {
 		return err
+	}
+	if *tokenFile == "" {
+		shown, err := p.render(context.Background(), podNamespace,
+			job{sources: sources, selection: a.selection, token: "TOKEN"})
+		if err == nil { // a function may want more of a token than a word has
+			f = shown
+		}
 	}
 
 	// 5. print
