@@ -84,13 +84,13 @@ func main() {
 		err = run()
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "connectors-csi: "+printable(err.Error()))
+		fmt.Fprintln(os.Stderr, "connectors-csi: "+oneLine(err.Error()))
 		os.Exit(1)
 	}
 }
 
-// printable makes one line of a text that may be anybody's, with nothing in it that a terminal obeys.
-func printable(text string) string {
+// oneLine makes one line of a text that may be anybody's, with nothing in it that a terminal obeys.
+func oneLine(text string) string {
 	quoted := strconv.Quote(text)
 	return strings.NewReplacer(`\"`, `"`, `\\`, `\`).Replace(quoted[1 : len(quoted)-1])
 }
@@ -281,9 +281,7 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 		return err
 	}
 	if *tokenFile == "" {
-		shown, err := p.render(context.Background(), podNamespace,
-			job{sources: sources, selection: a.selection, token: "TOKEN"})
-		if err == nil { // a function may want more of a token than a word has
+		if shown, err := input.render(a, podNamespace, "TOKEN"); err == nil { // some functions want a longer one
 			f = shown
 		}
 	}
@@ -329,7 +327,7 @@ func (in *input) check(builtIn bool, token string, stdout io.Writer) error {
 			want := selection{Configurations: []string{stringAt(c, "name")}, BuiltIn: builtIn}
 			a := attributes{connectors: []reference{ref}, selection: want}
 			_, err := in.render(a, ref.namespace, token)
-			problem := printable(fmt.Sprintf("%v: %v", ref, err))
+			problem := oneLine(fmt.Sprintf("%v: %v", ref, err))
 			switch {
 			case err == nil:
 				rendered++
