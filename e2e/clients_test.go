@@ -25,20 +25,22 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"connectors-csi/e2e/machine"
 )
 
 // The clients that the product documents, beside git and curl, which other tests run in Pods. These here run on
 // the machine, with the directory of a Pod's volume: an image that has them would be large.
 
 // clientNeeds are those that the machine must have. The node brings kubectl.
-func clientNeeds() []need {
-	return []need{
-		{"npm", "npm", hasCommand("npm")},
-		{"pip", "python3-pip", hasCommand("pip3")},
-		{"Maven", "maven", hasCommand("mvn")},
-		{"keytool", "default-jre-headless", hasCommand("keytool")},
-		{"OpenSSL", "openssl", hasCommand("openssl")},
-		{"skopeo", "skopeo", hasCommand("skopeo")},
+func clientNeeds() []machine.Need {
+	return []machine.Need{
+		{"npm", "npm", machine.HasCommand("npm")},
+		{"pip", "python3-pip", machine.HasCommand("pip3")},
+		{"Maven", "maven", machine.HasCommand("mvn")},
+		{"keytool", "default-jre-headless", machine.HasCommand("keytool")},
+		{"OpenSSL", "openssl", machine.HasCommand("openssl")},
+		{"skopeo", "skopeo", machine.HasCommand("skopeo")},
 	}
 }
 

@@ -18,6 +18,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"connectors-csi/e2e/machine"
 )
 
 // The words in which the tests of e2e_test.go speak about the cluster.
@@ -29,7 +31,7 @@ const limit = 3 * time.Minute
 var node *Node
 
 func TestMain(m *testing.M) {
-	if err := errors.Join(installPackages(clientNeeds()), buildOldDriver()); err != nil {
+	if err := errors.Join(machine.Install(clientNeeds()), buildOldDriver()); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		os.Exit(1)
 	}

@@ -9,6 +9,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"connectors-csi/e2e/machine"
 )
 
 // The command image writes the driver's image, and the command dockerfile makes sure that the Dockerfile makes the
@@ -130,8 +132,8 @@ func (b builder) buildah(args ...string) (string, error) {
 // checkDockerfile builds the Dockerfile for two platforms and compares what is in the images with what the command
 // image puts into its own. No registry is asked: the place of the image golang takes one that has this machine's Go.
 func checkDockerfile() error {
-	if err := installPackages([]need{
-		{"buildah", "buildah", hasCommand("buildah")},
+	if err := machine.Install([]machine.Need{
+		{"buildah", "buildah", machine.HasCommand("buildah")},
 		{"a static busybox", "busybox-static", isStatic("busybox")},
 	}); err != nil {
 		return err

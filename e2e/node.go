@@ -23,6 +23,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"connectors-csi/e2e/machine"
 )
 
 // A node is three processes of this one program:
@@ -82,7 +84,7 @@ func runCommand() (code int, err error) {
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGTERM), 0, 0, 0); err != nil {
 		return 0, err
 	}
-	if err := installPackages(nodeNeeds()); err != nil {
+	if err := machine.Install(nodeNeeds()); err != nil {
 		return 0, err
 	}
 	module, err := releaseModule()

@@ -13,60 +13,22 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"connectors-csi/e2e/machine"
 )
 
-// need is something that the machine must have and Go modules don't provide, and Debian's package of it.
-type need struct {
-	name, pkg string
-	present   bool
-}
-
 // nodeNeeds are those of a node.
-func nodeNeeds() []need {
-	return []need{
-		{"a C compiler", "gcc", hasCommand("gcc")},
+func nodeNeeds() []machine.Need {
+	return []machine.Need{
+		{"a C compiler", "gcc", machine.HasCommand("gcc")},
 		{"the C library's headers", "libc6-dev", exists("/usr/include/stdlib.h")},
-		{"pkg-config", "pkg-config", hasCommand("pkg-config")},
+		{"pkg-config", "pkg-config", machine.HasCommand("pkg-config")},
 		{"libseccomp's headers", "libseccomp-dev", exec.Command("pkg-config", "--exists", "libseccomp").Run() == nil},
 		{"a static busybox", "busybox-static", isStatic("busybox")},
-		{"mount", "mount", hasCommand("mount")},
-		{"nsenter", "util-linux", hasCommand("nsenter")},
-		{"git", "git", hasCommand("git")},
-		{"curl", "curl", hasCommand("curl")},
+		{"mount", "mount", machine.HasCommand("mount")},
+		{"nsenter", "util-linux", machine.HasCommand("nsenter")},
+		{"git", "git", machine.HasCommand("git")},
+		{"curl", "curl", machine.HasCommand("curl")},
 	}
-}
-
-// installPackages makes sure that the machine has what is needed. On Debian and its derivatives it installs
-// what is missing; elsewhere it says what that is.
-func installPackages(needs []need) error {
-	var names, packages []string
-	for _, need := range needs {
-		if !need.present {
-			names, packages = append(names, need.name), append(packages, need.pkg)
-		}
-	}
-	if len(packages) == 0 {
-		return nil
-	}
-	if !hasCommand("apt-get") {
-		return fmt.Errorf("this machine lacks %s: install it and try again", strings.Join(names, ", "))
-	}
-	fmt.Println("Installing", strings.Join(packages, " "))
-	install := append([]string{"apt-get", "install", "-y", "--no-install-recommends"}, packages...)
-	if run(install...) == nil {
-		return nil
-	}
-	// A fresh machine has no package lists, an old one perhaps outdated ones.
-	if err := run("apt-get", "update"); err != nil {
-		return err
-	}
-	return run(install...)
-}
-
-func hasCommand(name string) bool {
-	_, err := exec.LookPath(name)
-	return err == nil
 }
 
 func exists(path string) bool {
@@ -200,7 +162,7 @@ func buildTools(module string) (string, error) {
 	}
 	dir := filepath.Join(cache, fmt.Sprintf("%x", hash.Sum(nil)[:8]))
 
-	unlock, err := lock(filepath.Join(cache, "lock"))
+	unlock, err := machine.Lock(filepath.Join(cache, "lock"), "building")
 	if err != nil {
 		return "", err
 	}
@@ -265,20 +227,4 @@ func output(args ...string) (string, error) {
 		return "", fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, exit.Stderr)
 	}
 	return strings.TrimSpace(string(out)), err
-}
-
-// lock waits until no other process holds the lock on a file. The kernel releases it if this process dies.
-func lock(path string) (unlock func() error, err error) {
-	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
-		return file.Close, nil
-	}
-	fmt.Println("Waiting for another process that is building.")
-	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX); err != nil {
-		return nil, err
-	}
-	return file.Close, nil
 }
