@@ -59,8 +59,8 @@ func TestQuickStart(t *testing.T) {
 	}
 	file := regexp.MustCompile(`(?m)^\[http "http://c-git-connector.default.svc.cluster.local"\]
     extraHeader = Authorization: (Basic .*)
-\[url "http://c-git-connector.default.svc.cluster.local"\]
-    insteadOf = https://git.example.com
+\[url "http://c-git-connector.default.svc.cluster.local/"\]
+    insteadOf = "https://git.example.com/"
 \z`).FindStringSubmatch(end)
 	if file == nil {
 		t.Fatalf("not the .gitconfig that is expected:\n%s", end)
