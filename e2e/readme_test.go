@@ -25,12 +25,12 @@ func TestExamplesAreThoseOfTheREADME(t *testing.T) {
 			t.Errorf("README.md does not show %s as it is", path)
 		}
 	}
-	dirs, err := filepath.Glob("../examples/*/")
-	if err != nil {
-		t.Fatal(err)
+	classes, err := filepath.Glob("../examples/*/class.yaml")
+	if err != nil || len(classes) < 8 {
+		t.Fatalf("%q, %v", classes, err)
 	}
-	for _, dir := range dirs {
-		if link := fmt.Sprintf("(%s)", strings.TrimPrefix(strings.TrimSuffix(dir, "/"), "../")); !strings.Contains(readme, link) {
+	for _, class := range classes {
+		if link := fmt.Sprintf("(%s)", strings.TrimPrefix(filepath.Dir(class), "../")); !strings.Contains(readme, link) {
 			t.Errorf("README.md does not link to %s", link)
 		}
 	}

@@ -144,6 +144,13 @@ func wheel() string {
 	return archive.String()
 }
 
+// pythonIndex has the package greeting.
+var pythonIndex = files(map[string]string{
+	"packages/greeting-1.0-py3-none-any.whl": wheel(),
+	"simple/greeting/index.html": `<!DOCTYPE html>
+		<a href="../../packages/greeting-1.0-py3-none-any.whl">greeting-1.0-py3-none-any.whl</a>`,
+})
+
 // registry has the image greeting:1, with and without a namespace before its name, and nothing but its manifest.
 var registry = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path != "/v2/" && !strings.HasSuffix(r.URL.Path, "/greeting/manifests/1") {
@@ -226,20 +233,27 @@ var tools = []tool{
 		}),
 		script: `GIT_CONFIG_GLOBAL="$VOLUME/.gitconfig" git ls-remote "$ADDRESS/team/app.git"`,
 		prints: []string{"refs/heads/hello"}, reaches: []string{"/team/app.git/info/refs"},
-		cases: slices.Concat(addresses, forwardProxies, httpsProxies, reverseProxies),
+		cases: slices.Concat(addresses, forwardProxies, httpsProxies, reverseProxies, []example{
+			{name: "query", address: "https://git.example.com/app?a=b&c=d"},
+			{name: "fragment", address: "https://git.example.com/#/a;b"},
+		}),
 	},
 	{
 		name:    "pip",
 		reverse: true,
 		user:    "default-pip-connector",
-		target: files(map[string]string{
-			"packages/greeting-1.0-py3-none-any.whl": wheel(),
-			"simple/greeting/index.html": `<!DOCTYPE html>
-				<a href="../../packages/greeting-1.0-py3-none-any.whl">greeting-1.0-py3-none-any.whl</a>`,
-		}),
-		script: `PIP_CONFIG_FILE="$VOLUME/pip.conf" pip3 download --no-deps greeting`,
-		prints: []string{"Successfully downloaded greeting"}, reaches: []string{"/simple/greeting/", "/packages/greeting-1.0-py3-none-any.whl"},
+		target:  pythonIndex,
+		script:  `PIP_CONFIG_FILE="$VOLUME/pip.conf" pip3 download --no-deps greeting`,
+		prints:  []string{"Successfully downloaded greeting"}, reaches: []string{"/simple/greeting/", "/packages/greeting-1.0-py3-none-any.whl"},
 		cases: slices.Concat(forwardProxies, httpsProxies, reverseProxies),
+	},
+	{
+		name:    "pip", // its other commands, with its own Connector
+		reverse: true,
+		target:  pythonIndex,
+		script: `export PIP_CONFIG_FILE="$VOLUME/pip.conf"
+			pip3 wheel --no-deps greeting; pip3 index versions greeting; pip3 install --no-deps --target . greeting`,
+		prints: []string{"Saved ./greeting-1.0", "greeting (1.0)", "Successfully installed greeting-1.0"},
 	},
 	{
 		name:    "registry",
@@ -292,6 +306,25 @@ func TestToolsReadTheExamples(t *testing.T) {
 	}
 }
 
+// Addresses with a query or a fragment have no places below them, but the files hold them as they are.
+func TestFilesHoldAddressesWithQueries(t *testing.T) {
+	const address = "https://somebody@host.example.com:8443/a;b/(c)*!?d=e&f=[g]~+%20,h#i/@j"
+	for _, c := range []struct{ name, script, want string }{
+		{"go", `. "$VOLUME/env"; printf %s "$GOPROXY"`, strings.ReplaceAll(address, ",", "%2C")},
+		{"maven", `xmllint --xpath 'string(//url)' "$VOLUME/settings.xml"`, address + "\n"},
+		{"npm", `npm config get registry --userconfig "$VOLUME/.npmrc"`, strings.ReplaceAll(address, "=", "%3D") + "/\n"},
+		{"kubectl", `kubectl --kubeconfig "$VOLUME/kubeconfig" config view --output jsonpath='{.clusters[0].cluster.server}'`, address},
+	} {
+		rendered, err := tool{name: c.name}.render(t, example{address: address, proxy: ordinary.proxy}, "TOKEN")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := runScript(t, c.script, false, "VOLUME="+rendered); err != nil || got != c.want {
+			t.Errorf("%s reads %q (%v), not %q", c.name, got, err, c.want)
+		}
+	}
+}
+
 // token makes one as long as a real one.
 func token() string {
 	random := make([]byte, 700)
@@ -309,19 +342,8 @@ func (tool tool) try(t *testing.T, e example) {
 		return strings.ReplaceAll(given, "NAME", tool.name)
 	}
 	e.address, e.proxy = fill(e.address, ordinary.address), fill(e.proxy, ordinary.proxy)
-	dir := "../../examples/" + tool.name
-	connector := manifest(t, dir+"/connector.yaml")
-	at[map[string]any](t, connector, "spec")["address"] = e.address
-	status := map[string]any{"url": e.proxy}
-	if !e.withoutCA {
-		status["CACerts"] = string(goproxy.CA_CERT)
-	}
-	at[map[string]any](t, connector, "status", "proxy")["httpAddress"] = status
-	pod := manifest(t, dir+"/pod.yaml")
-	volume := at[[]any](t, pod, "spec", "volumes")[0].(map[string]any)
 	token := token()
-	rendered, err := render(t, at[string](t, volume, "csi", "volumeAttributes", "configuration.names"), token,
-		manifest(t, dir+"/class.yaml"), connector)
+	rendered, err := tool.render(t, e, token)
 	if e.refused != "" {
 		if err == nil || !strings.Contains(err.Error(), e.refused) {
 			t.Errorf("%v, but %q is expected", err, e.refused)
@@ -331,8 +353,6 @@ func (tool tool) try(t *testing.T, e example) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	moveTo(t, rendered, "/etc/"+tool.name+"/")
-
 	v := &visit{user: tool.user, target: tool.target}
 	address, err := url.Parse(e.address)
 	if err != nil {
@@ -379,6 +399,27 @@ func (tool tool) try(t *testing.T, e example) {
 			}
 		}
 	}
+}
+
+// render renders the tool's example for a Connector. The files know their directory as that of the Pod's volume.
+func (tool tool) render(t *testing.T, e example, token string) (string, error) {
+	t.Helper()
+	dir := "../../examples/" + tool.name
+	connector := manifest(t, dir+"/connector.yaml")
+	at[map[string]any](t, connector, "spec")["address"] = e.address
+	status := map[string]any{"url": e.proxy}
+	if !e.withoutCA {
+		status["CACerts"] = string(goproxy.CA_CERT)
+	}
+	at[map[string]any](t, connector, "status", "proxy")["httpAddress"] = status
+	pod := manifest(t, dir+"/pod.yaml")
+	volume := at[[]any](t, pod, "spec", "volumes")[0].(map[string]any)
+	rendered, err := render(t, at[string](t, volume, "csi", "volumeAttributes", "configuration.names"), token,
+		manifest(t, dir+"/class.yaml"), connector)
+	if err == nil {
+		moveTo(t, rendered, "/etc/"+tool.name+"/")
+	}
+	return rendered, err
 }
 
 // contents returns the files of a directory by name.
