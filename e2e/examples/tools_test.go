@@ -222,7 +222,7 @@ var tools = []tool{
 			"IPv6":                    "doesn't match any of the subject alternative names",
 			"IPv6 with port and path": "doesn't match any of the subject alternative names",
 		},
-		cases: slices.Concat(addresses, forwardProxies, refused("Maven cannot speak https to a proxy", httpsProxies)),
+		cases: slices.Concat(addresses, forwardProxies, refused("Maven needs an http:// address of the proxy", httpsProxies)),
 	},
 	{
 		name:    "git",
@@ -273,6 +273,17 @@ var tools = []tool{
 			"https IPv6 proxy": "invalid reference format",
 		},
 		cases: slices.Concat(forwardProxies, httpsProxies),
+	},
+	{
+		name:    "registry", // from a volume that is read-only, by a link, as the Limits of README.md have it
+		reverse: true,
+		target:  registry,
+		script: `mount --bind "$VOLUME" "$VOLUME"; mount -o remount,bind,ro "$VOLUME"
+			! mkdir "$VOLUME/buildx"
+			mkdir -p ~/.docker; ln -s "$VOLUME/config.json" ~/.docker/
+			mkdir ~/.docker/buildx
+			crane manifest --insecure "$PROXY/greeting:1"`,
+		prints: []string{"Read-only file system", "hello from a registry"},
 	},
 	{
 		name:   "kubectl",
