@@ -31,6 +31,7 @@ func needs() []machine.Need {
 		{"npm", "npm", machine.HasCommand("npm")},
 		{"pip", "python3-pip", machine.HasCommand("pip3")},
 		{"Maven", "maven", machine.HasCommand("mvn")},
+		{"keytool", "default-jre-headless", machine.HasCommand("keytool")},
 		{"skopeo", "skopeo", machine.HasCommand("skopeo")},
 		{"xmllint", "libxml2-utils", machine.HasCommand("xmllint")},
 		{"the system's CAs", "ca-certificates", exec.Command("test", "-e", systemCAs).Run() == nil},
