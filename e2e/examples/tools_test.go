@@ -35,7 +35,7 @@ type tool struct {
 	prints  []string
 
 	cases  []example
-	cannot map[string]string // what it says, in what cases, as it knows no better, whatever the file says
+	cannot map[string]string // the cases that are beyond the tool, whatever the file holds, and what it prints then
 }
 
 // example is a Connector. Where a field is empty, it is that of ordinary, with the tool's name in the place of NAME.
