@@ -575,8 +575,7 @@ var placeholderToken = func() string {
 // renderFile renders one template into at most limit bytes.
 //
 // The text of an error may come out of the template ({{ fail .context.token }}), so an error is reported as
-// it is without the token: from another run, with a word or a placeholder in its place, that fails at the same
-// place.
+// it is without the token: from another run, with a word or a placeholder for it, that fails where it does.
 func renderFile(name, text string, limit int, data func(token string) any, token string) ([]byte, error) {
 	t, err := parseTemplate(name, text)
 	if err != nil {
@@ -964,8 +963,8 @@ func (e *leafError) Error() string {
 
 func (e *leafError) Unwrap() error { return e.error }
 
-// mapLeaves returns a copy of a value with what change makes of everything in it that is no list and no map;
-// one that is nil is a leaf as well, and nil. The path are the maps around the value.
+// mapLeaves returns a copy of a value with what change makes of everything in it that is no list and no map.
+// A missing value is nil to change. The path holds the maps around the value, for errCycle.
 func mapLeaves(value any, change func(leaf any) (any, error), path []uintptr) (any, error) {
 	if isMissing(value) {
 		value = nil
