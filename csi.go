@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/url"
+	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -37,6 +38,9 @@ const (
 	minTokenLifetime     = 10 * time.Minute // the API server's own limit for a TokenRequest
 	maxTokenLifetime     = 24 * time.Hour
 	extendedLifetime     = 3607 * time.Second // the API server makes a year of it, for old clients
+
+	defaultMode = 0o444 // of files, with which everyone may read them
+	groupMode   = 0o440 // with an fsGroup
 
 	maxMessageBytes = 1000 // an event holds 1,024
 	maxQuotedBytes  = 200  // of any one thing that a user wrote, in a message or a log line
@@ -213,6 +217,7 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	p.attributes.lifetime = min(p.attributes.lifetime, maxTokenLifetime)
+	p.who.uid, p.who.mode = p.attributes.owner, cmp.Or(p.attributes.mode, p.who.mode)
 	if v.mounted = v.mounted && at.mounted; v.mounted {
 		d.keep(v, p) // also when the call fails later on, its token is the newest
 	}
@@ -371,7 +376,7 @@ func (d *driver) logPublish(call string, p *publication, err error, start time.T
 // validate checks all that can be checked without reading anything. With an error it returns as much as is
 // known of the Pod.
 func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, error) {
-	p := &publication{target: request.TargetPath}
+	p := &publication{target: request.TargetPath, who: access{mode: defaultMode}}
 	// Until the token's claims are known, for the log only.
 	p.pod.namespace, p.pod.name = request.VolumeContext[kubeletKeyPrefix+"pod.namespace"],
 		request.VolumeContext[kubeletKeyPrefix+"pod.name"]
@@ -394,7 +399,7 @@ func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, 
 		if err != nil {
 			return fail("volume_mount_group %q is not a group ID", cut(group, maxQuotedBytes))
 		}
-		p.who = access{gid: int(gid), hasGroup: true}
+		p.who = access{gid: int(gid), mode: groupMode}
 	}
 	if p.token, err = podToken(request); err != nil {
 		return p, err
@@ -573,6 +578,8 @@ type attributes struct {
 	connectors []reference
 	selection  selection
 	lifetime   time.Duration // of the token
+	owner      int           // of the files
+	mode       os.FileMode   // of the files; 0 if the volume names none
 	digest     [sha256.Size]byte
 	size       int // in bytes, as the Pod has them
 }
@@ -585,10 +592,12 @@ const (
 	attrConfigurations = "configuration.names"
 	attrParams         = "configuration.params"
 	attrExpiration     = "token.expiration"
+	attrMode           = "file.mode"
+	attrOwner          = "file.owner"
 )
 
 var knownAttributes = []string{attrConfigurations, attrParams, attrName, attrNamespace, attrConnectors,
-	attrExpiration}
+	attrExpiration, attrMode, attrOwner}
 
 // parseAttributes reads what stands under volumeAttributes in the Pod. Its errors are for whoever wrote that.
 func parseAttributes(volumeContext map[string]string, podNamespace string, builtIn bool) (attributes, error) {
@@ -620,7 +629,13 @@ func parseAttributes(volumeContext map[string]string, podNamespace string, built
 	if err != nil {
 		return a, err
 	}
-	a.lifetime, err = parseLifetime(volumeContext[attrExpiration])
+	if a.lifetime, err = parseLifetime(volumeContext[attrExpiration]); err != nil {
+		return a, err
+	}
+	if a.mode, err = parseMode(volumeContext[attrMode]); err != nil {
+		return a, err
+	}
+	a.owner, err = parseOwner(volumeContext[attrOwner])
 	return a, err
 }
 
@@ -742,6 +757,40 @@ func parseLifetime(text string) (time.Duration, error) {
 			attrExpiration, lifetime, lifetime/time.Second)
 	}
 	return lifetime, nil
+}
+
+// parseMode reads the mode of files: 0 if there is none.
+func parseMode(text string) (os.FileMode, error) {
+	if text == "" {
+		return 0, nil
+	}
+	bits, err := strconv.ParseUint(text, 8, 32)
+	mode := os.FileMode(bits & 0o666)
+	switch {
+	case err != nil || len(text) < 3 || len(text) > 4:
+		return 0, fmt.Errorf("%s %q is not an octal mode of three or four digits, such as 0600",
+			attrMode, cut(text, maxQuotedBytes))
+	case mode&0o444 == 0:
+		return 0, fmt.Errorf("%s %s lets nobody read the files: use one with a read bit, such as 0600",
+			attrMode, text)
+	case bits != uint64(mode):
+		return 0, fmt.Errorf("%s %s has execute, set-id or sticky bits, which the files never have: use %04o",
+			attrMode, text, mode)
+	}
+	return mode, nil
+}
+
+// parseOwner reads the ID of the user whose the files are: root's if there is none.
+func parseOwner(text string) (int, error) {
+	if text == "" {
+		return 0, nil
+	}
+	uid, err := strconv.ParseUint(text, 10, 31) // as much as a runAsUser may be
+	if err != nil || strconv.FormatUint(uid, 10) != text {
+		return 0, fmt.Errorf("%s %q is not a user ID: use the number of the user that the container runs as, "+
+			"such as 1000", attrOwner, cut(text, maxQuotedBytes))
+	}
+	return int(uid), nil
 }
 
 // splitList returns copies, so that what is kept of the text is no more than its items.

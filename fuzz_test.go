@@ -19,6 +19,8 @@ func FuzzAttributes(f *testing.F) {
 	f.Add("", "", "a,team-a/b", "one, two,!file", `{"one":{"p":"v"}}`, "1h30m", "csi.storage.k8s.io/ephemeral", "true")
 	f.Add("../x", "a%2fb", ",,/", "!", "null", "1ns", "configuration.name", "x")
 	f.Add("a.b", "-", "a//b", " , ", `{"":{}}`, "9223372036854775807ns", "", "\x00")
+	f.Add("git", "", "", "config", "", "", "file.mode", "0600")
+	f.Add("git", "", "", "config", "", "", "file.owner", "1000")
 	f.Fuzz(func(t *testing.T, name, namespace, connectors, configurations, params, expiration, key, value string) {
 		dns := regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 		for _, builtIn := range []bool{false, true} {
@@ -40,6 +42,9 @@ func FuzzAttributes(f *testing.F) {
 			}
 			if a.lifetime < 10*time.Minute || a.lifetime > 24*time.Hour || a.lifetime == 3607*time.Second || a.lifetime%time.Second != 0 {
 				t.Errorf("accepted: %v", a.lifetime)
+			}
+			if a.mode&^0o666 != 0 || a.mode != 0 && a.mode&0o444 == 0 || a.owner < 0 || a.owner > 1<<31-1 {
+				t.Errorf("accepted: %o and %d", a.mode, a.owner)
 			}
 			for _, r := range a.connectors {
 				if !dns.MatchString(r.name) || !dns.MatchString(r.namespace) || len(r.name) > 253 || len(r.namespace) > 63 || strings.Contains(r.namespace, ".") {

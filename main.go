@@ -173,8 +173,8 @@ func run() error {
 }
 
 // neededCapabilities is what the driver keeps of a privileged container's capabilities(7): it mounts, gives
-// files to a Pod's fsGroup, writes into directories that nobody may write, and starts renderers as another
-// user with an empty root directory, and ends them.
+// files to their owner and a Pod's fsGroup, writes into directories that nobody may write, and starts
+// renderers as another user with an empty root directory, and ends them.
 const neededCapabilities = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE |
 	1<<unix.CAP_SETUID | 1<<unix.CAP_SETGID | 1<<unix.CAP_SETPCAP | 1<<unix.CAP_SYS_CHROOT | 1<<unix.CAP_KILL
 

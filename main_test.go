@@ -18,6 +18,7 @@ package main
 //	renderer_test.go                  render.go: the renderer, its death, its lies, turns
 //	hostile_test.go                   render.go: what templates, objects and a renderer taken over can do
 //	mount_test.go, memory_test.go     mount.go: the mount, kills, memory of volumes
+//	mode_test.go                      mount.go and csi.go: file.mode, file.owner
 //	fuzz_test.go, bench_test.go       random input; figures
 
 import (

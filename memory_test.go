@@ -68,7 +68,7 @@ func TestMemoryIsKnownBeforeTheMount(t *testing.T) {
 		"256 empty files": many,
 		"large":           {"a": make([]byte, 1<<20), "b": []byte("x")},
 	}) {
-		mustMount(t, target, f, access{})
+		mustMount(t, target, f, access{mode: defaultMode})
 		if need, used := f.memory(), usedAt(t, target); need != used {
 			t.Errorf("%s: %d bytes, but it takes %d", what, need, used)
 		}
@@ -267,7 +267,7 @@ func TestVolumesBeyondTheLimitsGoOn(t *testing.T) {
 	var volumes []*podVolume
 	for i := range 20 {
 		v := pod.volume(fmt.Sprint("v", i))
-		mustMount(t, v.target, files{"token": []byte(pod.token), "large": bytes.Repeat([]byte("x"), 300<<10)}, access{})
+		mustMount(t, v.target, files{"token": []byte(pod.token), "large": bytes.Repeat([]byte("x"), 300<<10)}, access{mode: defaultMode})
 		volumes = append(volumes, v)
 	}
 	for range 2 {
@@ -416,7 +416,7 @@ func TestLongMountLine(t *testing.T) {
 		unix.Close(dir)
 		dir = next
 	}
-	mount, err := newTmpfs(access{})
+	mount, err := newTmpfs()
 	must(t, err)
 	must(t, unix.MoveMount(mount, "", dir, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH))
 	unix.Close(dir)
@@ -429,7 +429,7 @@ func TestLongMountLine(t *testing.T) {
 	}
 
 	target := n.volume().target
-	mustMount(t, target, files{"a": nil}, access{})
+	mustMount(t, target, files{"a": nil}, access{mode: defaultMode})
 	mounts, err := readMounts()
 	must(t, err)
 	if !slices.ContainsFunc(mounts, func(m mountInfo) bool { return m.point == target && m.source == mountSource && m.shared }) {

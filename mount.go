@@ -59,18 +59,17 @@ type files map[string][]byte
 // cannot be made read-only.
 var writing sync.RWMutex
 
-// access says who may read a volume: everyone, or only root and the Pod's fsGroup.
+// access says who may read a volume.
 type access struct {
-	gid      int
-	hasGroup bool
+	uid, gid int
+	mode     os.FileMode // of files
 }
 
-// modes are the permissions of directories and files.
-func (a access) modes() (dir, file os.FileMode) {
-	if a.hasGroup {
-		return 0o550, 0o440
-	}
-	return 0o555, 0o444
+// dirMode is the mode of directories: whoever may read the files may list and search them, and nobody may
+// write.
+func (a access) dirMode() os.FileMode {
+	read := a.mode & 0o444
+	return read | read>>2
 }
 
 // found is what there is at a target path.
@@ -115,7 +114,7 @@ func look(target string) (at found, _ error) {
 // leaves at most an empty directory.
 func mountVolume(target string, f files, who access) (at found, err error) {
 	// 1. create
-	mount, err := newTmpfs(who)
+	mount, err := newTmpfs()
 	if err != nil {
 		return at, err
 	}
@@ -308,16 +307,12 @@ func unpublishVolume(target string) (changed bool, err error) {
 
 // newTmpfs creates a tmpfs that is mounted nowhere, with room for two generations as large as a Pod may have
 // one.
-func newTmpfs(who access) (mount int, err error) {
-	mode, _ := who.modes()
+func newTmpfs() (mount int, err error) {
 	options := [][2]string{
 		{"source", mountSource},
-		{"mode", fmt.Sprintf("%o", mode)},
+		{"mode", "700"}, // until writeGeneration
 		{"size", strconv.Itoa(2 * maxPodMemory)},
 		{"nr_inodes", strconv.Itoa(2*2*maxVolumeFiles + 8)},
-	}
-	if who.hasGroup {
-		options = append(options, [2]string{"gid", strconv.Itoa(who.gid)})
 	}
 	conf, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
 	if err != nil {
@@ -361,7 +356,7 @@ func setReadOnly(mount int, readOnly bool) error {
 //  1. if ..data is not yet the wanted generation, remove all others but the current one, and write the wanted
 //     one's directory anew
 //  2. create the visible links that are missing; they dangle until ..data has their file
-//  3. switch ..data to the generation, by rename
+//  3. give the root directory to those who may read the files, and switch ..data to the generation, by rename
 //  4. remove what belongs neither to it nor to the generation that was current until now: that one stays,
 //     since somebody may be following ..data into it at this very moment
 //
@@ -414,6 +409,9 @@ func writeGeneration(mount int, f files, who access) (changed bool, err error) {
 
 	// 3. switch
 	if current != generation {
+		if err := who.applyTo(root); err != nil {
+			return true, err
+		}
 		if err := root.RemoveAll(nextDataLink); err != nil {
 			return true, err
 		}
@@ -448,32 +446,52 @@ func writeFiles(root *os.Root, generation string, f files, who access) error {
 		return err
 	}
 	defer dir.Close()
-	dirMode, fileMode := who.modes()
 	for name, content := range f {
 		file, err := dir.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o400)
 		if err != nil {
 			return err
 		}
 		_, err = file.Write(content)
-		if err := errors.Join(err, who.apply(file, fileMode), file.Close()); err != nil {
+		if err := errors.Join(err, who.apply(file, who.mode), file.Close()); err != nil {
 			return err
 		}
 	}
+	return who.applyTo(dir)
+}
+
+// applyTo gives a directory to those who may read the volume. One that is theirs already stays untouched: in
+// between it is nobody's but the driver's, and somebody may be on the way through it.
+func (a access) applyTo(dir *os.Root) error {
 	self, err := dir.Open(".")
 	if err != nil {
 		return err
 	}
-	return errors.Join(who.apply(self, dirMode), self.Close())
+	defer self.Close()
+	var is unix.Stat_t
+	if err := unix.Fstat(int(self.Fd()), &is); err != nil {
+		return err
+	}
+	if int(is.Uid) == a.uid && int(is.Gid) == a.gid && os.FileMode(is.Mode&0o7777) == a.dirMode() {
+		return nil
+	}
+	if err := self.Chown(0, 0); err != nil {
+		return err
+	}
+	return a.apply(self, a.dirMode())
 }
 
-// apply gives a file or a directory its group, if there is one, and its mode.
+// apply gives a file or a directory of the driver's its mode and then its owners: afterwards, to change the mode
+// would take CAP_FOWNER.
 func (a access) apply(file *os.File, mode os.FileMode) error {
-	if a.hasGroup {
-		if err := file.Chown(-1, a.gid); err != nil {
-			return err
-		}
+	if err := file.Chmod(mode); err != nil {
+		return err
 	}
-	return file.Chmod(mode)
+	err := file.Chown(a.uid, a.gid)
+	if errors.Is(err, unix.EINVAL) {
+		return failuref(codes.FailedPrecondition, "the driver's user namespace has no user %d or no group %d: "+
+			"use a %s and an fsGroup that the node has", a.uid, a.gid, attrOwner)
+	}
+	return err
 }
 
 // digest names a generation: by its files and by who may read them, so that a change of either is a change.
@@ -752,7 +770,7 @@ func memoryFor(bytes, inodes int64) int64 { return mountMemory + bytes + inodes*
 // checkKernel creates and drops a volume that is never attached, which needs all that a publish needs: Linux
 // 5.12 (mount_setattr) and CAP_SYS_ADMIN.
 func checkKernel() error {
-	mount, err := newTmpfs(access{})
+	mount, err := newTmpfs()
 	if err == nil {
 		defer unix.Close(mount)
 		err = setReadOnly(mount, true)

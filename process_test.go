@@ -399,7 +399,9 @@ func TestDriverGivesUpCapabilities(t *testing.T) {
 	case !mayChooseUser(t): // to map root alone takes CAP_SETFCAP, which no driver on a node needs
 		missing = confinements[len(confinements)-1].missing
 	default:
-		t.Run("without user namespaces", runWithoutUserNamespaces)
+		t.Run("without user namespaces", func(t *testing.T) {
+			runInSmallNamespace(t, `echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"`)
+		})
 	}
 	n := newNode(t)
 	p := n.startProcess()
@@ -438,14 +440,15 @@ func TestDriverGivesUpCapabilities(t *testing.T) {
 	p.awaitExit(t) // after its renderer's end
 }
 
-// runWithoutUserNamespaces runs the test that it is part of once more, in a user namespace that may have no other.
-func runWithoutUserNamespaces(t *testing.T) {
+// runInSmallNamespace runs the test that it is part of once more, in a user namespace with as many users as a container
+// has, by a script whose arguments are the command.
+func runInSmallNamespace(t *testing.T, script string) {
 	test, _, _ := strings.Cut(t.Name(), "/")
 	self, err := os.Executable()
 	must(t, err)
-	cmd := exec.Command("sh", "-c", `echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"`, "sh", self, "-test.run=^"+test+"$")
+	cmd := exec.Command("sh", "-c", script, "sh", self, "-test.run=^"+test+"$")
 	cmd.Env = append(os.Environ(), roleKey+"="+roleTests)
-	all := []syscall.SysProcIDMap{{Size: 1 << 16}} // as many as a container has, at least
+	all := []syscall.SysProcIDMap{{Size: 1 << 16}}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS, UidMappings: all, GidMappings: all,
 		GidMappingsEnableSetgroups: true, Pdeathsig: syscall.SIGKILL}
 	if output, err := cmd.CombinedOutput(); err != nil {

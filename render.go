@@ -2310,7 +2310,7 @@ func emptyRoot() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make / private: %w", err)
 	}
-	root, err := newTmpfs(access{})
+	root, err := newTmpfs()
 	if err != nil {
 		return err
 	}
