@@ -41,6 +41,7 @@ func clientNeeds() []machine.Need {
 		{"keytool", "default-jre-headless", machine.HasCommand("keytool")},
 		{"OpenSSL", "openssl", machine.HasCommand("openssl")},
 		{"skopeo", "skopeo", machine.HasCommand("skopeo")},
+		{"psql", "postgresql-client", psql() != ""},
 	}
 }
 

@@ -31,7 +31,8 @@ const limit = 3 * time.Minute
 var node *Node
 
 func TestMain(m *testing.M) {
-	if err := errors.Join(machine.Install(clientNeeds()), buildOldDriver()); err != nil {
+	_, glabErr := glab()
+	if err := errors.Join(machine.Install(clientNeeds()), glabErr, buildOldDriver()); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		os.Exit(1)
 	}

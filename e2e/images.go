@@ -149,13 +149,18 @@ func clientFiles() ([]file, error) {
 	if err != nil {
 		return nil, err
 	}
-	files := []file{
-		{name: "etc/passwd", mode: 0o644, content: []byte("root:x:0:0::/root:/bin/sh\n")},
-		{name: path.Join(helpers, "git")[1:], link: git}, // under this name git finds its own commands
-		{name: "usr/share/git-core/templates/", mode: 0o755},
-	}
+	programs, err := linkedFiles(curl, git, path.Join(helpers, "git-remote-http"))
+	return append(programs,
+		file{name: "etc/passwd", mode: 0o644, content: []byte("root:x:0:0::/root:/bin/sh\n")},
+		file{name: path.Join(helpers, "git")[1:], link: git}, // under this name git finds its own commands
+		file{name: "usr/share/git-core/templates/", mode: 0o755},
+	), err
+}
+
+// linkedFiles returns programs of this machine, and the libraries that they need.
+func linkedFiles(programs ...string) (files []file, _ error) {
 	seen := map[string]bool{}
-	for _, program := range []string{curl, git, path.Join(helpers, "git-remote-http")} {
+	for _, program := range programs {
 		// "\tlibz.so.1 => /lib/x86_64-linux-gnu/libz.so.1 (0x…)", "\t/lib64/ld-linux-x86-64.so.2 (0x…)"
 		libraries, err := output("ldd", program)
 		if err != nil {

@@ -31,6 +31,41 @@ func nodeNeeds() []machine.Need {
 	}
 }
 
+// unpackPackage downloads a package of a newer Debian than this machine may have, unless an earlier run did, and returns
+// the directory that it is unpacked in. The package is not installed.
+func unpackPackage(suite, name string) (dir string, _ error) {
+	cache, err := cacheDir()
+	if err != nil {
+		return "", err
+	}
+	if dir = filepath.Join(cache, name+"-"+suite); exists(dir) {
+		return dir, nil
+	}
+	const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+	if err := machine.Install([]machine.Need{{"Debian's keyring", "debian-archive-keyring", exists(keyring)}}); err != nil {
+		return "", err
+	}
+	work, err := os.MkdirTemp("", prefix+name+"-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(work)
+	return dir, run("sh", "-euc", `
+		cd "$1"
+		mirror() { apt-get indextargets --format '$(LABEL) $(REPO_URI)' | awk '$1 == "Debian" { print $2; exit }'; }
+		[ "$(mirror)" ] || apt-get -q update
+		mkdir -p lists/partial archives/partial
+		echo "deb [signed-by=$2] $(mirror) $3 main" >sources.list
+		apt() {
+			apt-get -q -o Dir::Etc::sourcelist="$PWD/sources.list" -o Dir::Etc::sourceparts=- \
+				-o Dir::State::Lists="$PWD/lists" -o Dir::Cache="$PWD" -o APT::Sandbox::User=root "$@"
+		}
+		apt update
+		apt download "$4"
+		dpkg-deb --extract ./*.deb unpacked
+		mv unpacked "$5"`, "sh", work, keyring, suite, name, dir)
+}
+
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
