@@ -502,7 +502,7 @@ func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 	server := grpc.NewServer(grpc.MaxRecvMsgSize(maxRequestBytes), grpc.NumStreamWorkers(2))
 	csi.RegisterIdentityServer(server, d)
 	csi.RegisterNodeServer(server, d)
-	r := &registration{socket: socket, server: server}
+	r := &registration{socket: socket, server: server, log: d.log}
 	server.RegisterService(&registrationService, r)
 
 	probe, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -521,7 +521,7 @@ func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 	w := &web{registration: r, metrics: d.metrics}
 	go w.checkHealth(ctx, csi.NewIdentityClient(probe))
 	go w.serve(listener.(*net.TCPListener))
-	slog.Info("started", "version", version, "node", d.nodeName, "socket", socket,
+	d.log.Info("started", "version", version, "node", d.nodeName, "socket", socket,
 		"http", listener.Addr().String())
 	err = r.watch(ctx)
 	if r.present() {
@@ -529,7 +529,7 @@ func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 	}
 	server.GracefulStop()
 	d.close()
-	slog.Info("stopped")
+	d.log.Info("stopped")
 	return err
 }
 
@@ -658,6 +658,7 @@ func (w *web) checkHealth(ctx context.Context, identity csi.IdentityClient) {
 type registration struct {
 	socket string
 	server *grpc.Server
+	log    *slog.Logger
 
 	mu         sync.Mutex
 	listener   net.Listener
@@ -718,7 +719,7 @@ func (r *registration) watch(ctx context.Context) error {
 		if r.present() {
 			continue
 		}
-		slog.Warn("the registration socket is gone; making it again", "socket", r.socket)
+		r.log.Warn("the registration socket is gone; making it again", "socket", r.socket)
 		r.listener.Close()
 		if err := r.listen(); err != nil {
 			return err
@@ -753,9 +754,9 @@ func (r *registration) notified(registered bool, message string) {
 	defer r.mu.Unlock()
 	r.registered = registered
 	if registered {
-		slog.Info("registered by kubelet")
+		r.log.Info("registered by kubelet")
 	} else {
-		slog.Error("kubelet did not register the driver", "error", message)
+		r.log.Error("kubelet did not register the driver", "error", message)
 	}
 }
 
