@@ -373,7 +373,9 @@ func TestHTTPUnderSiege(t *testing.T) {
 	}
 	publish()
 	var came lockedBuffer
-	crowd := exec.Command("nice", "-n", "19", thisBinary, n.http)
+	binary, err := os.Executable()
+	must(t, err)
+	crowd := exec.Command("nice", "-n", "19", binary, n.http)
 	crowd.Env = append(os.Environ(), roleKey+"="+roleCrowd)
 	crowd.Stdout, crowd.Stderr = &came, os.Stderr
 	crowd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
