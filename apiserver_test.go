@@ -601,7 +601,8 @@ func (a *apiServer) watched(path string) (requests []watchRequest) {
 	return requests
 }
 
-// issueToken answers a TokenRequest, under the API server's rules for it.
+// issueToken answers a TokenRequest, under the API server's rules for it and those of deploy.yaml's policies that need
+// no Pods.
 func (a *apiServer) issueToken(w http.ResponseWriter, path string, sent object, fail func(int, string, string, ...any), allowed bool, user string) {
 	parts := strings.Split(path, "/")
 	namespace, serviceAccount := parts[4], parts[6]
@@ -611,6 +612,9 @@ func (a *apiServer) issueToken(w http.ResponseWriter, path string, sent object, 
 	case !allowed:
 		fail(http.StatusForbidden, "Forbidden", `serviceaccounts %q is forbidden: User %q cannot create resource "serviceaccounts/token" in API group "" in the namespace %q`,
 			serviceAccount, user, namespace)
+		return
+	case stringAt(sent, "metadata", "labels", "app.kubernetes.io/name") != "connectors-csi":
+		fail(http.StatusForbidden, "Forbidden", "the driver may request tokens only with the label app.kubernetes.io/name=connectors-csi")
 		return
 	case seconds < 600:
 		fail(http.StatusUnprocessableEntity, "Invalid", "spec.expirationSeconds: Invalid value: %v: may not specify a duration less than 10 minutes", seconds)

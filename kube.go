@@ -351,8 +351,10 @@ func (l *lookup) requestToken(ctx context.Context, audiences []string,
 	if len(audiences) > 0 {
 		spec["audiences"] = audiences
 	}
+	// The label brings the request before the policy in deploy.yaml that keeps it to the node's own Pods.
+	labels := map[string]string{"app.kubernetes.io/name": driverName}
 	body, err := json.Marshal(map[string]any{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
-		"spec": spec})
+		"metadata": map[string]any{"labels": labels}, "spec": spec})
 	if err != nil {
 		return issuedToken{}, err
 	}
