@@ -336,6 +336,24 @@ func (ns namespace) failedMount(pod string, reasons ...string) (message string) 
 	return message
 }
 
+// answered returns nil if a request was denied for a reason, or granted where there is none.
+func answered(err error, reason string) error {
+	switch {
+	case reason == "":
+		return err
+	case err == nil || !strings.Contains(err.Error(), reason):
+		return fmt.Errorf("%v; %q is expected", err, reason)
+	}
+	return nil
+}
+
+// wantDenied waits until a request is denied for a reason: the API server looks once a second whether policies have
+// changed.
+func (ns namespace) wantDenied(reason string, request func() error) {
+	ns.Helper()
+	ns.eventually(func() error { return answered(request(), reason) })
+}
+
 func containsAll(text string, parts []string) bool {
 	for _, part := range parts {
 		if !strings.Contains(text, part) {
@@ -479,6 +497,21 @@ func restartKubelet(ns namespace) {
 		_, err := kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/healthz")
 		return err
 	})
+}
+
+// restartAPIServer restarts the API server with further flags, until the test ends.
+func restartAPIServer(ns namespace, flags ...string) {
+	ns.Helper()
+	ready := func() error { _, err := kubectl("get", "--raw", "/readyz"); return err }
+	before := node.apiServer
+	ns.Cleanup(func() {
+		node.apiServer.stop()
+		node.apiServer = node.restart(before)
+		ns.eventually(ready)
+	})
+	node.apiServer.stop()
+	node.apiServer = node.run(filepath.Base(before.cmd.Path), append(slices.Clone(before.cmd.Args[1:]), flags...)...)
+	ns.eventually(ready)
 }
 
 // freshDriver replaces the driver's Pod by a new one, whose log and cgroup begin anew.
