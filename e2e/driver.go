@@ -51,6 +51,10 @@ func buildOldDriver() error {
 	return buildDriver(sources, binary, runtime.GOARCH, oldCommit)
 }
 
+// forgetPolicy is what goes before the old deploy.yaml: the old driver's token requests have no label, and its deploy.yaml
+// no policy that would take the place of the one that demands it.
+var forgetPolicy = []string{"delete", "validatingadmissionpolicybinding", "connectors-csi-token", "--ignore-not-found"}
+
 // oldManifest is the old deploy.yaml, with the old driver's image, which it imports.
 func oldManifest() (string, error) {
 	path, err := oldDriver()

@@ -355,7 +355,7 @@ func (s *soak) rollback() error {
 	revision := s.revisions["large"]
 	s.mu.Unlock()
 	manifest, err := oldManifest()
-	if err := errors.Join(err, s.setClass("large", revision)); err != nil {
+	if err := errors.Join(err, s.setClass("large", revision), change("", forgetPolicy...)); err != nil {
 		return err
 	}
 	return change(manifest, "apply", validation(), "-f", "-")

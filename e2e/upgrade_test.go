@@ -7,11 +7,14 @@ import (
 	"testing"
 )
 
-// installOldDriver applies the old deploy.yaml.
+// installOldDriver applies the old deploy.yaml, as README.md says how to go back.
 func installOldDriver(t *testing.T, args ...string) {
 	t.Helper()
 	manifest, err := oldManifest()
 	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := kubectl(forgetPolicy...); err != nil {
 		t.Fatal(err)
 	}
 	applyManifest(t, manifest, args...)
