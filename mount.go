@@ -74,10 +74,10 @@ func (a access) dirMode() os.FileMode {
 
 // found is what there is at a target path.
 type found struct {
-	mounted  bool   // something is, at the path itself
-	complete bool   // and it has the files of a volume
-	device   uint64 // of the file system
-	used     int64  // the memory that it takes, if it is a tmpfs
+	mounted  bool      // something is, at the path itself
+	complete bool      // and it has the files of a volume
+	id       unix.Fsid // of the file system; that of a tmpfs is random
+	used     int64     // the memory that it takes, if it is a tmpfs
 }
 
 // look finds out what there is at the target path, whatever else is mounted on the node.
@@ -94,12 +94,11 @@ func look(target string) (at found, _ error) {
 	case stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0:
 		return at, nil
 	}
-	at.mounted, at.device = true, unix.Mkdev(stat.Dev_major, stat.Dev_minor)
-	at.complete = unix.Access(target+"/"+dataLink, unix.F_OK) == nil
 	var usage unix.Statfs_t
 	if unix.Statfs(target, &usage) == nil {
-		at.used = memoryOf(&usage)
+		at = foundIn(&usage)
 	}
+	at.mounted, at.complete = true, unix.Access(target+"/"+dataLink, unix.F_OK) == nil
 	return at, nil
 }
 
@@ -145,9 +144,18 @@ func mountVolume(target string, f files, who access) (at found, err error) {
 // foundBehind is what there is at the target path of a mount, or of a clone of it.
 func foundBehind(mount int) (at found) {
 	var usage unix.Statfs_t
-	var stat unix.Stat_t
-	if unix.Fstatfs(mount, &usage) == nil && unix.Fstat(mount, &stat) == nil {
-		at = found{mounted: true, device: stat.Dev, used: memoryOf(&usage)}
+	if unix.Fstatfs(mount, &usage) == nil {
+		at = foundIn(&usage)
+	}
+	return at
+}
+
+// foundIn is what the kernel says of a mounted file system.
+func foundIn(usage *unix.Statfs_t) found {
+	at := found{mounted: true, id: usage.Fsid}
+	if usage.Type == unix.TMPFS_MAGIC {
+		at.used = memoryFor(int64(usage.Blocks-usage.Bfree)*int64(usage.Bsize),
+			int64(usage.Files-usage.Ffree))
 	}
 	return at
 }
@@ -183,13 +191,13 @@ func sweepVolume(target string) (at found, err error) {
 }
 
 // emptyVolume truncates and removes all that is in a volume, so that a descriptor that somebody has passed on
-// keeps next to nothing of it. It does so only in a file system of that device, where every name is one that
-// this driver gives. It returns a clone of the mount if there is still something in it, as an old file that
-// somebody has open, or else -1.
-func emptyVolume(target string, device uint64) (kept int) {
+// keeps next to nothing of it. It does so only in the file system of that id, where every name is one that this
+// driver gives. It returns a clone of the mount if there is still something in it, as an old file that somebody
+// has open, or else -1.
+func emptyVolume(target string, id unix.Fsid) (kept int) {
 	kept = -1
 	throughClone(target, func(clone int) error {
-		if foundBehind(clone).device != device {
+		if foundBehind(clone).id != id {
 			return errNotOurs
 		}
 		err := empty(clone)
@@ -221,9 +229,9 @@ func empty(mount int) error {
 		}
 	}
 	for _, e := range entries {
-		files, _ := fs.Glob(root.FS(), e.Name()+"/*") // none of a link
-		for _, name := range files {
-			if e.IsDir() {
+		if e.IsDir() {
+			files, _ := fs.Glob(root.FS(), e.Name()+"/*")
+			for _, name := range files {
 				if file, err := root.OpenFile(name, os.O_WRONLY|os.O_TRUNC, 0); err == nil {
 					file.Close()
 				}
@@ -526,10 +534,10 @@ type memory struct {
 
 // footprint is the memory of a volume. The lock of the budget guards what is in it.
 type footprint struct {
-	pod    string // uid
-	device uint64 // of the tmpfs, if this driver mounted it
-	held   int64  // by its files alone; 0 until it is mounted
-	used   int64  // by all that is in it: also by old files that somebody has open, and by what is set aside
+	pod  string    // uid
+	id   unix.Fsid // of the tmpfs, if this driver mounted it
+	held int64     // by its files alone; 0 until it is mounted
+	used int64     // by all that is in it: also by old files that somebody has open, and by what is set aside
 }
 
 // newBudget makes the budget of a node, and returns by target path what another process of the driver has left
@@ -542,9 +550,15 @@ func newBudget(podsDir string, limit int64) (*budget, map[string]*footprint, err
 		// Kubelet mounts single files of a volume below the Pod's directory as well, for subPath.
 		below, ok := strings.CutPrefix(m.point, podsDir+"/")
 		isTarget, _ := filepath.Match("*/volumes/kubernetes.io~csi/*/mount", below)
-		if at, err := look(m.point); ok && isTarget && m.source == mountSource && err == nil {
+		if v := left[m.point]; v != nil { // something else is mounted over it
+			v.id = unix.Fsid{}
+		} else if ok && isTarget && m.source == mountSource {
+			at, err := look(m.point)
+			if err != nil {
+				continue
+			}
 			pod, _, _ := strings.Cut(below, "/")
-			left[m.point] = &footprint{pod: pod, device: at.device}
+			left[m.point] = &footprint{pod: pod, id: at.id}
 			b.set(left[m.point], at.used, at.used)
 		}
 	}
@@ -558,27 +572,32 @@ func newBudget(podsDir string, limit int64) (*budget, map[string]*footprint, err
 func (b *budget) publish(target string, v *footprint, at found, f files, who access) (changed bool, err error) {
 	need := f.memory()
 	keepOld, err := b.reserve(v, at.used, need)
-	if err == nil && !keepOld {
+	if !keepOld {
 		b.oneAtATime.Lock()
 		defer b.oneAtATime.Unlock()
+		if v.held > 0 {
+			if swept, err := sweepVolume(target); err == nil {
+				at = swept
+			}
+		}
 		keepOld, err = b.reserve(v, at.used, need) // since the one before may have used what there was
 	}
 	if err != nil {
 		return false, err
 	}
-	device := v.device
+	id := v.id
 	if at.mounted {
 		at, changed, err = updateVolume(target, f, who)
 	} else {
 		at, err = mountVolume(target, f, who)
-		changed, device = true, at.device
+		changed, id = true, at.id
 	}
 	if err == nil && !keepOld {
 		at, err = sweepVolume(target)
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	v.device = device
+	v.id = id
 	switch {
 	case err == nil:
 		b.set(v, need, at.used)
@@ -609,8 +628,8 @@ func (b *budget) sweep(target string, v *footprint) error {
 func (b *budget) unpublish(target string, v *footprint) (changed bool, err error) {
 	// 1. empty
 	clone := -1
-	if v.device != 0 {
-		clone = emptyVolume(target, v.device)
+	if v.id != (unix.Fsid{}) {
+		clone = emptyVolume(target, v.id)
 	}
 
 	// 2. unmount
@@ -621,7 +640,7 @@ func (b *budget) unpublish(target string, v *footprint) (changed bool, err error
 	defer b.mu.Unlock()
 	if err == nil {
 		b.set(v, 0, 0)
-		v.device = 0
+		v.id = unix.Fsid{}
 	}
 	if clone >= 0 {
 		b.pinned[clone] = &footprint{pod: v.pod}
@@ -755,14 +774,6 @@ func (f files) memory() int64 {
 	}
 	// a file and a link each; ..data, its directory and the root
 	return memoryFor(int64(pages*page), int64(len(f)*2+3))
-}
-
-// memoryOf is what a tmpfs takes; 0 if it is none.
-func memoryOf(usage *unix.Statfs_t) int64 {
-	if usage.Type != unix.TMPFS_MAGIC {
-		return 0
-	}
-	return memoryFor(int64(usage.Blocks-usage.Bfree)*int64(usage.Bsize), int64(usage.Files-usage.Ffree))
 }
 
 func memoryFor(bytes, inodes int64) int64 { return mountMemory + bytes + inodes*inodeMemory }

@@ -654,3 +654,61 @@ func TestRestartKeepsVolumes(t *testing.T) {
 	}
 	v.mustUnpublish()
 }
+
+// What somebody else has mounted at the target path is unmounted by unpublish, as ever, and never emptied: neither under
+// our mount nor over it, whatever its files are called, not even with the device number that ours had.
+func TestForeignTmpfsIsNotEmptied(t *testing.T) {
+	over := func(t *testing.T, n *node, v *podVolume) { must(t, unix.Mount(mountSource, v.target, "tmpfs", 0, "")) }
+	for what, mount := range sorted(map[string]func(*testing.T, *node, *podVolume){
+		"instead": func(t *testing.T, n *node, v *podVolume) {
+			must(t, os.Mkdir(v.target, 0o755))
+			over(t, n, v)
+		},
+		"over ours": func(t *testing.T, n *node, v *podVolume) {
+			v.mustPublish()
+			over(t, n, v)
+		},
+		"over ours, with a driver started since": func(t *testing.T, n *node, v *podVolume) {
+			v.mustPublish()
+			must(t, unix.Mount("foreign", v.target, "tmpfs", 0, ""))
+			n.stop()
+			n.start()
+		},
+		"in the place of ours": func(t *testing.T, n *node, v *podVolume) {
+			v.mustPublish()
+			var before, after unix.Stat_t
+			must(t, unix.Stat(v.target, &before))
+			must(t, unix.Unmount(v.target, 0))
+			over(t, n, v)
+			must(t, unix.Stat(v.target, &after))
+			if after.Dev != before.Dev {
+				t.Log("it has another device number")
+			}
+		},
+	}) {
+		for _, filled := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, filled: %v", what, filled), func(t *testing.T) {
+				n := startNode(t)
+				v := n.volume()
+				mount(t, n, v)
+				if filled {
+					must(t, os.Mkdir(v.target+"/..gen-0123456789ab", 0o755))
+					must(t, os.WriteFile(v.target+"/..gen-0123456789ab/name", []byte("precious"), 0o644))
+					must(t, os.Symlink("..gen-0123456789ab", v.target+"/..data"))
+					must(t, os.Symlink("..data/name", v.target+"/name"))
+				}
+				held, err := unix.OpenTree(unix.AT_FDCWD, v.target, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+				must(t, err)
+				defer unix.Close(held)
+				v.mustUnpublish()
+				text, err := os.ReadFile(fmt.Sprintf("/proc/self/fd/%d/name", held))
+				if filled && (err != nil || string(text) != "precious") {
+					t.Errorf("it has %q, %v", text, err)
+				}
+				if len(n.driver.budget.pinned) != 0 || n.used() != 0 {
+					t.Errorf("%d bytes are counted, %d mounts kept", n.used(), len(n.driver.budget.pinned))
+				}
+			})
+		}
+	}
+}
