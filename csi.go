@@ -218,8 +218,11 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 	}
 	p.attributes.lifetime = min(p.attributes.lifetime, maxTokenLifetime)
 	p.who.uid, p.who.mode = p.attributes.owner, cmp.Or(p.attributes.mode, p.who.mode)
-	if v.mounted = v.mounted && at.mounted; v.mounted {
+	switch {
+	case v.mounted && at.mounted:
 		d.keep(v, p) // also when the call fails later on, its token is the newest
+	case v.mounted: // somebody else has unmounted it
+		d.forget(v)
 	}
 
 	// 3. to 5.
@@ -908,7 +911,7 @@ func (d *driver) push(v *volume, renewal bool) {
 		d.mu.Unlock()
 		p := v.publication
 		at, err := d.budget.look(v.target, v.memory)
-		if p == nil || err != nil || !at.complete || ctx.Err() != nil { // gone, or a call does it
+		if p == nil || err != nil || !at.complete || ctx.Err() != nil || !renewal && due.IsZero() {
 			return
 		}
 		start := time.Now()
@@ -950,14 +953,13 @@ func (d *driver) close() {
 }
 
 // keep makes a publication the one that pushes use, if there is room for it; else kubelet's calls alone refresh
-// the volume. The caller has the volume's turn.
+// the volume, and nothing is watched for it. The caller has the volume's turn.
 func (d *driver) keep(v *volume, p *publication) {
 	size := 0
 	if p != nil {
 		size = p.size()
 	}
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	pod := v.memory.pod
 	if d.kept[pod]-v.kept+size > maxPodKeptBytes || d.kept[""]-v.kept+size > maxKeptBytes {
 		p, size = nil, 0
@@ -967,13 +969,16 @@ func (d *driver) keep(v *volume, p *publication) {
 	if v.publication, v.kept = p, size; d.kept[pod] == 0 {
 		delete(d.kept, pod)
 	}
+	d.mu.Unlock()
+	if p == nil {
+		d.kube.disuse(&v.user)
+	}
 }
 
 // forget drops all that is kept of a volume that is not mounted any more. The caller has its turn.
 func (d *driver) forget(v *volume) {
 	v.mounted = false
 	d.keep(v, nil)
-	d.kube.disuse(&v.user)
 	d.budget.forget(v.memory)
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1066,6 +1071,7 @@ func (d *driver) chooseToken(ctx context.Context, l *lookup, v *volume, p *publi
 		return "", err
 	}
 	if lifetime == kubeletTokenLifetime && len(extra) == 0 {
+		v.token = issuedToken{}
 		return p.token, nil
 	}
 	var audiences []string

@@ -457,15 +457,19 @@ func TestOwnTokenIsRenewedAt80Percent(t *testing.T) {
 	token = v.file("token")
 
 	v.attributes["token.expiration"] = "2h" // the API server may give less than what was asked for
-	n.api.set(func() { n.api.lifetime = time.Second })
+	n.api.set(func() { n.api.lifetime = 20 * time.Minute })
 	v.mustPublish()
 	short := v.file("token")
 	if short == token || n.api.count(path) != 3 {
 		t.Error("another expiration did not lead to another token")
 	}
+	if at := time.Until(v.record().token.renew); at < 15*time.Minute || at > 16*time.Minute {
+		t.Errorf("a token of 20 minutes is renewed after %v", at)
+	}
 	n.api.set(func() { n.api.lifetime = 0 })
-	eventually(t, "the token is renewed", func() bool { v.mustPublish(); return v.file("token") != short })
-	if n.api.count(path) != 4 {
+	v.endToken()
+	v.mustPublish()
+	if v.file("token") == short || n.api.count(path) != 4 {
 		t.Errorf("%d tokens were asked for", n.api.count(path))
 	}
 	v.wantClean()
