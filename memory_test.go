@@ -77,20 +77,46 @@ func TestMemoryIsKnownBeforeTheMount(t *testing.T) {
 	}
 }
 
-// The memory that the kernel charges to the driver for volumes of 256 empty files, which have no blocks, is within
-// what the driver counts, and at least half of it.
-func TestMemoryIsWhatTheKernelCharges(t *testing.T) {
-	cgroup, usage := fmt.Sprintf("/sys/fs/cgroup/memory/connectors-csi-test-%d", os.Getpid()), "/memory.usage_in_bytes"
-	if err := os.Mkdir(cgroup, 0o755); err != nil {
-		cgroup, usage = fmt.Sprintf("/sys/fs/cgroup/connectors-csi-test-%d", os.Getpid()), "/memory.current"
-		if err := os.Mkdir(cgroup, 0o755); err != nil {
+// cgroup is one of the kernel's, which counts memory.
+type cgroup struct {
+	t            testing.TB
+	dir          string
+	usage, limit string // names of files
+}
+
+func newCgroup(t testing.TB) *cgroup {
+	name := fmt.Sprintf("connectors-csi-test-%d-%d", os.Getpid(), serial.Add(1))
+	c := &cgroup{t, "/sys/fs/cgroup/memory/" + name, "memory.usage_in_bytes", "memory.limit_in_bytes"}
+	if err := os.Mkdir(c.dir, 0o755); err != nil {
+		c = &cgroup{t, "/sys/fs/cgroup/" + name, "memory.current", "memory.max"}
+		if err := os.Mkdir(c.dir, 0o755); err != nil {
 			t.Skip("no cgroup can be made: ", err)
 		}
 	}
-	defer func() { eventually(t, "the cgroup is removed", func() bool { return os.Remove(cgroup) == nil }) }()
-	if _, err := os.Stat(cgroup + usage); err != nil {
+	t.Cleanup(func() { eventually(t, "the cgroup is removed", func() bool { return os.Remove(c.dir) == nil }) })
+	if _, err := os.Stat(filepath.Join(c.dir, c.usage)); err != nil {
 		t.Skip("the cgroup does not count memory: ", err)
 	}
+	return c
+}
+
+func (c *cgroup) write(file string, value int64) {
+	must(c.t, os.WriteFile(filepath.Join(c.dir, file), []byte(strconv.FormatInt(value, 10)), 0o644))
+}
+
+// used is what the cgroup is charged for.
+func (c *cgroup) used() int64 {
+	text, err := os.ReadFile(filepath.Join(c.dir, c.usage))
+	must(c.t, err)
+	bytes, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	must(c.t, err)
+	return bytes
+}
+
+// The memory that the kernel charges to the driver for volumes of 256 empty files, which have no blocks, is within
+// what the driver counts, and at least half of it.
+func TestMemoryIsWhatTheKernelCharges(t *testing.T) {
+	group := newCgroup(t)
 	n := newNode(t)
 	var data []string
 	for i := range 256 {
@@ -99,18 +125,14 @@ func TestMemoryIsWhatTheKernelCharges(t *testing.T) {
 	n.api.put(class("git", configuration("config", data...)))
 	p := n.startProcess()
 	defer p.kill()
-	must(t, os.WriteFile(cgroup+"/cgroup.procs", []byte(strconv.Itoa(p.Process.Pid)), 0o644))
+	group.write("cgroup.procs", int64(p.Process.Pid))
 	// charged is what the cgroup is charged for, less the process's own memory
 	charged := func() int64 {
-		text, err := os.ReadFile(cgroup + usage)
-		must(t, err)
-		bytes, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
-		must(t, err)
-		text, err = os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
 		must(t, err)
 		own, err := strconv.ParseInt(regexp.MustCompile(`RssAnon:\s+(\d+) kB`).FindStringSubmatch(string(text))[1], 10, 64)
 		must(t, err)
-		return bytes - own<<10
+		return group.used() - own<<10
 	}
 	for range 20 {
 		n.volume().mustPublish()
@@ -333,6 +355,135 @@ func TestOldFilesThatAreOpenCount(t *testing.T) {
 	if n.used() != used {
 		t.Errorf("%d KiB are counted, and not %d", n.used()>>10, used>>10)
 	}
+}
+
+// A Pod hands descriptors of its volume to somebody else, who keeps them when the Pod is gone, 400 Pods one after the
+// other: of a file, of a directory, of the volume's root, of a mount of it, and each eighth of an old file. Only what an
+// old file has cannot be given back; it is counted as long as it is kept, also beside a second driver. The memory that
+// the driver may have is that of deploy.yaml with a smaller budget: 624 MiB, of which 240 are for volumes.
+func TestDescriptorsThatOutliveTheirPods(t *testing.T) {
+	const budget, other = 64, 624 - 240
+	group := newCgroup(t)
+	n := newNode(t)
+	n.api.put(sized(1000 << 10))
+	start := func() *process {
+		p := n.run(rendererBinary(), nil, "--refresh-interval=1ns", "--kubelet-dir="+n.dir, "--http-address=127.0.0.1:0",
+			fmt.Sprint("--volumes-budget=", budget))
+		group.write("cgroup.procs", int64(p.Process.Pid))
+		n.http = n.awaitStart(p.log.String)
+		n.dial()
+		return p
+	}
+	n.api.set(func() { n.api.noWatch = true })
+	group.write(group.limit, (budget+other)<<20)
+	p := start()
+	var kept []int
+	defer func() {
+		for _, descriptor := range kept {
+			unix.Close(descriptor)
+		}
+	}()
+	keep := func(path string, flags int) {
+		t.Helper()
+		descriptor, err := unix.Open(path, flags|unix.O_CLOEXEC, 0)
+		must(t, err)
+		kept = append(kept, descriptor)
+	}
+	old, before := 0, int64(0)
+	for i := range 400 {
+		v := n.volume()
+		if err := v.publish(); err != nil {
+			t.Fatalf("Pod %d: %v; the group is charged %d MiB", i, err, group.used()>>20)
+		}
+		switch i % 8 {
+		case 0, 4:
+			keep(v.target+"/large", unix.O_RDONLY)
+		case 1, 5:
+			keep(v.target+"/..data", unix.O_DIRECTORY)
+		case 2, 6:
+			keep(v.target, unix.O_DIRECTORY)
+		case 3:
+			mount, err := unix.OpenTree(unix.AT_FDCWD, v.target, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+			must(t, err)
+			kept = append(kept, mount)
+		case 7:
+			keep(v.target+"/large", unix.O_RDONLY)
+			v.pod.renewToken()
+			must(t, v.publish())
+			old++
+		}
+		must(t, v.unpublish())
+		if i == 15 {
+			before = group.used() - n.used()
+		}
+		if i == 199 { // in the middle of it
+			p.kill()
+			p = start()
+		}
+	}
+	got := n.readMetrics()
+	pinned := got["connectors_csi_volumes_bytes"]
+	t.Logf("%d descriptors are kept; the group is charged %d MiB, of which the second driver counts %.0f for %d old files; each descriptor costs %d KiB",
+		len(kept), group.used()>>20, pinned/(1<<20), old/2, (group.used()-before-int64(old)*1000<<10)/int64(len(kept))>>10)
+	if got["connectors_csi_volumes"] != 0 || pinned < float64(old/2*1000<<10) || pinned > float64(len(kept)/2*(mountMemory+4*inodeMemory)+old/2*1010<<10) {
+		t.Errorf("for %d old files that are kept the metrics are %v", old/2, got)
+	}
+	n.volume().mustPublish()
+	p.wantSound(t)
+}
+
+// What is pinned is charged until it is let go of, and no longer.
+func TestPinnedVolumesAreGivenBack(t *testing.T) {
+	n := startNode(t)
+	n.api.put(sized(500 << 10))
+	v := n.volume()
+	v.settle()
+	v.mustUnpublish()
+	n.awaitWatches(0)
+	n.driver.renderers.close()
+	before := descriptors(t)
+	for what, open := range sorted(map[string]struct {
+		path string
+		old  bool // is opened before an update
+		kept int64
+	}{
+		"file":          {"/large", false, 0},
+		"directory":     {"/..data", false, 0},
+		"root":          {"", false, -1},
+		"old file":      {"/large", true, 500 << 10},
+		"old directory": {"/..data", true, 0},
+	}) {
+		v := n.volume()
+		v.mustPublish()
+		dir := startContainer(t, v)
+		file, err := os.Open(dir + open.path)
+		must(t, err)
+		for range 2 { // after the second the first is gone, as it is a second after an update
+			if open.old {
+				v.pod.renewToken()
+				v.mustPublish()
+			}
+		}
+		must(t, unix.Unmount(dir, unix.MNT_DETACH))
+		v.mustUnpublish()
+		n.driver.forgetUnmounted()
+		used := n.used()
+		if open.kept >= 0 && (used < open.kept+mountMemory || used > open.kept+mountMemory+4*inodeMemory) || open.kept < 0 && used != 0 {
+			t.Errorf("%s: %d KiB are counted", what, used>>10)
+		}
+		if open.path == "/large" {
+			if size, err := io.Copy(io.Discard, file); err != nil || size != open.kept {
+				t.Errorf("%s: it has %d bytes, %v", what, size, err)
+			}
+		}
+		must(t, file.Close())
+		n.driver.forgetUnmounted()
+		if n.used() != 0 || len(n.driver.budget.pinned) != 0 || len(n.driver.budget.pods) != 0 {
+			t.Errorf("%s: %d bytes are counted when it is closed", what, n.used())
+		}
+	}
+	n.driver.renderers.close()
+	eventually(t, fmt.Sprintf("there are %d descriptors as before", before), func() bool { return descriptors(t) <= before })
 }
 
 // Failed publishes take nothing, and neither does a volume that somebody has unmounted.
