@@ -341,7 +341,7 @@ func (s *soak) install() error {
 	if err != nil {
 		return err
 	}
-	smaller := strings.Replace(manifest, "memory: 624Mi", "memory: 240Mi", 1)
+	smaller := strings.Replace(manifest, "memory: 864Mi", "memory: 240Mi", 1)
 	if smaller == manifest {
 		return errors.New("deploy.yaml has another memory limit than this was written for")
 	}
