@@ -2,11 +2,15 @@ package main
 
 import (
 	"cmp"
+	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -14,6 +18,7 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // A new resourceVersion, or a status that nobody prints, writes nothing.
@@ -463,5 +468,283 @@ func TestRestartOfAWatchingDriver(t *testing.T) {
 	v.await(".gitconfig", "https://changed")
 	if !strings.Contains(p.log.String(), "stopped") {
 		t.Errorf("the log is %s", p.log)
+	}
+}
+
+// ---- A second after an update ----
+
+// watchFile watches what a path leads to by inotify, as a program does that wants to know of a change of its file. What it
+// returns reads the events that have come.
+func watchFile(t *testing.T, path string) (events func() uint32) {
+	t.Helper()
+	watch, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	must(t, err)
+	t.Cleanup(func() { unix.Close(watch) })
+	_, err = unix.InotifyAddWatch(watch, path, unix.IN_ALL_EVENTS&^(unix.IN_OPEN|unix.IN_ACCESS|unix.IN_CLOSE_NOWRITE))
+	must(t, err)
+	seen, buffer := uint32(0), make([]byte, 4096)
+	return func() uint32 {
+		n, err := unix.Read(watch, buffer)
+		if err != nil && !errors.Is(err, unix.EAGAIN) {
+			t.Fatal(err)
+		}
+		for i := 0; i+unix.SizeofInotifyEvent <= n; {
+			seen |= binary.NativeEndian.Uint32(buffer[i+4:])
+			i += unix.SizeofInotifyEvent + int(binary.NativeEndian.Uint32(buffer[i+12:]))
+		}
+		return seen
+	}
+}
+
+// generations is how many generations a volume has.
+func (v *podVolume) generations() int {
+	v.t.Helper()
+	found, err := filepath.Glob(v.target + "/..gen-*")
+	must(v.t, err)
+	return len(found)
+}
+
+// A program that watches one file, through its container's mount, hears of each change soon, without a call of kubelet:
+// of one that is pushed, and of one that a call brings.
+func TestWatchedFileIsRemoved(t *testing.T) {
+	n := startNode(t)
+	v := n.watchedVolume()
+	dir := startContainer(t, v)
+	for what, change := range sorted(map[string]func(){
+		"pushed": func() {
+			n.api.put(moved("git", "changed"))
+			v.await(".gitconfig", "https://changed")
+		},
+		"called": func() {
+			v.pod.renewToken()
+			v.mustPublish()
+		},
+	}) {
+		events := watchFile(t, dir+"/.gitconfig")
+		change()
+		eventually(t, what+": the file is removed", func() bool { return events()&unix.IN_DELETE_SELF != 0 })
+		if v.generations() != 1 {
+			t.Errorf("%s: %d generations", what, v.generations())
+		}
+		v.wantClean()
+	}
+}
+
+// Within the second after an update kubelet's calls go on as ever, and are never told to come again, also while old files
+// are being removed.
+func TestCallsWithinTheSecond(t *testing.T) {
+	n := startNode(t)
+	v := n.watchedVolume()
+	d, r := n.driver, v.record()
+	stop := make(chan bool)
+	done := make(chan bool)
+	go func() { // removes old files all the time, as the timer does once
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				d.work(r, func(context.Context) { d.sweep(r) })
+			}
+		}
+	}()
+	for range 200 {
+		v.pod.renewToken()
+		must(t, v.publish())
+		v.want("token", v.pod.token)
+	}
+	v.mustUnpublish()
+	close(stop)
+	<-done
+	n.wantForgotten()
+	v.wantNothing()
+}
+
+// A volume that is unmounted within the second, by unpublish or by somebody else, is no matter for the log.
+func TestUnmountedWithinTheSecond(t *testing.T) {
+	n := startNode(t)
+	for what, unmount := range sorted(map[string]func(*podVolume){
+		"unpublish":     func(v *podVolume) { v.mustUnpublish() },
+		"somebody else": func(v *podVolume) { must(t, unix.Unmount(v.target, unix.MNT_DETACH)) },
+		"and covered":   func(v *podVolume) { must(t, unix.Mount("other", v.target, "tmpfs", 0, "")) },
+	}) {
+		v := n.volume()
+		v.mustPublish()
+		v.pod.renewToken()
+		v.mustPublish()
+		r := v.record()
+		if v.generations() != 2 || r.tidy == nil {
+			t.Errorf("%s: there are %d generations, and a timer: %v", what, v.generations(), r.tidy != nil)
+		}
+		unmount(v)
+		logged := len(logs.String())
+		n.driver.work(r, func(context.Context) { n.driver.sweep(r) }) // as the timer does
+		if said := logs.String()[logged:]; said != "" {
+			t.Errorf("%s: the log has %s", what, said)
+		}
+	}
+}
+
+// A driver that is killed within the second leaves old files, which the next one's first call removes, whether it changes
+// something or not.
+func TestKilledWithinTheSecond(t *testing.T) {
+	for _, change := range []bool{false, true} {
+		t.Run(fmt.Sprintf("a change: %v", change), func(t *testing.T) {
+			n := newNode(t)
+			p := n.startProcess()
+			v := n.volume()
+			for ok := false; !ok; ok = v.generations() == 2 { // unless this machine takes a second for it
+				v.pod.renewToken()
+				v.mustPublish()
+				v.pod.renewToken()
+				v.mustPublish()
+				p.kill()
+				if v.generations() == 1 {
+					p = n.startProcess()
+				}
+			}
+			n.startProcess()
+			events := watchFile(t, v.target+"/token")
+			if change {
+				v.pod.renewToken()
+			}
+			v.mustPublish()
+			v.want("token", v.pod.token)
+			if !change && (v.generations() != 1 || events() != 0) {
+				t.Errorf("%d generations, and %#x for the files", v.generations(), events())
+			}
+			eventually(t, "there is one generation", func() bool { return v.generations() == 1 })
+			v.wantClean()
+		})
+	}
+}
+
+// ---- Records of volumes that somebody else unmounts ----
+
+// A volume that somebody else has unmounted, and that kubelet's next call cannot mount, is forgotten with all that was
+// kept of it.
+func TestUnmountedAndRefused(t *testing.T) {
+	n := startNode(t)
+	v := n.watchedVolume(attrs{"token.expiration": "1h"})
+	must(t, unix.Unmount(v.target, unix.MNT_DETACH))
+	n.api.remove(gitPath)
+	wantError(t, v.publish(), codes.NotFound)
+	n.wantForgotten()
+	if kept := n.kept(""); kept != 0 || n.used() != 0 {
+		t.Errorf("%d bytes are kept, and %d of memory counted", kept, n.used())
+	}
+}
+
+// A push that is due when its volume is forgotten, while a call waits, does not keep later ones from coming.
+func TestForgottenWhileAPushIsDue(t *testing.T) {
+	n := startNode(t)
+	d, v := n.driver, n.watchedVolume()
+	r := v.record()
+	must(t, unix.Unmount(v.target, unix.MNT_DETACH))
+	result, begun, goOn := make(chan error), make(chan bool), make(chan bool)
+	go d.work(r, func(context.Context) {
+		begun <- true
+		<-goOn
+		d.forget(r)
+	})
+	<-begun
+	go func() { result <- v.publish() }()
+	n.awaitCalls(1)
+	d.mu.Lock()
+	r.pushed, r.failures = time.Now(), 5 // the next is half a minute from now
+	d.mu.Unlock()
+	d.pushSoon(r)
+	goOn <- true
+	must(t, <-result)
+	d.mu.Lock()
+	r.failures = 0
+	d.mu.Unlock()
+	n.awaitWatches(2)
+	n.api.put(moved("git", "changed"))
+	v.await(".gitconfig", "https://changed")
+	if sum := n.readMetrics()["connectors_csi_push_duration_seconds_sum"]; sum > 60 {
+		t.Errorf("pushes took %v s", sum)
+	}
+}
+
+// Records come and go while everybody is at them: calls that give up, pushes, removals of old files, volumes that somebody
+// unmounts, whoever looks for those, and the end of the driver. No call is left waiting, and nothing is left.
+func TestRecordsAmongEverything(t *testing.T) {
+	n := startNode(t)
+	d, stop := n.driver, make(chan bool)
+	var volumes []*podVolume
+	for range 4 {
+		volumes = append(volumes, n.volume(attrs{"token.expiration": "1h"}))
+		volumes[len(volumes)-1].settle()
+	}
+	n.awaitWatches(2)
+	var all sync.WaitGroup
+	forever := func(do func(i int)) {
+		all.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+					do(i)
+				}
+			}
+		})
+	}
+	records := func() (found []*volume) {
+		n.eachVolume(func(v *volume) { found = append(found, v) })
+		return found
+	}
+	forever(func(i int) { n.api.put(moved("git", fmt.Sprint(i))) })
+	forever(func(int) { d.forgetUnmounted() })
+	forever(func(i int) {
+		for _, v := range records() {
+			d.push(v, i%2 == 0)
+			d.work(v, func(context.Context) { d.sweep(v) })
+			d.pushSoon(v)
+		}
+	})
+	forever(func(i int) {
+		unix.Unmount(volumes[i%2].target, unix.MNT_DETACH)
+		time.Sleep(time.Millisecond)
+	})
+	var calls sync.WaitGroup
+	for i, v := range volumes {
+		calls.Go(func() {
+			for round := range 40 {
+				var err error
+				switch {
+				case round%10 == 9:
+					err = v.unpublish()
+				case round%3 == 0: // it gives up
+					if err = v.publishWithin(time.Duration(round) * 50 * time.Microsecond); status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Canceled {
+						err = nil
+					}
+				default:
+					err = v.publish()
+				}
+				// The one that gave up may still be under way.
+				if err != nil && status.Code(err) != codes.Aborted && i >= 2 {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	calls.Wait()
+	if t.Failed() {
+		close(stop)
+		all.Wait()
+		return
+	}
+	n.awaitCalls(0)
+	n.stop() // beside all of it
+	close(stop)
+	all.Wait()
+	for _, v := range records() {
+		t.Errorf("%s is left: %+v", v.target, v)
+	}
+	if len(d.kept) > 1 || d.kept[""] != 0 {
+		t.Errorf("%v is kept", d.kept)
 	}
 }
