@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"net/http"
@@ -592,5 +593,251 @@ func TestAudienceOfSomebodyElse(t *testing.T) {
 				t.Errorf("%d tokens were asked for", got)
 			}
 		})
+	}
+}
+
+// renewNow lets the time come at which the driver renews its volume's token by itself.
+func (v *podVolume) renewNow() {
+	v.t.Helper()
+	r := v.record()
+	v.node.driver.work(r, func(context.Context) {
+		if r.token.renew = time.Now(); r.renew == nil || !r.renew.Reset(0) {
+			v.t.Error("no timer is to renew the token")
+		}
+	})
+}
+
+// Kubelet calls no more for a Pod that is ending, or is down: the driver renews a token that it asked for by itself, with
+// nothing of the Pod's, whose own token has expired; also where its objects are not watched, and are older than a
+// refresh would take.
+func TestDriverRenewsItsTokenByItself(t *testing.T) {
+	for what, start := range sorted(map[string]func(testing.TB, ...func(*driver)) *node{"watched": startNode, "polled": startPolling}) {
+		t.Run(what, func(t *testing.T) {
+			n := start(t)
+			v := n.volume(attrs{"token.expiration": "1h"})
+			v.settle()
+			if what == "watched" {
+				n.awaitWatches(2)
+			}
+			n.api.endTokens(v.pod)
+			n.age()
+			token, asked := v.file("token"), n.api.count("")
+			for round := range 2 {
+				v.renewNow()
+				eventually(t, "the token is renewed", func() bool { return v.file("token") != token })
+				token = v.file("token")
+				if got := n.api.count("") - asked; got != round+1 {
+					t.Errorf("%d requests for %d tokens", got, round+1)
+				}
+				if at := time.Until(v.record().token.renew); at < 47*time.Minute || at > 48*time.Minute {
+					t.Errorf("the next is due in %v", at)
+				}
+			}
+			v.wantClean()
+
+			// One that fails is tried again, a minute later, and the volume stays as it is.
+			n.api.set(func() { n.api.noTokens = true })
+			v.renewNow()
+			n.awaitMetric(`connectors_csi_pushes_total{code="PermissionDenied"}`, 1)
+			v.want("token", token)
+			n.api.set(func() { n.api.noTokens = false })
+			v.renewNow()
+			eventually(t, "the token is renewed", func() bool { return v.file("token") != token })
+			v.mustUnpublish()
+			n.wantForgotten()
+		})
+	}
+}
+
+// The driver renews nothing for a volume that is gone, nor for one that has kubelet's token.
+func TestNothingIsRenewedForNobody(t *testing.T) {
+	n := startPolling(t)
+	v, other := n.volume(attrs{"token.expiration": "1h"}), n.volume()
+	v.mustPublish()
+	other.mustPublish()
+	if other.record().renew != nil {
+		t.Error("kubelet's token is to be renewed")
+	}
+	r, asked := v.record(), n.api.count("")
+	v.mustUnpublish()
+	if r.renew.Stop() {
+		t.Error("the token of a volume that is gone was to be renewed")
+	}
+	n.driver.push(r, true) // by a timer at that moment
+	v.wantNothing()
+	if n.api.count("") != asked || len(n.driver.volumes) != 1 {
+		t.Errorf("%d requests for a volume that is gone, %d volumes", n.api.count("")-asked, len(n.driver.volumes))
+	}
+
+	// Since the Connector wants no audience any more, the token is kubelet's.
+	proxy := []string{"status", "proxy", "httpAddress", "audience"}
+	n.api.put(connector("default", "git", "git", with("http://c-git.default.svc.cluster.local", proxy...)))
+	n.age()
+	w := n.volume()
+	w.mustPublish()
+	if w.file("token") == w.pod.token || w.record().renew == nil {
+		t.Fatal("it has kubelet's token")
+	}
+	n.api.put(connector("default", "git", "git"))
+	n.age()
+	w.mustPublish()
+	w.want("token", w.pod.token)
+	asked = n.api.count("")
+	n.driver.push(w.record(), true)
+	w.want("token", w.pod.token)
+	if w.record().token.value != "" || n.api.count("") != asked {
+		t.Errorf("the driver keeps a token, and has made %d requests", n.api.count("")-asked)
+	}
+}
+
+// A call of kubelet that comes while the driver renews a token does it in its place; an unpublish ends it.
+func TestCallsDuringARenewal(t *testing.T) {
+	for what, call := range sorted(map[string]func(*podVolume) error{
+		"publish":   (*podVolume).publish,
+		"unpublish": (*podVolume).unpublish,
+	}) {
+		t.Run(what, func(t *testing.T) {
+			n := startPolling(t)
+			v := n.volume(attrs{"token.expiration": "1h"})
+			v.settle()
+			token, path := v.file("token"), tokenPath("default", "default")
+			gate := n.api.hold("/token")
+			v.renewNow()
+			eventually(t, "the token is asked for", func() bool { return gate.waiting.Load() == 1 })
+			result, logged := make(chan error), len(logs.String())
+			go func() { result <- call(v) }()
+			if what == "publish" {
+				eventually(t, "the call asks as well", func() bool { return n.api.count(path) == 3 })
+			}
+			gate.open()
+			must(t, <-result)
+			if strings.Contains(logs.String()[logged:], "level=ERROR") {
+				t.Errorf("the log has an error: %s", logs.String()[logged:])
+			}
+			if what == "unpublish" {
+				v.wantNothing()
+				n.wantForgotten()
+				return
+			}
+			if v.file("token") == token {
+				t.Error("the token was not renewed")
+			}
+			if at := time.Until(v.record().token.renew); at < 47*time.Minute {
+				t.Errorf("the next is due in %v", at)
+			}
+		})
+	}
+}
+
+// ---- Whoever may read ----
+
+// One of two ServiceAccounts loses the right between two versions: it is given the new one by nobody else's read, at no
+// moment, and the other goes on. Both orders, and with a read of the one that is still under way.
+func TestReaderIsGivenWhatItWasGiven(t *testing.T) {
+	n := startPolling(t)
+	a, b := n.volume(), n.pod("default/builder").volume("config")
+	a.settle()
+	b.settle()
+	versions := func() (of map[string]string) {
+		of = map[string]string{}
+		n.eachEntry(func(e *entry) {
+			if e.path == gitPath && e.object != nil {
+				of[e.reader] = stringAt(decoded(e.object.raw), "spec", "address")
+			}
+		})
+		return of
+	}
+	n.api.forbid("default/builder", gitPath)
+	n.api.put(moved("git", "second"))
+	n.age()
+	a.mustPublish() // reads the second version
+	b.pod.renewToken()
+	wantError(t, b.publish(), codes.PermissionDenied, "may not read")
+	wantError(t, n.pod("default/builder").volume("config").publish(), codes.PermissionDenied, "may not read")
+	if of := versions(); of["default/default"] != "https://second" || of["default/builder"] == "https://second" {
+		t.Errorf("the readers were given %v", of)
+	}
+	if strings.Contains(b.file(".gitconfig"), "second") {
+		t.Error("it has what it may not read")
+	}
+
+	// A read of the one that began before the right was lost, and ends after the other's newer read.
+	n.api.allow("default/builder", gitPath)
+	n.age()
+	b.settle()
+	gate := make(chan bool)
+	var old []byte
+	n.api.set(func() {
+		old = n.api.objects[gitPath]
+		n.api.intercept = func(w http.ResponseWriter, r *http.Request) bool {
+			if r.URL.Path != gitPath || !strings.Contains(r.Header.Get("Authorization"), b.pod.token) {
+				return false
+			}
+			<-gate
+			w.Write(old)
+			return true
+		}
+	})
+	n.age()
+	result := make(chan error)
+	asked := n.api.count(gitPath)
+	go func() { result <- b.publish() }()
+	eventually(t, "it reads", func() bool { return n.api.count(gitPath) == asked+1 })
+	n.api.forbid("default/builder", gitPath)
+	n.api.put(moved("git", "third"))
+	n.age()
+	a.mustPublish()
+	gate <- true
+	must(t, <-result) // with what it was given
+	if of := versions(); of["default/default"] != "https://third" || of["default/builder"] != "https://second" {
+		t.Errorf("the readers were given %v", of)
+	}
+	n.api.set(func() { n.api.intercept = nil })
+	wantError(t, b.publish(), codes.PermissionDenied, "may not read") // since a newer version is known
+	b.await(".gitconfig", "https://second")
+}
+
+// The streams that the driver has with its own token count for no namespace, and have a number of their own.
+func TestDriversStreamsCountForNoNamespace(t *testing.T) {
+	n := startNode(t)
+	v := n.watchedVolume()
+	k := n.driver.kube
+	streams := func() map[string]int {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		return maps.Clone(k.streams)
+	}
+	if got := streams(); !maps.Equal(got, map[string]int{"": 1, "default": 1}) {
+		t.Errorf("streams %v", got)
+	}
+	k.mu.Lock()
+	k.streams[""] += maxOwnStreams - 1
+	k.mu.Unlock()
+	n.api.put(class("other", configuration("config", "file", "x")), connector("default", "other", "other"))
+	w := n.volume(attrs{"connector.name": "other"})
+	w.settle()
+	if got := streams(); got["default"] != 2 || got[""] != maxOwnStreams {
+		t.Errorf("streams %v", got)
+	}
+	k.mu.Lock()
+	k.streams[""] -= maxOwnStreams - 1
+	k.streams["default"] += maxNamespaceStreams - 2
+	k.mu.Unlock()
+	w.settle() // its class is watched now
+	n.api.put(connector("default", "more", "other"))
+	more := n.volume(attrs{"connector.name": "more"})
+	more.settle()
+	if got := streams(); got["default"] != maxNamespaceStreams || got[""] != 2 {
+		t.Errorf("streams %v", got)
+	}
+	k.mu.Lock()
+	k.streams["default"] -= maxNamespaceStreams - 2
+	k.mu.Unlock()
+	for _, v := range []*podVolume{v, w, more} {
+		v.mustUnpublish()
+	}
+	n.wantForgotten()
+	if got := streams(); len(got) != 0 {
+		t.Errorf("streams %v are left", got)
 	}
 }
