@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -372,4 +373,72 @@ func scrape(url string, times int) (stop func()) {
 		})
 	}
 	return func() { close(ended); scrapers.Wait() }
+}
+
+// A Deployment whose class hits the limit of processor time is tried again by kubelet for ever, and its namespace goes on
+// beside it: new Pods run, a change reaches running ones, and tokens are renewed. It takes ten minutes, or two where
+// the environment has no CONNECTORS_CSI_LONG_TESTS, which is too short for a token to be renewed.
+func TestOneBadDeploymentAndItsOwnNamespace(t *testing.T) {
+	ns := begin(t)
+	freshDriver(t)
+	long := os.Getenv("CONNECTORS_CSI_LONG_TESTS") != ""
+	duration := 2 * time.Minute
+	if long {
+		duration = 10 * time.Minute
+	}
+	ns.target("good", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
+	ns.class("bad", configurations{"config": {"endless": "{{ range 9223372036854775807 }}{{ end }}"}})
+	ns.connector("bad", "bad", "https://bad.example.com")
+	ns.pod("running", `{connector.name: target, configuration.names: config, token.expiration: 10m}`)
+	ns.running("running")
+	dir := volumeDir(ns.uid("running"), "volume")
+	token, issued := readFile(t, dir+"/token"), time.Now()
+
+	began, used := time.Now(), driverProcessorTime(t)
+	var bad []string
+	for i := range 10 {
+		bad = append(bad, podManifest(fmt.Sprintf("bad-%d", i), `{connector.name: bad, configuration.names: config}`))
+	}
+	ns.apply(strings.Join(bad, "---"))
+	var slowest, latest time.Duration
+	for i := 0; time.Since(began) < duration; i++ {
+		if i < 10 {
+			name := fmt.Sprintf("honest-%d", i)
+			created := time.Now()
+			ns.pod(name, mountTarget)
+			ns.running(name)
+			slowest = max(slowest, time.Since(created))
+		}
+		address := fmt.Sprintf("https://%d.example.com", i)
+		ns.kubectl("patch", "connector", "target", "--type=merge", "--patch", fmt.Sprintf(`{"spec": {"address": %q}}`, address))
+		changed := time.Now()
+		awaitFile(t, dir+"/address", address)
+		latest = max(latest, time.Since(changed))
+		time.Sleep(duration / 12) // the time over which is measured has so many changes
+	}
+	share := (driverProcessorTime(t) - used).Seconds() / time.Since(began).Seconds()
+	calls := slices.DeleteFunc(publishes(t), func(p publish) bool { return p.code == "" })
+	t.Logf("in %v: %d calls for bad Pods were refused; the slowest of 10 honest Pods ran after %v, a change reached one after %v at most; "+
+		"the driver and its renderers used %.1f %% of a core", time.Since(began).Round(time.Second), len(calls), slowest.Round(100*time.Millisecond),
+		latest.Round(time.Millisecond), 100*share)
+	if slowest > 5*time.Second || latest > 2*time.Second || share > 0.03 && long {
+		t.Errorf("an honest Pod ran after %v, a change came after %v, the driver used %.1f %% of a core", slowest, latest, 100*share)
+	}
+	for _, p := range calls {
+		if p.namespace == ns.name && !strings.Contains(p.err, "rendering it takes more than") {
+			t.Errorf("refused with %s: %s", p.code, p.err)
+		}
+	}
+	if pending := ns.pending(); pending != 10 {
+		t.Errorf("%d Pods are known to be refused", pending)
+	}
+	if long {
+		ns.eventually(func() error { // after 80 % of its ten minutes
+			if readFile(t, dir+"/token") == token {
+				return fmt.Errorf("the token is not renewed %v after it was issued", time.Since(issued))
+			}
+			return nil
+		})
+	}
+	wantNoRestart(t)
 }
