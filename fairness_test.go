@@ -8,12 +8,14 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 )
@@ -250,7 +252,7 @@ func TestDigestOfAJob(t *testing.T) {
 		must(t, err)
 		p.attributes, err = n.driver.attributesFor(&volume{}, v.request(), p.pod.namespace)
 		must(t, err)
-		p.who = access{gid: gid, hasGroup: gid != 0}
+		p.who.gid = gid
 		return digestOf(p, []source{{&apiObject{version: connector}, &apiObject{version: class}}})
 	}
 	first := digest(n.volume(), 0, "1", "2")
@@ -394,6 +396,57 @@ func TestKeptOfANodeIsBounded(t *testing.T) {
 	n.kept("")
 }
 
+// A full node of volumes with the largest attributes takes little more of the process's heap than what may be kept. What a
+// round of refreshes that change nothing costs is said.
+func TestFullNodeOfLargeAttributes(t *testing.T) {
+	n := startNode(t)
+	declared := configuration("config", "token", "{{ .context.token }}")
+	declared["params"] = []any{param("p", "default", "")}
+	n.api.put(class("git", declared))
+	var volumes []*podVolume
+	for range 110 {
+		pod := n.pod()
+		for i := range maxPodVolumes {
+			v := pod.volume(fmt.Sprint("v", i))
+			v.change = func(r *csi.NodePublishVolumeRequest) { // made for each call, so that the test keeps none
+				r.VolumeContext["configuration.params"] = withParams(32000)["configuration.params"]
+			}
+			volumes = append(volumes, v)
+		}
+	}
+	heap := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	processor := func() time.Duration {
+		var u unix.Rusage
+		must(t, unix.Getrusage(unix.RUSAGE_SELF, &u))
+		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	before := heap()
+	for _, v := range volumes {
+		must(t, v.publish())
+	}
+	after, used := heap(), processor()
+	for _, v := range volumes {
+		must(t, v.publish())
+	}
+	used = processor() - used
+	kept := 0
+	n.eachVolume(func(v *volume) {
+		if v.publication != nil {
+			kept++
+		}
+	})
+	t.Logf("%d volumes, of which %d are kept, take %d MiB; an unchanged round takes %v of processor time, with the test's own",
+		len(volumes), kept, (after-before)>>20, used.Round(10*time.Millisecond))
+	if after > before+2*maxKeptBytes || n.kept("") > maxKeptBytes || kept < 200 {
+		t.Errorf("%d volumes are kept, in %d MiB", kept, (after-before)>>20)
+	}
+}
+
 // ---- The mount table ----
 
 // A file system of the node that does not answer, as one of a server that is down, does not keep the driver from starting.
@@ -411,7 +464,7 @@ func TestDeadFileSystemElsewhere(t *testing.T) {
 	defer unix.Unmount(dir, unix.MNT_DETACH)
 	defer unix.Close(fuse) // which lets go of whoever waits
 	v := n.volume()
-	mustMount(t, v.target, files{"a": nil}, access{})
+	mustMount(t, v.target, files{"a": nil}, access{mode: defaultMode})
 	n.startProcess()
 	if got := n.readMetrics()["connectors_csi_volumes"]; got != 1 {
 		t.Errorf("%v volumes", got)

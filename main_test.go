@@ -16,6 +16,7 @@ package main
 //	template_test.go                  render.go: templates and the documented ConnectorClasses
 //	functions_test.go                 render.go: the functions of templates, numbers, what the preview decides
 //	renderer_test.go                  render.go: the renderer, its death, its lies, turns
+//	fairness_test.go                  kube.go, render.go, csi.go: who is next, what is cheap, what is kept
 //	hostile_test.go                   render.go: what templates, objects and a renderer taken over can do
 //	mount_test.go, memory_test.go     mount.go: the mount, kills, memory of volumes
 //	mode_test.go                      mount.go and csi.go: file.mode, file.owner
