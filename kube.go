@@ -959,8 +959,7 @@ func (k *kube) follow(ctx context.Context, e *entry, s *stream) {
 		if failures = min(failures+1, 5); time.Since(began) > maxReopenTime {
 			failures = 0
 		}
-		wait, renewed := rand.N(min(time.Second<<failures, maxReopenTime)), (chan struct{})(nil)
-		wait = max(wait, min(atLeast, maxPostponeTime))
+		wait, renewed := reopenTime(failures, atLeast), (chan struct{})(nil)
 		switch {
 		case !forbidden && !unauthorized:
 			refusals = 0
@@ -980,6 +979,12 @@ func (k *kube) follow(ctx context.Context, e *entry, s *stream) {
 		case <-ctx.Done():
 		}
 	}
+}
+
+// reopenTime is how long to wait before a stream that was lost is opened again: a random time, or as long as the API
+// server asks for.
+func reopenTime(failures int, atLeast time.Duration) time.Duration {
+	return max(rand.N(min(time.Second<<failures, maxReopenTime)), min(atLeast, maxPostponeTime))
 }
 
 // newestToken returns the token that kubelet has brought last of those that were not refused, or of all if

@@ -828,3 +828,33 @@ func TestMoreObjectsThanStreams(t *testing.T) {
 	}
 	n.wantForgotten()
 }
+
+// A stream that is lost waits as long as the API server asks for, and never longer than five minutes; or else a time that
+// grows to half a minute.
+func TestStreamsArePostponed(t *testing.T) {
+	for range 1000 {
+		for _, c := range []struct {
+			failures              int
+			asked, least, longest time.Duration
+		}{
+			{0, 0, 0, time.Second},
+			{3, 0, 0, 8 * time.Second},
+			{5, 0, 0, 30 * time.Second},
+			{0, time.Minute, time.Minute, time.Minute},
+			{5, 10 * time.Second, 10 * time.Second, 30 * time.Second},
+			{5, 5 * time.Minute, 5 * time.Minute, 5 * time.Minute},
+			{5, 65535 * time.Second, 5 * time.Minute, 5 * time.Minute}, // the most that a Retry-After is read as
+		} {
+			if got := reopenTime(c.failures, c.asked); got < c.least || got > c.longest {
+				t.Fatalf("after %d failures and a Retry-After of %v it waits %v", c.failures, c.asked, got)
+			}
+		}
+	}
+	n := startNode(t)
+	n.api.answer("watch=1", 503, statusBody(503, "ServiceUnavailable", "not now"), "Retry-After", "86400") // more than is read
+	v := n.volume()
+	v.mustPublish()
+	eventually(t, "both streams are refused", func() bool { return len(n.api.watched(gitPath)) > 0 && len(n.api.watched(classPath("git"))) > 0 })
+	n.api.answer("", 0, "")
+	n.awaitWatches(2) // by the usual time
+}
