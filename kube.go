@@ -981,8 +981,8 @@ func (k *kube) follow(ctx context.Context, e *entry, s *stream) {
 	}
 }
 
-// reopenTime is how long to wait before a stream that was lost is opened again: a random time, or as long as the API
-// server asks for.
+// reopenTime is how long to wait before a stream that was lost is opened again: a random time, or as long as
+// the API server asks for.
 func reopenTime(failures int, atLeast time.Duration) time.Duration {
 	return max(rand.N(min(time.Second<<failures, maxReopenTime)), min(atLeast, maxPostponeTime))
 }

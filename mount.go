@@ -191,9 +191,9 @@ func sweepVolume(target string) (at found, err error) {
 }
 
 // emptyVolume truncates and removes all that is in a volume, so that a descriptor that somebody has passed on
-// keeps next to nothing of it. It does so only in the file system of that id, where every name is one that this
-// driver gives. It returns a clone of the mount if there is still something in it, as an old file that somebody
-// has open, or else -1.
+// keeps next to nothing of it. It does so only in the file system of that id, where every name is one that
+// this driver gives. It returns a clone of the mount if there is still something in it, as an old file that
+// somebody has open, or else -1.
 func emptyVolume(target string, id unix.Fsid) (kept int) {
 	kept = -1
 	throughClone(target, func(clone int) error {

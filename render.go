@@ -1544,8 +1544,8 @@ func (q *queue) leave(t *turn) {
 	q.release(t)
 }
 
-// release gives the place back, and lets the next in, for whom it still counts as one that its namespace has: so the
-// place goes to another namespace. The caller holds the lock.
+// release gives the place back, and lets the next in, for whom it still counts as one that its namespace has:
+// so the place goes to another namespace. The caller holds the lock.
 func (q *queue) release(t *turn) {
 	q.places++
 	q.admit()
@@ -1725,8 +1725,8 @@ func (p *renderers) allowance(what [sha256.Size]byte) time.Duration {
 	return 0
 }
 
-// take returns a renderer to a turn that has a place, and what processor time it may have: all, if the account has
-// become empty only since.
+// take returns a renderer to a turn that has a place, and what processor time it may have: all, if the account
+// has become empty only since.
 func (p *renderers) take(t *turn) (_ *renderer, most time.Duration, _ error) {
 	p.mu.Lock()
 	if most = p.allowance(t.what); most == 0 || p.left(t.namespace) > 0 {
