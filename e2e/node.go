@@ -53,8 +53,11 @@ const (
 	nodeIP       = "198.18.0.1"
 	podNetwork   = "198.18.0.0/24"
 	firstPodIP   = "198.18.0.10"
+	targetIP     = "198.18.0.2" // what every name below example.com leads to
+	movedIP      = "198.18.0.3" // what a test may make it lead to
 	serviceRange = "198.19.0.0/24"
 	apiServiceIP = "198.19.0.1" // the first of serviceRange is always the Service "kubernetes"
+	dnsServiceIP = "198.19.0.10"
 )
 
 // onNode starts a node, calls work inside it and returns the exit code for the process.
@@ -250,8 +253,7 @@ func setUpMounts() error {
 	return nil
 }
 
-// setUpNetwork makes the bridge that Pods are attached to. The address of the Service "kubernetes" is put
-// on it too, and the API server listens there on port 443: this one Service then works without kube-proxy.
+// setUpNetwork makes the bridge that Pods are attached to.
 func setUpNetwork() error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
@@ -274,7 +276,8 @@ func setUpNetwork() error {
 		netlink.LinkSetUp(lo),
 		netlink.LinkAdd(br),
 		netlink.AddrAdd(br, address(nodeIP+"/24")),
-		netlink.AddrAdd(br, address(apiServiceIP+"/32")),
+		netlink.AddrAdd(br, address(targetIP+"/32")),
+		netlink.AddrAdd(br, address(movedIP+"/32")),
 		netlink.LinkSetUp(br),
 		// Kubernetes' components take the address of the interface with the default route for the node's.
 		netlink.RouteAdd(&netlink.Route{LinkIndex: br.Attrs().Index, Dst: address("0.0.0.0/0").IPNet}),
@@ -314,7 +317,7 @@ func (n *Node) start() error {
 		"--data-dir", "/run/etcd", "--unsafe-no-fsync", "--log-level", "warn")
 	n.apiServer = n.run("kube-apiserver",
 		"--etcd-servers", "http://127.0.0.1:2379",
-		"--advertise-address", nodeIP, "--secure-port", "443", "--cert-dir", n.dir,
+		"--advertise-address", nodeIP, "--bind-address", nodeIP, "--secure-port", "443", "--cert-dir", n.dir,
 		"--service-cluster-ip-range", serviceRange,
 		"--token-auth-file", n.path("tokens.csv"),
 		"--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction",
@@ -342,6 +345,9 @@ func (n *Node) start() error {
 	n.kubelet = n.run("kubelet",
 		"--kubeconfig", n.path("kubelet.kubeconfig"), "--config", n.path("kubelet.yaml"),
 		"--hostname-override", nodeName, "--node-ip", nodeIP)
+	if err := n.startServices(); err != nil {
+		return err
+	}
 
 	for _, wait := range [][]string{
 		{"--for=create", "serviceaccount/default"},
@@ -367,6 +373,7 @@ func (n *Node) writeConfiguration() error {
 		{"controller-manager", "system:kube-controller-manager", ""},
 		{"scheduler", "system:kube-scheduler", ""},
 		{"kubelet", "system:node:" + nodeName, "system:nodes"},
+		{"kube-proxy", "system:kube-proxy", ""},
 	} {
 		token := rand.Text()
 		fmt.Fprintf(&tokens, "%s,%s,%s,%q\n", token, user.name, user.name, user.groups)
@@ -378,7 +385,9 @@ func (n *Node) writeConfiguration() error {
 	for _, file := range []struct{ name, content string }{
 		{"tokens.csv", tokens.String()},
 		{"service-account.key", key},
-		{"kubelet.yaml", fmt.Sprintf(kubeletFormat, filepath.Base(n.dir), n.path("pods"))},
+		{"kubelet.yaml", fmt.Sprintf(kubeletFormat, filepath.Base(n.dir), n.path("pods"), dnsServiceIP)},
+		{"Corefile", fmt.Sprintf(corefileFormat, nodeIP, n.path("admin.kubeconfig"), n.path("zone"))},
+		{"resolv.conf", "nameserver " + dnsServiceIP + "\n"},
 		{"containerd.toml", fmt.Sprintf(containerdFormat, pauseImage, n.path("bin"), n.path("cni"), n.path("bin"))},
 		{"cni/node.conflist", fmt.Sprintf(cniFormat, bridge, podNetwork, firstPodIP)},
 	} {
@@ -429,6 +438,8 @@ evictionHard: {memory.available: 50Mi, nodefs.available: 1%%, nodefs.inodesFree:
 maxPods: 240
 podLogsDir: %s
 resolvConf: ""
+clusterDNS: [%s]
+clusterDomain: cluster.local
 syncFrequency: 5s
 `
 

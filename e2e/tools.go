@@ -28,6 +28,7 @@ func nodeNeeds() []machine.Need {
 		{"nsenter", "util-linux", machine.HasCommand("nsenter")},
 		{"git", "git", machine.HasCommand("git")},
 		{"curl", "curl", machine.HasCommand("curl")},
+		{"nft", "nftables", machine.HasCommand("nft")},
 	}
 }
 
@@ -146,18 +147,19 @@ func validation() string {
 }
 
 // linkTools makes a directory with links to the node's programs. Those of another Kubernetes release take the
-// place of the default's. The same for all are etcd, containerd, runc, the network's, and kubectl, since the tests use
-// what only a newer one has (1.30 has no wait --for=create).
+// place of the default's. The same for all are etcd, containerd, runc, the network's, CoreDNS, kube-proxy, since 1.30
+// has its nftables mode behind a gate only, and kubectl, since the tests use what only a newer one has (1.30 has no wait
+// --for=create).
 func linkTools(dir, module string) error {
-	modules := []string{"."}
+	modules := []toolModule{{".", "k8s.io/kubernetes"}, {"coredns", "github.com/coredns/coredns"}}
 	if module != "" {
-		modules = append(modules, module)
+		modules = append(modules, toolModule{module, "k8s.io/kubernetes"})
 	}
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
 	for _, module := range modules {
-		tools, err := buildTools(module)
+		tools, err := module.build()
 		if err != nil {
 			return err
 		}
@@ -173,10 +175,14 @@ func linkTools(dir, module string) error {
 	return nil
 }
 
-// buildTools builds the programs that a module lists as tools, unless an earlier run did, and returns their
+// toolModule is a directory with a module that lists programs as tools, and the path of the main one's module. CoreDNS
+// has a module of its own, since what it requires would make another Kubernetes than the released one.
+type toolModule struct{ dir, path string }
+
+// build builds the programs that the module lists as tools, unless an earlier run did, and returns their
 // directory. Its name depends on all that they are built from, so it never holds outdated programs.
-func buildTools(module string) (string, error) {
-	version, err := output("go", "-C", module, "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
+func (m toolModule) build() (string, error) {
+	version, err := output("go", "-C", m.dir, "list", "-m", "-f", "{{.Version}}", m.path)
 	if err != nil {
 		return "", fmt.Errorf("%w\n(start it with: go -C e2e run .)", err)
 	}
@@ -184,7 +190,7 @@ func buildTools(module string) (string, error) {
 	flags := []string{"-tags", "seccomp", "-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=" + version}
 	hash := sha256.New()
 	for _, file := range []string{"go.mod", "go.sum"} {
-		content, err := os.ReadFile(filepath.Join(module, file))
+		content, err := os.ReadFile(filepath.Join(m.dir, file))
 		if err != nil {
 			return "", err
 		}
@@ -210,23 +216,23 @@ func buildTools(module string) (string, error) {
 	if err := os.RemoveAll(unfinished); err != nil {
 		return "", err
 	}
-	if err := install(module, version, unfinished, flags); err != nil {
+	if err := m.install(version, unfinished, flags); err != nil {
 		return "", err
 	}
 	return dir, os.Rename(unfinished, dir)
 }
 
-// install runs go install for all of a module's tools and prints how far it is.
-func install(module, version, dir string, flags []string) error {
-	fmt.Println("Building Kubernetes", version, "and what else the node needs: about 10 to 15 minutes on two cores, once.")
+// install runs go install for all of the module's tools and prints how far it is.
+func (m toolModule) install(version, dir string, flags []string) error {
+	fmt.Println("Building", m.path, version, "and what else the node needs: 2 (CoreDNS) to 15 minutes on two cores, once.")
 	began := time.Now()
-	list := append(append([]string{"go", "-C", module, "list"}, flags...), "-deps", "tool")
+	list := append(append([]string{"go", "-C", m.dir, "list"}, flags...), "-deps", "tool")
 	packages, err := output(list...)
 	if err != nil {
 		return err
 	}
 	total := strings.Count(packages, "\n") + 1
-	cmd := exec.Command("go", append(append([]string{"-C", module, "install", "-v"}, flags...), "tool")...)
+	cmd := exec.Command("go", append(append([]string{"-C", m.dir, "install", "-v"}, flags...), "tool")...)
 	cmd.Env = append(os.Environ(), "GOBIN="+dir)
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
