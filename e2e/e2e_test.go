@@ -28,6 +28,8 @@ func TestQuickStart(t *testing.T) {
 	ns := begin(t)
 	t.Cleanup(func() {
 		kubectl("delete", "--grace-period=1", "--timeout=2m", "pod/git-client", "rolebinding/git-client-connectors", "connector/git-connector")
+		kubectl("delete", "--wait=false", "--ignore-not-found", "-f", "../examples/proxy/client.yaml")
+		kubectl("delete", "--wait=false", "-k", "../examples/proxy")
 	})
 	steps, err := readmeSteps("Quick start")
 	if err != nil {
@@ -47,7 +49,10 @@ func TestQuickStart(t *testing.T) {
 		}
 		shown = append(shown, output)
 	}
-	refusal, end := shown[len(shown)-2], shown[len(shown)-1]
+	if len(shown) != 9 {
+		t.Fatalf("README.md's quick start has %d scripts", len(shown))
+	}
+	refusal, end := shown[4], shown[5]
 	for _, part := range []string{
 		"FailedMount", "code = PermissionDenied", `ServiceAccount default/default may not read Connector "default/git-connector"`,
 		`User "system:serviceaccount:default:default" cannot get resource "connectors" in API group "connectors.alauda.io"`,
@@ -70,6 +75,12 @@ func TestQuickStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	ns.wantTokenOf(token, "default", "default", "git-client")
+	if push := shown[7]; !strings.Contains(push, "main -> main") {
+		t.Errorf("the push printed\n%s", push)
+	}
+	if refusal := shown[8]; !strings.Contains(refusal, "The requested URL returned error: 403") {
+		t.Errorf("without the RoleBinding:\n%s", refusal)
+	}
 }
 
 func TestDeployYAMLIsValidAndAppliesWithoutChange(t *testing.T) {

@@ -95,7 +95,7 @@ func writeImage(o imageOptions) error {
 		return err
 	}
 	defer os.RemoveAll(work)
-	driver := image{name, driverEntrypoint, map[string][]file{}}
+	driver := image{name: name, entrypoint: driverEntrypoint, files: map[string][]file{}}
 	for _, platform := range o.platforms {
 		binary := filepath.Join(work, strings.ReplaceAll(platform, "/", "-"))
 		if err := buildDriver("..", binary, strings.TrimPrefix(platform, "linux/"), version); err != nil {

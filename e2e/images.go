@@ -39,6 +39,7 @@ type image struct {
 	name       string
 	entrypoint []string
 	files      map[string][]file // by platform, as in linux/amd64
+	stopSignal string            // if another one than SIGTERM
 }
 
 // hostPlatform is that of this machine.
@@ -46,7 +47,7 @@ const hostPlatform = "linux/" + runtime.GOARCH
 
 // here returns an image for this machine.
 func here(name string, entrypoint []string, files []file) image {
-	return image{name, entrypoint, map[string][]file{hostPlatform: files}}
+	return image{name: name, entrypoint: entrypoint, files: map[string][]file{hostPlatform: files}}
 }
 
 // file is one entry of an image's only layer. A name that ends with "/" is a directory.
@@ -79,11 +80,27 @@ func (n *Node) importImages() error {
 	if err != nil {
 		return err
 	}
+	gitName, err := imageIn("../examples/proxy/client.yaml")
+	if err != nil {
+		return err
+	}
+	nginxName, err := imageIn("../examples/proxy/deployment.yaml")
+	if err != nil {
+		return err
+	}
+	nginxFiles, err := nginxFiles(n.path(targetCA))
+	if err != nil {
+		return err
+	}
+	nginx := here(nginxName, nil, nginxFiles)
+	nginx.stopSignal = "SIGQUIT" // as the public image has it
 	for _, image := range []image{
 		// A Pod's sandbox needs a process that does nothing, to hold the Pod's namespaces.
 		here(pauseImage, []string{"/bin/tail", "-f", "/dev/null"}, busybox),
 		here(readmeName, nil, busybox),
 		here(clientImage, nil, slices.Concat(busybox, clients)),
+		here(gitName, nil, slices.Concat(busybox, clients)),
+		nginx,
 		here(driverName, driverEntrypoint, driver),
 		here(upgradeImage, driverEntrypoint, append(driver, file{name: "2", mode: 0o444})),
 	} {
@@ -185,8 +202,11 @@ func absolutePaths(text string) []string {
 	return slices.DeleteFunc(strings.Fields(text), func(word string) bool { return !filepath.IsAbs(word) })
 }
 
-// importImage hands an image to containerd, in the namespace that Kubernetes uses.
+// importImage hands an image to containerd, in the namespace that Kubernetes uses. A manifest's digest is that of
+// another image of this name: here it is one more name, under which kubelet finds this one.
 func importImage(image image) error {
+	tagged, digest, _ := strings.Cut(image.name, "@")
+	image.name = tagged
 	archive, err := image.archive()
 	if err != nil {
 		return err
@@ -196,7 +216,14 @@ func importImage(image image) error {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("ctr images import: %w: %s", err, out)
 	}
-	return nil
+	if digest == "" {
+		return nil
+	}
+	name, err := reference.ParseDockerRef(tagged)
+	if err != nil {
+		return err
+	}
+	return run("ctr", "-n", "k8s.io", "images", "tag", name.String(), name.Name()+"@"+digest)
 }
 
 // archive returns the image as a tar of an OCI image layout, with what `docker load` of an older engine looks for. The
@@ -274,7 +301,7 @@ func (i image) build(platform string) (v1.Image, error) {
 	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
 	image, err = mutate.ConfigFile(image, &v1.ConfigFile{
 		OS: os, Architecture: arch,
-		Config: v1.Config{Entrypoint: i.entrypoint, Env: []string{"PATH=/usr/bin:/bin"}},
+		Config: v1.Config{Entrypoint: i.entrypoint, Env: []string{"PATH=/usr/bin:/bin"}, StopSignal: i.stopSignal},
 		RootFS: v1.RootFS{Type: "layers"},
 	})
 	if err != nil {

@@ -33,7 +33,7 @@ func ownerImageFiles() ([]file, error) {
 }
 
 func glab() (string, error) {
-	dir, err := unpackPackage("trixie", "glab")
+	dir, err := unpackPackages("trixie", "glab")
 	return filepath.Join(dir, "usr/bin/glab"), err
 }
 

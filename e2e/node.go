@@ -90,6 +90,9 @@ func runCommand() (code int, err error) {
 	if err := machine.Install(nodeNeeds()); err != nil {
 		return 0, err
 	}
+	if _, err := fetchNginx(); err != nil {
+		return 0, err
+	}
 	module, err := releaseModule()
 	if err != nil {
 		return 0, err
@@ -289,6 +292,8 @@ type Node struct {
 	dir string // on the host; kept if something fails
 
 	apiServer, kubelet *component // tests stop and restart them
+
+	targets *targets
 }
 
 // runWork starts Kubernetes and calls work.
@@ -310,6 +315,9 @@ func (n *Node) path(name string) string { return filepath.Join(n.dir, name) }
 // start starts all components and returns when the node can run Pods.
 func (n *Node) start() error {
 	if err := n.writeConfiguration(); err != nil {
+		return err
+	}
+	if err := n.startTargets(); err != nil {
 		return err
 	}
 	n.run("containerd", "--config", n.path("containerd.toml"))

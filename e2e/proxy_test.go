@@ -6,11 +6,9 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"net/http/cgi"
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -23,22 +21,9 @@ import (
 // gitServer serves the repository team/app.git to those who know its password.
 func gitServer(t *testing.T) *url.URL {
 	t.Helper()
-	dir := t.TempDir()
-	helpers, err := output("git", "--exec-path")
+	backend, err := gitBackend(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
-	}
-	if err := run("sh", "-euc", `
-		git init -q "$0/work" && cd "$0/work"
-		echo hello > greeting
-		git add greeting
-		git -c user.name=test -c user.email=test@example.com commit -q -m greeting
-		git clone -q --bare . "$0/repositories/team/app.git"`, dir); err != nil {
-		t.Fatal(err)
-	}
-	backend := &cgi.Handler{
-		Path: filepath.Join(helpers, "git-http-backend"),
-		Env:  []string{"GIT_PROJECT_ROOT=" + dir + "/repositories", "GIT_HTTP_EXPORT_ALL=1"},
 	}
 	return behindPassword(t, backend)
 }
