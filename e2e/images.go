@@ -170,6 +170,7 @@ func clientFiles() ([]file, error) {
 	return append(programs,
 		file{name: "etc/passwd", mode: 0o644, content: []byte("root:x:0:0::/root:/bin/sh\n")},
 		file{name: path.Join(helpers, "git")[1:], link: git}, // under this name git finds its own commands
+		file{name: path.Join(helpers, "git-remote-https")[1:], link: "git-remote-http"},
 		file{name: "usr/share/git-core/templates/", mode: 0o755},
 	), err
 }

@@ -133,8 +133,11 @@ func (t *targets) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, err
 	return t.issued[name], nil
 }
 
-// pemOf returns a certificate for a name and its key.
-func (t *targets) pemOf(name string) (certificate, key string, err error) {
+// renew issues a new certificate for a name and returns it with its key.
+func (t *targets) renew(name string) (certificate, key string, err error) {
+	t.mu.Lock()
+	delete(t.issued, name)
+	t.mu.Unlock()
 	issued, err := t.certificate(&tls.ClientHelloInfo{ServerName: name})
 	if err != nil {
 		return "", "", err
