@@ -885,6 +885,13 @@ var proxiedClients = []client{
 
 // servesClients runs the clients with the files of their volumes, and without the token.
 func (p standardProxy) servesClients() {
+	// A registry's blobs may be elsewhere: there the client goes by itself.
+	const blob = "https://blobs.example.com/x?signature=1"
+	node.targets.serve("registry.example.com", http.RedirectHandler(blob, http.StatusTemporaryRedirect))
+	if got := p.get("8085", "/v2/x/blobs/y", bearer(p.tokens["viewer"])); got.status != 307 ||
+		got.header.Get("Location") != blob {
+		p.Errorf("a redirect of the registry: %d, %v", got.status, got.header)
+	}
 	node.targets.serve("npm.example.com", withToken("change-me", npmRegistry(p.T)))
 	node.targets.serve("pip.example.com", withPassword("bot", "change-me", pythonIndex(p.T)))
 	node.targets.serve("curl.example.com", withPassword("bot", "change-me",
