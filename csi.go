@@ -1129,17 +1129,19 @@ func classStatus(err error, name string, ref reference) error {
 }
 
 func tokenStatus(err error, p *publication) error {
-	switch code, err := apiStatus(err); code {
-	case codes.PermissionDenied:
-		return status.Errorf(code, "the driver may not request a token for ServiceAccount %s/%s: %v. A "+
-			"token.expiration other than %v, or a proxy with an audience, needs the ClusterRole "+
-			"connectors-csi-token and its binding; apply them from deploy.yaml, or leave "+
-			"token.expiration out",
-			p.pod.namespace, p.pod.serviceAccount, err, kubeletTokenLifetime)
-	default:
+	code, err := apiStatus(err)
+	if code != codes.PermissionDenied {
 		return status.Errorf(code, "no token of %v for ServiceAccount %s/%s: %v", p.attributes.lifetime,
 			p.pod.namespace, p.pod.serviceAccount, err)
 	}
+	remedy := fmt.Sprintf(". A token.expiration other than %v, or a proxy with an audience, needs the ClusterRole "+
+		"connectors-csi-token and its binding; apply them from deploy.yaml, or leave token.expiration out",
+		kubeletTokenLifetime)
+	if strings.Contains(err.Error(), "ValidatingAdmissionPolicy") { // it gives a reason of its own
+		remedy = ""
+	}
+	return status.Errorf(code, "the driver may not request a token for ServiceAccount %s/%s: %v%s",
+		p.pod.namespace, p.pod.serviceAccount, err, remedy)
 }
 
 // failure is an error whose gRPC code is known where it arises.
