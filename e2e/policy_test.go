@@ -51,8 +51,8 @@ func denialBy(policy string) string {
 	return fmt.Sprintf("ValidatingAdmissionPolicy '%[1]s' with binding '%[1]s' denied request: ", policy)
 }
 
-// bearer is a client of the API server with a token. Everything is sent in JSON, or in another format.
-func bearer(t *testing.T, token, contentType string) *kubernetes.Clientset {
+// clientWith makes a client of the API server with a token. Everything is sent in JSON, or in another format.
+func clientWith(t *testing.T, token, contentType string) *kubernetes.Clientset {
 	t.Helper()
 	client, err := kubernetes.NewForConfig(&rest.Config{
 		Host: "https://" + nodeIP, BearerToken: token, QPS: -1,
@@ -71,7 +71,7 @@ func admin(t *testing.T) *kubernetes.Clientset {
 	if found == nil {
 		t.Fatal("the administrator has no token")
 	}
-	return bearer(t, found[1], "")
+	return clientWith(t, found[1], "")
 }
 
 // stolenToken is the driver's own, as root of the node can read it.
@@ -290,7 +290,7 @@ func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 				if tokens[a.as] == "" {
 					continue // this release makes none
 				}
-				err := answered(ask(bearer(t, tokens[a.as], contentType), a.pod, a.change, change), a.denied)
+				err := answered(ask(clientWith(t, tokens[a.as], contentType), a.pod, a.change, change), a.denied)
 				if err != nil {
 					t.Errorf("%s %s, attack %d with the token %q for Pod %s/%s: %v",
 						format, how, i, a.as, a.pod.Namespace, a.pod.Name, err)
@@ -304,7 +304,7 @@ func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 	moved := away.DeepCopy()
 	moved.Namespace = empty.name
 	const noPods = "failed to configure binding: no params found"
-	if err := answered(ask(bearer(t, stolen, ""), moved), denialBy(secondPolicy)+noPods); err != nil {
+	if err := answered(ask(clientWith(t, stolen, ""), moved), denialBy(secondPolicy)+noPods); err != nil {
 		t.Errorf("in a namespace without Pods: %v", err)
 	}
 	// The driver's token reads none of what names a uid. Kubelet's reads Endpoints, and before 1.32 all Pods.
@@ -337,7 +337,7 @@ func TestTokenPoliciesSeeWhatTheAPIServerReads(t *testing.T) {
 	ns.kubectl("wait", "--for=jsonpath={.spec.nodeName}="+nodeName, "pod/own", "--timeout=60s")
 	elsewhere(t)
 	own, away := ns.get("own"), ns.barePod("away", "default", true)
-	client := bearer(t, stolenToken(t), "").CoreV1().RESTClient()
+	client := clientWith(t, stolenToken(t), "").CoreV1().RESTClient()
 	const labels = `"labels": {"app.kubernetes.io/name": "connectors-csi"}`
 	request := func(pod *core.Pod, change ...string) string {
 		body := fmt.Sprintf(`{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "metadata": {%s},
@@ -410,7 +410,7 @@ func TestTokenPoliciesFailClosedForTheDriverAlone(t *testing.T) {
 	ns.kubectl("wait", "--for=jsonpath={.spec.nodeName}="+nodeName, "pod/own", "--timeout=60s")
 	elsewhere(t)
 	own, away := ns.get("own"), ns.barePod("away", "default", true)
-	thief := bearer(t, stolenToken(t), "")
+	thief := clientWith(t, stolenToken(t), "")
 	granted := func() error { return ask(thief, own) }
 	labelled := func() error { return ask(thief, away) }
 	unlabelled := func() error { return ask(thief, away, label(nil)) }
@@ -475,7 +475,7 @@ func TestTokenPoliciesTakeThePlaceOfTheEarlierOne(t *testing.T) {
 	ns.target("upgraded-policy", map[string]string{"token": "{{ .context.token }}"})
 	elsewhere(t)
 	away := ns.barePod("away", "default", true)
-	thief := bearer(t, stolenToken(t), "")
+	thief := clientWith(t, stolenToken(t), "")
 	ns.wantDenied(deniedNode, func() error { return ask(thief, away) })
 
 	ns.kubectl("delete", "validatingadmissionpolicy,validatingadmissionpolicybinding", secondPolicy)
@@ -528,7 +528,7 @@ func TestTokenRightInSingleNamespaces(t *testing.T) {
 		"cannot create resource")
 	// It is no more than with the wider one.
 	elsewhere(t)
-	thief, away := bearer(t, stolenToken(t), ""), ns.barePod("away", "default", true)
+	thief, away := clientWith(t, stolenToken(t), ""), ns.barePod("away", "default", true)
 	ns.wantDenied(deniedNode, func() error { return ask(thief, away) })
 	ns.wantDenied(deniedLabel, func() error { return ask(thief, away, label(nil)) })
 	installDriver(t)
@@ -593,7 +593,7 @@ func TestOthersDoNotPayForTheTokenPolicies(t *testing.T) {
 	empty := newNamespace(t)
 	elsewhere := elsewhere(t)
 	away := ns.barePod("away", "default", true)
-	driver, client := bearer(t, elsewhere, ""), admin(t)
+	driver, client := clientWith(t, elsewhere, ""), admin(t)
 	const pods, requests = 1000, 61
 	var group errgroup.Group
 	group.SetLimit(8)
