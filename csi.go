@@ -241,9 +241,7 @@ func (d *driver) publish(ctx context.Context, v *volume, p *publication, at foun
 	l := d.kube.begin(&lookup{user: &v.user, pod: p.pod, token: p.token, first: !at.complete, renewal: renewal})
 	defer l.end()
 	defer func() {
-		if v.publication == nil {
-			d.kube.disuse(&v.user)
-		} else if d.kube.use(&v.user, l, err == nil) {
+		if v.publication != nil && d.kube.use(&v.user, l, err == nil) {
 			d.pushSoon(v)
 		}
 	}()
