@@ -23,8 +23,8 @@ const usage = `usage, from the repository's root, as root:
   go -C e2e run . scale …       measure 1, 10 and 50 drivers at one API server (--help: what can be set)
   go -C e2e run . image …       write the driver's image as an archive, and its bills of materials (needs no root)
   go -C e2e run . dockerfile    build the Dockerfile and compare what it makes with what the image has
-  go -C e2e test -v -timeout 60m ./...
-                                start a node and run all tests on it (60m, since the first run builds Kubernetes)
+  go -C e2e test -v -timeout 80m ./...
+                                start a node and run all tests on it (80m, since the first run builds Kubernetes)
 
 quickstart and up take --kubernetes 1.30 and the like, and the tests E2E_KUBERNETES=1.30, for another release of
 Kubernetes than the default; e2e/kubernetes has a directory for each.
