@@ -1121,7 +1121,10 @@ func (k *kube) takeEvent(e *entry, s *stream, line []byte) error {
 		s.resume = about.ResourceVersion
 		k.hear(e, s, noVersion, time.Now())
 	case "BOOKMARK":
-		if !s.open { // a new stream begins with the object, if there is one
+		k.mu.Lock()
+		open := s.open
+		k.mu.Unlock()
+		if !open { // a new stream begins with the object, if there is one
 			k.hear(e, s, noVersion, time.Now())
 		}
 		s.resume = about.ResourceVersion
