@@ -186,6 +186,13 @@ func (b *lockedBuffer) String() string {
 	return b.b.String()
 }
 
+// reserve makes room for so many bytes.
+func (b *lockedBuffer) reserve(bytes int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.b.Grow(bytes)
+}
+
 // logs is all that any driver has logged, in this process or in one of its own, in any test.
 var logs lockedBuffer
 

@@ -2013,7 +2013,7 @@ func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, e
 	switch {
 	case ctx.Err() != nil:
 		return nil, ctx.Err()
-	case !within:
+	case !within && most < renderProcessorTime:
 		return nil, failuref(codes.ResourceExhausted, "%s takes more than the %v of processor time that it may "+
 			"have while its namespace has used up its own", r.step, most)
 	case !inTime && r.used-before < renderProcessorTime/4: // no template waits for anything but the processor
@@ -2022,7 +2022,7 @@ func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, e
 	case !inTime:
 		r.limit = "time"
 		return nil, fmt.Errorf("%s takes more than %v", r.step, renderTime)
-	case state.ExitCode() == exitProcessorTime:
+	case !within, state.ExitCode() == exitProcessorTime:
 		r.limit = "processor"
 		return nil, fmt.Errorf("%s takes more than %v of processor time", r.step, renderProcessorTime)
 	case state.ExitCode() == 2: // Go's own, after a fatal error
@@ -2033,22 +2033,20 @@ func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, e
 		r.step)
 }
 
-// allow kills the process once it has used so much processor time from now on, if that is less than the
-// kernel's limit, which has whole seconds only. What it returns ends that, and reports whether it was within.
+// allow kills the process soon after it has used so much processor time from now on; the kernel does so at a
+// whole second. What it returns ends that, and reports whether it was within.
 func (r *renderer) allow(most time.Duration) (enough func() (within bool)) {
-	if most >= renderProcessorTime {
-		return func() bool { return true }
-	}
 	var over atomic.Bool
-	ctx, cancel := context.WithCancel(context.Background())
-	done, pid, before := make(chan struct{}), r.process.Process.Pid, r.used
+	stop, done := make(chan struct{}), make(chan struct{})
+	pid, before := r.process.Process.Pid, r.used
 	go func() {
 		defer close(done)
-		for tick := time.NewTicker(most); ; {
+		tick := time.NewTicker(most / 10)
+		defer tick.Stop()
+		for !over.Load() {
 			select {
 			case <-tick.C:
-			case <-ctx.Done():
-				tick.Stop()
+			case <-stop:
 				return
 			}
 			if used, err := processorClock(pid); err == nil && used-before > most {
@@ -2058,7 +2056,7 @@ func (r *renderer) allow(most time.Duration) (enough func() (within bool)) {
 		}
 	}()
 	return func() bool {
-		cancel()
+		close(stop)
 		<-done
 		return !over.Load()
 	}
