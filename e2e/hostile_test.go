@@ -93,14 +93,12 @@ func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
 		t.Errorf("while hostile Pods start, the 99th percentile of NodePublishVolume of honest ones is %v", p99)
 	}
 
-	// What follows is steady: each Pod has been refused, and each namespace has used up its processor time.
+	// What follows is steady: each Pod has been refused, and is tried again at growing intervals. What each of them hits is
+	// remembered, so that the namespaces need not use up their processor time.
 	honest.eventually(func() error {
 		for _, ns := range hostile {
 			if refused := ns.pending(); refused != 50 {
 				return fmt.Errorf("of the 50 Pods of namespace %s %d are known to be refused", ns.name, refused)
-			}
-			if !slices.ContainsFunc(publishes(t), func(p publish) bool { return p.namespace == ns.name && p.code == "ResourceExhausted" }) {
-				return fmt.Errorf("namespace %s has not used up its processor time", ns.name)
 			}
 		}
 		return nil
