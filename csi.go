@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -43,8 +42,6 @@ const (
 	groupMode   = 0o440 // with an fsGroup
 
 	maxMessageBytes = 1000 // an event holds 1,024
-	maxQuotedBytes  = 200  // of any one thing that a user wrote, in a message or a log line
-	maxKeyBytes     = 63   // of a quoted key
 
 	// What the volumeAttributes of a new volume may hold.
 	maxAttributeBytes = 32 << 10 // keys and values together
@@ -187,7 +184,7 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 	defer cancel()
 	var p *publication
 	defer func() {
-		err = shorten(err)
+		err = answer(err)
 		d.metrics.inc(publishTotal, "code", status.Code(err).String())
 		d.metrics.observe(publishDuration, time.Since(start))
 		if changed || err != nil {
@@ -214,7 +211,7 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 		err = checkNew(request, p.attributes)
 	}
 	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
+		return nil, failure{codes.InvalidArgument, err}
 	}
 	p.attributes.lifetime = min(p.attributes.lifetime, maxTokenLifetime)
 	p.who.uid, p.who.mode = p.attributes.owner, cmp.Or(p.attributes.mode, p.who.mode)
@@ -328,7 +325,7 @@ func (d *driver) NodeUnpublishVolume(ctx context.Context,
 	request *csi.NodeUnpublishVolumeRequest) (_ *csi.NodeUnpublishVolumeResponse, err error) {
 	start, changed, pod := time.Now(), false, ""
 	defer func() {
-		err = shorten(err)
+		err = answer(err)
 		d.metrics.inc(unpublishTotal, "code", status.Code(err).String())
 		if changed || err != nil {
 			d.logCall("unpublish", err, "pod", pod, "volume", volumeName(request.TargetPath),
@@ -336,7 +333,7 @@ func (d *driver) NodeUnpublishVolume(ctx context.Context,
 		}
 	}()
 	if request.VolumeId == "" {
-		return nil, status.Error(codes.InvalidArgument, "volume_id is missing")
+		return nil, failuref(codes.InvalidArgument, "volume_id is missing")
 	}
 	if pod, err = d.checkTarget(request.TargetPath); err != nil { // its uid may be all that is known of the Pod
 		return nil, err
@@ -382,7 +379,7 @@ func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, 
 	p.pod.namespace, p.pod.name = request.VolumeContext[kubeletKeyPrefix+"pod.namespace"],
 		request.VolumeContext[kubeletKeyPrefix+"pod.name"]
 	fail := func(format string, a ...any) (*publication, error) {
-		return p, status.Errorf(codes.InvalidArgument, format, a...)
+		return p, failuref(codes.InvalidArgument, format, a...)
 	}
 	uid, err := d.checkTarget(request.TargetPath)
 	switch {
@@ -472,13 +469,13 @@ func checkNew(request *csi.NodePublishVolumeRequest, a attributes) error {
 // so that no call can mount or unmount anything elsewhere, and returns the Pod's uid.
 func (d *driver) checkTarget(target string) (podUID string, err error) {
 	if target == "" {
-		return "", status.Error(codes.InvalidArgument, "target_path is missing")
+		return "", failuref(codes.InvalidArgument, "target_path is missing")
 	}
 	below, ok := strings.CutPrefix(target, d.podsDir+"/")
 	parts := strings.Split(below, "/")
 	if !ok || filepath.Clean(target) != target || len(parts) != 5 ||
 		parts[1] != "volumes" || parts[2] != "kubernetes.io~csi" || parts[4] != "mount" {
-		return "", status.Errorf(codes.InvalidArgument,
+		return "", failuref(codes.InvalidArgument,
 			"target_path %q is not %s/<Pod uid>/volumes/kubernetes.io~csi/<volume>/mount; if kubelet has "+
 				"another --root-dir, set --kubelet-dir to it", cut(target, maxQuotedBytes), d.podsDir)
 	}
@@ -494,64 +491,15 @@ func podToken(request *csi.NodePublishVolumeRequest) (token string, _ error) {
 	tokens := cmp.Or(request.Secrets[tokensKey], request.VolumeContext[tokensKey])
 	ofAPIServer := fields{"": fields{"token": &token}} // by audience
 	if !scanFields([]byte(tokens), ofAPIServer) || token == "" {
-		return "", status.Errorf(codes.FailedPrecondition,
+		return "", failuref(codes.FailedPrecondition,
 			"kubelet passed no token of the Pod's ServiceAccount: the CSIDriver object %s must have "+
 				"tokenRequests with audience \"\"; apply deploy.yaml again", driverName)
 	}
 	if len(token) > maxTokenBytes {
-		return "", status.Errorf(codes.InvalidArgument, "the token that kubelet passed has more than %d KiB",
+		return "", failuref(codes.InvalidArgument, "the token that kubelet passed has more than %d KiB",
 			maxTokenBytes>>10)
 	}
 	return token, nil
-}
-
-// podIdentity is whom a Pod's token belongs to.
-type podIdentity struct{ namespace, serviceAccount, name, uid string }
-
-var errMalformedToken = errors.New("the token that kubelet passed is not one of a Pod's ServiceAccount")
-
-// parseIdentity reads the claims of a Pod's token without checking its signature: that is the API server's,
-// which accepts the token, or not, before anything comes of the claims.
-func parseIdentity(token string) (pod podIdentity, _ error) {
-	isObject := scanFields(claimsOf(token), fields{"kubernetes.io": fields{
-		"namespace":      &pod.namespace,
-		"serviceaccount": fields{"name": &pod.serviceAccount},
-		"pod":            fields{"name": &pod.name, "uid": &pod.uid},
-	}})
-	if !isObject || pod.namespace == "" || pod.serviceAccount == "" || pod.name == "" || pod.uid == "" {
-		return podIdentity{}, errMalformedToken
-	}
-	return pod, nil
-}
-
-// claimsOf returns the payload of a token, or nil.
-func claimsOf(token string) []byte {
-	parts := strings.Split(token, ".")
-	if len(parts) != 3 {
-		return nil
-	}
-	claims, err := base64.RawURLEncoding.DecodeString(parts[1])
-	if err != nil {
-		return nil
-	}
-	return claims
-}
-
-// audiencesOf returns the audiences of a token, which are one string or a list (RFC 7519, section 4.1.3).
-func audiencesOf(token string) (audiences []string, _ error) {
-	var claims struct {
-		Audience json.RawMessage `json:"aud"`
-	}
-	if err := json.Unmarshal(claimsOf(token), &claims); err != nil {
-		return nil, errMalformedToken
-	}
-	if err := json.Unmarshal(claims.Audience, &audiences); err != nil {
-		audiences = make([]string, 1)
-		if err := json.Unmarshal(claims.Audience, &audiences[0]); err != nil {
-			return nil, errMalformedToken
-		}
-	}
-	return audiences, nil
 }
 
 // checkIdentity compares what kubelet says of the Pod with the claims of its token. The keys are kubelet's
@@ -563,12 +511,12 @@ func checkIdentity(pod podIdentity, targetUID string, volumeContext map[string]s
 	}
 	for key, claim := range claims {
 		if said, ok := volumeContext[kubeletKeyPrefix+key]; ok && said != claim {
-			return status.Errorf(codes.PermissionDenied, "%s%s is %q, but the token is that of %q",
+			return failuref(codes.PermissionDenied, "%s%s is %q, but the token is that of %q",
 				kubeletKeyPrefix, key, cut(said, maxQuotedBytes), claim)
 		}
 	}
 	if pod.uid != targetUID {
-		return status.Errorf(codes.PermissionDenied,
+		return failuref(codes.PermissionDenied,
 			"the target path is one of Pod uid %q, but the token is that of %q", targetUID, pod.uid)
 	}
 	return nil
@@ -605,9 +553,8 @@ func parseAttributes(volumeContext map[string]string, podNamespace string, built
 	a := attributes{selection: selection{BuiltIn: builtIn}}
 	for key := range volumeContext {
 		if !slices.Contains(knownAttributes, key) && !strings.HasPrefix(key, kubeletKeyPrefix) {
-			key = cut(key, maxKeyBytes) // the search for the nearest takes time in proportion to it
-			return a, fmt.Errorf("unknown attribute %q in volumeAttributes: did you mean %q? Known are: %s",
-				key, nearest(key, knownAttributes), strings.Join(knownAttributes, ", "))
+			return a, fmt.Errorf("unknown attribute %q in volumeAttributes: known are %s",
+				cut(key, maxQuotedBytes), strings.Join(knownAttributes, ", "))
 		}
 	}
 	var err error
@@ -836,7 +783,7 @@ func (d *driver) lock(ctx context.Context, target, podUID string) (*volume, erro
 	}
 	if v.called {
 		d.mu.Unlock()
-		return nil, status.Errorf(codes.Aborted, "another call for %s is under way; kubelet will try again",
+		return nil, failuref(codes.Aborted, "another call for %s is under way; kubelet will try again",
 			target)
 	}
 	v.called = true
@@ -853,7 +800,7 @@ func (d *driver) lock(ctx context.Context, target, podUID string) (*volume, erro
 	v.called = false
 	d.mu.Unlock()
 	go d.work(v, func(context.Context) {}) // drops the record, if nobody else does
-	return nil, status.FromContextError(ctx.Err()).Err()
+	return nil, ctx.Err()
 }
 
 // unlock gives the turn back, and drops the record of a volume that is not mounted, unless a call waits for it.
@@ -914,7 +861,7 @@ func (d *driver) push(v *volume, renewal bool) {
 		}
 		start := time.Now()
 		changed, err := d.publish(ctx, v, p, at, renewal)
-		err = shorten(err)
+		err = answer(err)
 		d.metrics.inc(pushesTotal, "code", status.Code(err).String())
 		d.mu.Lock()
 		if err != nil && renewal {
@@ -1019,7 +966,7 @@ func collectSources(pod podIdentity, refs []reference, getConnector func(referen
 		}
 		name := connector.class
 		if !isDNSName(name) {
-			return nil, status.Errorf(codes.FailedPrecondition,
+			return nil, failuref(codes.FailedPrecondition,
 				"Connector %q: spec.connectorClassName %q is not the name of a ConnectorClass", ref,
 				cut(name, maxQuotedBytes))
 		}
@@ -1046,7 +993,7 @@ func proxyAudiences(sources []source) ([]string, error) {
 		isProxy := err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Hostname() != "" &&
 			audience == connector.proxyURL && (connector.proxyAddress == "" || connector.proxyAddress == connector.proxyURL)
 		if audience != "" && audience != class.proxyAudience && audience != class.classAudience && !isProxy {
-			return nil, status.Errorf(codes.FailedPrecondition,
+			return nil, failuref(codes.FailedPrecondition,
 				"Connector %q: the audience %q in its status.proxy.httpAddress is neither one that "+
 					"ConnectorClass %q names (status.proxy.httpAddress.audience, spec.proxy.audience) nor "+
 					"the address of the Connector's proxy, an http or https URL",
@@ -1076,7 +1023,7 @@ func (d *driver) chooseToken(ctx context.Context, l *lookup, v *volume, p *publi
 	if len(extra) > 0 {
 		own, err := audiencesOf(p.token)
 		if err != nil {
-			return "", status.Error(codes.InvalidArgument, err.Error())
+			return "", failure{codes.InvalidArgument, err}
 		}
 		audiences = append(own, extra...) // the proxy shows it to the API server
 	}
@@ -1100,36 +1047,36 @@ func (d *driver) chooseToken(ctx context.Context, l *lookup, v *volume, p *publi
 func connectorStatus(err error, ref reference, pod podIdentity) error {
 	switch code, err := apiStatus(err); code {
 	case codes.NotFound:
-		return status.Errorf(code,
+		return failuref(code,
 			"Connector %q not found: create it, or correct %s or %s in volumeAttributes (%v)",
 			ref, attrName, attrNamespace, err)
 	case codes.PermissionDenied:
-		return status.Errorf(code, "ServiceAccount %[1]s/%[2]s may not read Connector %[3]q: %[4]v. Allow "+
+		return failuref(code, "ServiceAccount %[1]s/%[2]s may not read Connector %[3]q: %[4]v. Allow "+
 			"it with: kubectl create rolebinding %[1]s.%[2]s-connectors --namespace=%[5]s "+
 			"--clusterrole=connectors-connector-viewer-role --serviceaccount=%[1]s:%[2]s",
 			pod.namespace, pod.serviceAccount, ref, err, ref.namespace)
 	default:
-		return status.Errorf(code, "Connector %q cannot be read: %v", ref, err)
+		return failuref(code, "Connector %q cannot be read: %v", ref, err)
 	}
 }
 
 func classStatus(err error, name string, ref reference) error {
 	switch code, err := apiStatus(err); code {
 	case codes.NotFound:
-		return status.Errorf(code, "ConnectorClass %q of Connector %q not found: create it, or correct the "+
+		return failuref(code, "ConnectorClass %q of Connector %q not found: create it, or correct the "+
 			"Connector's spec.connectorClassName (%v)", name, ref, err)
 	case codes.PermissionDenied:
-		return status.Errorf(code, "the driver may not read ConnectorClass %q: %v. Its ClusterRole "+
+		return failuref(code, "the driver may not read ConnectorClass %q: %v. Its ClusterRole "+
 			"connectors-csi is missing; apply deploy.yaml again", name, err)
 	default:
-		return status.Errorf(code, "ConnectorClass %q of Connector %q cannot be read: %v", name, ref, err)
+		return failuref(code, "ConnectorClass %q of Connector %q cannot be read: %v", name, ref, err)
 	}
 }
 
 func tokenStatus(err error, p *publication) error {
 	code, err := apiStatus(err)
 	if code != codes.PermissionDenied {
-		return status.Errorf(code, "no token of %v for ServiceAccount %s/%s: %v", p.attributes.lifetime,
+		return failuref(code, "no token of %v for ServiceAccount %s/%s: %v", p.attributes.lifetime,
 			p.pod.namespace, p.pod.serviceAccount, err)
 	}
 	remedy := fmt.Sprintf(". A token.expiration other than %v, or a proxy with an audience, needs the ClusterRole "+
@@ -1138,88 +1085,40 @@ func tokenStatus(err error, p *publication) error {
 	if strings.Contains(err.Error(), "ValidatingAdmissionPolicy") { // it gives a reason of its own
 		remedy = ""
 	}
-	return status.Errorf(code, "the driver may not request a token for ServiceAccount %s/%s: %v%s",
+	return failuref(code, "the driver may not request a token for ServiceAccount %s/%s: %v%s",
 		p.pod.namespace, p.pod.serviceAccount, err, remedy)
-}
-
-// failure is an error whose gRPC code is known where it arises.
-type failure struct {
-	code codes.Code
-	error
-}
-
-func (f failure) Unwrap() error { return f.error }
-
-func failuref(code codes.Code, format string, a ...any) error {
-	return failure{code, fmt.Errorf(format, a...)}
-}
-
-// codeOf is the gRPC code of a failure, of an answer of the API server, or of a context that has ended; OK for
-// any other error. For kubelet Unavailable, ResourceExhausted, DeadlineExceeded, Canceled and Aborted mean
-// "perhaps mounted": it sends an Unpublish when the Pod goes. All others mean "not mounted".
-func codeOf(err error) codes.Code {
-	var f failure
-	var answer *apiError
-	switch {
-	case errors.As(err, &f):
-		return f.code
-	case errors.As(err, &answer):
-		return answer.grpcCode()
-	case errors.Is(err, context.Canceled):
-		return codes.Canceled
-	case errors.Is(err, context.DeadlineExceeded):
-		return codes.DeadlineExceeded
-	}
-	return codes.OK
-}
-
-// apiStatus returns the code and the text for an error of a lookup.
-func apiStatus(err error) (codes.Code, error) {
-	if errors.As(err, new(failure)) || errors.As(err, new(*apiError)) {
-		return codeOf(err), err
-	}
-	return cmp.Or(codeOf(err), codes.Unavailable), fmt.Errorf("no answer from the API server: %w", err)
 }
 
 func renderStatus(err error) error {
 	switch code := codeOf(err); code {
 	case codes.Canceled, codes.DeadlineExceeded:
-		return status.Errorf(code, "rendering took too long: %v", err)
+		return failuref(code, "rendering took too long: %v", err)
 	default:
-		return status.Error(cmp.Or(code, codes.FailedPrecondition), err.Error())
+		return failure{cmp.Or(code, codes.FailedPrecondition), err}
 	}
 }
 
 func mountStatus(err error) error {
 	switch {
 	case codeOf(err) != codes.OK:
-		return status.Error(codeOf(err), err.Error())
+		return err
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.ENOMEM):
-		return status.Errorf(codes.ResourceExhausted,
+		return failuref(codes.ResourceExhausted,
 			"no room for the volume's files: %v; look at the node's memory and the driver's limit", err)
 	case errors.Is(err, errNotOurs):
-		return status.Errorf(codes.FailedPrecondition,
+		return failuref(codes.FailedPrecondition,
 			"%v; look at it on the node, and remove it if nothing uses it", err)
 	}
-	return status.Errorf(codes.Internal,
+	return failuref(codes.Internal,
 		"the node's kernel refused the volume: %v; look at the driver's log and at dmesg on the node", err)
 }
 
-// shorten keeps a message within what an event can hold.
-func shorten(err error) error {
-	s, _ := status.FromError(err)
-	if len(s.Message()) <= maxMessageBytes {
-		return err
+// answer makes what kubelet hears of an error, within what an event can hold.
+func answer(err error) error {
+	if err == nil {
+		return nil
 	}
-	return status.Error(s.Code(), cut(s.Message(), maxMessageBytes))
-}
-
-// cut shortens a text to so many bytes of valid UTF-8, since parts of it may come from anybody.
-func cut(text string, limit int) string {
-	if len(text) <= limit {
-		return text
-	}
-	return strings.ToValidUTF8(text[:limit], "") + " …"
+	return status.Error(cmp.Or(codeOf(err), codes.Internal), cut(err.Error(), maxMessageBytes))
 }
 
 // logCall writes the one line of a call that failed or changed something.
@@ -1235,28 +1134,4 @@ func (d *driver) logCall(call string, err error, attributes ...any) {
 	} else {
 		d.log.Info(call, attributes...)
 	}
-}
-
-// nearest returns the word with the fewest insertions, deletions and substitutions (Levenshtein distance).
-func nearest(word string, words []string) string {
-	distance := func(other string) int {
-		row := make([]int, len(other)+1)
-		for j := range row {
-			row[j] = j
-		}
-		for i := range len(word) {
-			diagonal := row[0]
-			row[0] = i + 1
-			for j := range len(other) {
-				cost := diagonal
-				if word[i] != other[j] {
-					cost++
-				}
-				diagonal = row[j+1]
-				row[j+1] = min(cost, row[j]+1, row[j+1]+1)
-			}
-		}
-		return row[len(other)]
-	}
-	return slices.MinFunc(words, func(a, b string) int { return cmp.Compare(distance(a), distance(b)) })
 }

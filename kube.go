@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -109,35 +110,6 @@ type share struct {
 	lookups int
 	held    *holdings
 	places  chan struct{} // holds an element for each request under way
-}
-
-// apiError is an answer of the API server that is not a success: the essence of its Status object.
-type apiError struct {
-	code    int // HTTP status
-	message string
-}
-
-func (e *apiError) Error() string {
-	return fmt.Sprintf("%s (HTTP %d from the API server)", e.message, e.code)
-}
-
-// grpcCode is what the answer means to kubelet.
-func (e *apiError) grpcCode() codes.Code {
-	switch e.code {
-	case http.StatusBadRequest, http.StatusUnprocessableEntity:
-		return codes.InvalidArgument
-	case http.StatusUnauthorized:
-		return codes.Unauthenticated
-	case http.StatusForbidden:
-		return codes.PermissionDenied
-	case http.StatusNotFound:
-		return codes.NotFound
-	case http.StatusConflict:
-		return codes.Aborted
-	case http.StatusTooManyRequests:
-		return codes.ResourceExhausted
-	}
-	return codes.Unavailable
 }
 
 // newKube connects to the API server. Proxy settings of the environment are ignored: no Pod's token may go to
@@ -1299,4 +1271,132 @@ func decodeFailure(response *http.Response, data []byte) (wait time.Duration, _ 
 		}
 	}
 	return wait, &apiError{response.StatusCode, answer.Message}
+}
+
+// podIdentity is whom a Pod's token belongs to.
+type podIdentity struct{ namespace, serviceAccount, name, uid string }
+
+var errMalformedToken = errors.New("the token that kubelet passed is not one of a Pod's ServiceAccount")
+
+// parseIdentity reads the claims of a Pod's token without checking its signature: that is the API server's,
+// which accepts the token, or not, before anything comes of the claims.
+func parseIdentity(token string) (pod podIdentity, _ error) {
+	isObject := scanFields(claimsOf(token), fields{"kubernetes.io": fields{
+		"namespace":      &pod.namespace,
+		"serviceaccount": fields{"name": &pod.serviceAccount},
+		"pod":            fields{"name": &pod.name, "uid": &pod.uid},
+	}})
+	if !isObject || pod.namespace == "" || pod.serviceAccount == "" || pod.name == "" || pod.uid == "" {
+		return podIdentity{}, errMalformedToken
+	}
+	return pod, nil
+}
+
+// claimsOf returns the payload of a token, or nil.
+func claimsOf(token string) []byte {
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return nil
+	}
+	claims, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil {
+		return nil
+	}
+	return claims
+}
+
+// audiencesOf returns the audiences of a token, which are one string or a list (RFC 7519, section 4.1.3).
+func audiencesOf(token string) (audiences []string, _ error) {
+	var claims struct {
+		Audience json.RawMessage `json:"aud"`
+	}
+	if err := json.Unmarshal(claimsOf(token), &claims); err != nil {
+		return nil, errMalformedToken
+	}
+	if err := json.Unmarshal(claims.Audience, &audiences); err != nil {
+		audiences = make([]string, 1)
+		if err := json.Unmarshal(claims.Audience, &audiences[0]); err != nil {
+			return nil, errMalformedToken
+		}
+	}
+	return audiences, nil
+}
+
+// apiError is an answer of the API server that is not a success: the essence of its Status object.
+type apiError struct {
+	code    int // HTTP status
+	message string
+}
+
+func (e *apiError) Error() string {
+	return fmt.Sprintf("%s (HTTP %d from the API server)", e.message, e.code)
+}
+
+// grpcCode is what the answer means to kubelet.
+func (e *apiError) grpcCode() codes.Code {
+	switch e.code {
+	case http.StatusBadRequest, http.StatusUnprocessableEntity:
+		return codes.InvalidArgument
+	case http.StatusUnauthorized:
+		return codes.Unauthenticated
+	case http.StatusForbidden:
+		return codes.PermissionDenied
+	case http.StatusNotFound:
+		return codes.NotFound
+	case http.StatusConflict:
+		return codes.Aborted
+	case http.StatusTooManyRequests:
+		return codes.ResourceExhausted
+	}
+	return codes.Unavailable
+}
+
+// failure is an error whose gRPC code is known where it arises.
+type failure struct {
+	code codes.Code
+	error
+}
+
+func (f failure) Unwrap() error { return f.error }
+
+func failuref(code codes.Code, format string, a ...any) error {
+	return failure{code, fmt.Errorf(format, a...)}
+}
+
+// codeOf is the gRPC code of a failure, of an answer of the API server, or of a context that has ended; OK for
+// any other error. For kubelet Unavailable, ResourceExhausted, DeadlineExceeded, Canceled and Aborted mean
+// "perhaps mounted": it sends an Unpublish when the Pod goes. All others mean "not mounted".
+func codeOf(err error) codes.Code {
+	var f failure
+	var answer *apiError
+	switch {
+	case errors.As(err, &f):
+		return f.code
+	case errors.As(err, &answer):
+		return answer.grpcCode()
+	case errors.Is(err, context.Canceled):
+		return codes.Canceled
+	case errors.Is(err, context.DeadlineExceeded):
+		return codes.DeadlineExceeded
+	}
+	return codes.OK
+}
+
+// apiStatus returns the code and the text for an error of a lookup.
+func apiStatus(err error) (codes.Code, error) {
+	if errors.As(err, new(failure)) || errors.As(err, new(*apiError)) {
+		return codeOf(err), err
+	}
+	return cmp.Or(codeOf(err), codes.Unavailable), fmt.Errorf("no answer from the API server: %w", err)
+}
+
+// maxQuotedBytes is how much a message or a log line has of any one thing that a user wrote.
+const maxQuotedBytes = 200
+
+// cut shortens a text to so many bytes, of which it makes valid UTF-8, and marks what it has shortened.
+func cut(text string, limit int) string {
+	if len(text) <= limit {
+		return text
+	}
+	return strings.ToValidUTF8(text[:limit], "") + " …"
 }

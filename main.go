@@ -299,7 +299,7 @@ func (in *input) render(a attributes, podNamespace, token string) (files, error)
 		_, err = proxyAudiences(sources)
 	}
 	if err != nil {
-		return nil, errors.New(status.Convert(err).Message())
+		return nil, err
 	}
 
 	// 4. render

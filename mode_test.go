@@ -481,7 +481,7 @@ func TestModesAndOwnersRefused(t *testing.T) {
 		})
 	}
 	v := n.volume(attrs{"file.Mode": "0600"})
-	v.mustRefuse(codes.InvalidArgument, `did you mean "file.mode"?`)
+	v.mustRefuse(codes.InvalidArgument, `known are configuration.names, `)
 	if n.api.count("") > 0 {
 		t.Error("the API server was asked for one of them")
 	}

@@ -382,7 +382,7 @@ func TestEventsSayWhatIsWrong(t *testing.T) {
 		{"writable", mountTarget,
 			"code = InvalidArgument desc = the volume must be read-only: set csi.readOnly: true in the Pod's volume"},
 		{"unknown-attribute", `{connector.nam: target, configuration.names: config}`,
-			`code = InvalidArgument desc = unknown attribute "connector.nam" in volumeAttributes: did you mean "connector.name"?`},
+			`code = InvalidArgument desc = unknown attribute "connector.nam" in volumeAttributes: known are configuration.names, `},
 		{"no-connector", `{configuration.names: config}`,
 			"code = InvalidArgument desc = connectors or connector.name is required in volumeAttributes"},
 		{"missing-connector", `{connector.name: nobody, configuration.names: config}`,
