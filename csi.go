@@ -109,7 +109,7 @@ func newDriver(c driverConfig) (*driver, error) {
 	d := &driver{driverConfig: c, kube: k, renderers: newRenderers(c.binary, c.log, m), budget: b,
 		metrics: m, volumes: map[string]*volume{}, kept: map[string]int{}}
 	for target, memory := range left {
-		d.newVolume(target, memory).mounted = true
+		d.newVolume(target, memory).published = true
 	}
 	return d, nil
 }
@@ -123,7 +123,7 @@ type volume struct {
 	turn   chan struct{} // has an element while somebody works on the volume
 
 	// For whoever has the turn.
-	mounted     bool              // by this driver
+	published     bool              // by this driver
 	publication *publication      // kubelet's last that was valid; nil if there was no room to keep it
 	digest      [sha256.Size]byte // of all that the files were made from
 	token       issuedToken       // that the driver asked for
@@ -135,8 +135,8 @@ type volume struct {
 	due      time.Time          // when the change came that the next push is for; zero if none is to come
 	pushed   time.Time          // when the last push began
 	failures int                // of the last pushes
-	// For the next push, the removal of old files, and the renewal of the token.
-	next, tidy, renew *time.Timer
+	// For the pushTimer push, the removal of old files, and the renewal of the token.
+	pushTimer, sweepTimer, renewTimer *time.Timer
 }
 
 func (d *driver) GetPluginInfo(context.Context,
@@ -205,7 +205,7 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 	defer d.unlock(v)
 	at, err := d.budget.look(p.target, v.memory)
 	if err != nil {
-		return nil, mountStatus(err)
+		return nil, mountError(err)
 	}
 	if p.attributes, err = d.attributesFor(v, request, p.pod.namespace); err == nil && !at.complete {
 		err = checkNew(request, p.attributes)
@@ -214,11 +214,11 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 		return nil, failure{codes.InvalidArgument, err}
 	}
 	p.attributes.lifetime = min(p.attributes.lifetime, maxTokenLifetime)
-	p.who.uid, p.who.mode = p.attributes.owner, cmp.Or(p.attributes.mode, p.who.mode)
+	p.permissions.uid, p.permissions.mode = p.attributes.owner, cmp.Or(p.attributes.mode, p.permissions.mode)
 	switch {
-	case v.mounted && at.mounted:
+	case v.published && at.mounted:
 		d.keep(v, p) // also when the call fails later on, its token is the newest
-	case v.mounted: // somebody else has unmounted it
+	case v.published: // somebody else has unmounted it
 		d.forget(v)
 	}
 
@@ -232,7 +232,7 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 // publish is what a call of kubelet and a push have in common: the steps 3 to 5 of NodePublishVolume. The
 // caller has the volume's turn. A renewal is for a new token alone: it reads nothing of what the volume's files
 // were made from.
-func (d *driver) publish(ctx context.Context, v *volume, p *publication, at found,
+func (d *driver) publish(ctx context.Context, v *volume, p *publication, at mountState,
 	renewal bool) (changed bool, err error) {
 	// 3. read
 	l := d.kube.begin(&lookup{user: &v.user, pod: p.pod, token: p.token, first: !at.complete, renewal: renewal})
@@ -248,50 +248,50 @@ func (d *driver) publish(ctx context.Context, v *volume, p *publication, at foun
 	if err != nil {
 		return false, err
 	}
-	j := job{sources: sources, selection: p.attributes.selection, what: digestOf(p, sources)}
+	j := job{sources: sources, selection: p.attributes.selection, what: identify(p, sources)}
 	if j.token, err = d.chooseToken(ctx, l, v, p, j); err != nil {
 		return false, err
 	}
 
 	// 4. render
-	made := sha256.Sum256(fmt.Appendf(j.what[:], "%v %s", p.who, j.token))
+	made := sha256.Sum256(fmt.Appendf(j.what[:], "%v %s", p.permissions, j.token))
 	if at.complete && v.digest == made {
 		return false, nil
 	}
 	f, err := d.renderers.render(ctx, p.pod.namespace, j)
 	if err != nil {
 		d.metrics.inc(templateFailuresTotal)
-		return false, renderStatus(err)
+		return false, renderError(err)
 	}
 
 	// 5. mount or update
 	v.digest = [sha256.Size]byte{} // of an update that fails halfway nothing is known
-	if changed, err = d.budget.publish(p.target, v.memory, at, f, p.who); err != nil {
-		return changed, mountStatus(err)
+	if changed, err = d.budget.publish(p.target, v.memory, at, f, p.permissions); err != nil {
+		return changed, mountError(err)
 	}
-	if v.mounted, v.digest = true, made; v.publication != p {
+	if v.published, v.digest = true, made; v.publication != p {
 		d.keep(v, p)
 	}
-	d.settle(v, changed && at.complete)
+	d.schedule(v, changed && at.complete)
 	return changed, nil
 }
 
-// settle lets pushes come as soon as they may, old files go, if there are any, and the token be renewed. The
+// schedule lets pushes come as soon as they may, old files go, if there are any, and the token be renewed. The
 // caller has the volume's turn.
-func (d *driver) settle(v *volume, oldFiles bool) {
+func (d *driver) schedule(v *volume, oldFiles bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	v.failures = 0
 	if oldFiles {
-		v.tidy = again(v.tidy, sweepDelay, func() { d.work(v, func(context.Context) { d.sweep(v) }) })
+		v.sweepTimer = restart(v.sweepTimer, sweepDelay, func() { d.inTurn(v, func(context.Context) { d.sweep(v) }) })
 	}
 	if v.token.value != "" {
-		v.renew = again(v.renew, time.Until(v.token.renew), func() { d.push(v, true) })
+		v.renewTimer = restart(v.renewTimer, time.Until(v.token.renew), func() { d.push(v, true) })
 	}
 }
 
-// again stops a timer, if there is one, and starts another.
-func again(t *time.Timer, after time.Duration, do func()) *time.Timer {
+// restart stops a timer, if there is one, and starts another.
+func restart(t *time.Timer, after time.Duration, do func()) *time.Timer {
 	if t != nil {
 		t.Stop()
 	}
@@ -308,8 +308,8 @@ func (d *driver) sweep(v *volume) {
 	}
 }
 
-// digestOf identifies what the files of a volume are made from, but for the token and their group.
-func digestOf(p *publication, sources []source) (digest [sha256.Size]byte) {
+// identify identifies what the files of a volume are made from, but for the token and their group.
+func identify(p *publication, sources []source) (digest [sha256.Size]byte) {
 	h := sha256.New()
 	h.Write(p.attributes.digest[:])
 	for _, s := range sources {
@@ -347,7 +347,7 @@ func (d *driver) NodeUnpublishVolume(ctx context.Context,
 		pod = v.publication.pod.namespace + "/" + v.publication.pod.name
 	}
 	if changed, err = d.budget.unpublish(request.TargetPath, v.memory); err != nil {
-		return nil, mountStatus(err)
+		return nil, mountError(err)
 	}
 	d.forget(v)
 	return &csi.NodeUnpublishVolumeResponse{}, nil
@@ -360,7 +360,7 @@ type publication struct {
 	pod        podIdentity
 	token      string // the Pod's, from kubelet
 	attributes attributes
-	who        access
+	permissions        permissions
 }
 
 // size is how many bytes are kept of it.
@@ -374,7 +374,7 @@ func (d *driver) logPublish(call string, p *publication, err error, start time.T
 // validate checks all that can be checked without reading anything. With an error it returns as much as is
 // known of the Pod.
 func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, error) {
-	p := &publication{target: request.TargetPath, who: access{mode: defaultMode}}
+	p := &publication{target: request.TargetPath, permissions: permissions{mode: defaultMode}}
 	// Until the token's claims are known, for the log only.
 	p.pod.namespace, p.pod.name = request.VolumeContext[kubeletKeyPrefix+"pod.namespace"],
 		request.VolumeContext[kubeletKeyPrefix+"pod.name"]
@@ -397,7 +397,7 @@ func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, 
 		if err != nil {
 			return fail("volume_mount_group %q is not a group ID", cut(group, maxQuotedBytes))
 		}
-		p.who = access{gid: int(gid), mode: groupMode}
+		p.permissions = permissions{gid: int(gid), mode: groupMode}
 	}
 	if p.token, err = podToken(request); err != nil {
 		return p, err
@@ -799,7 +799,7 @@ func (d *driver) lock(ctx context.Context, target, podUID string) (*volume, erro
 	d.mu.Lock()
 	v.called = false
 	d.mu.Unlock()
-	go d.work(v, func(context.Context) {}) // drops the record, if nobody else does
+	go d.inTurn(v, func(context.Context) {}) // drops the record, if nobody else does
 	return nil, ctx.Err()
 }
 
@@ -811,15 +811,15 @@ func (d *driver) unlock(v *volume) {
 	} else {
 		v.called = false
 	}
-	if !v.mounted && !v.called && d.volumes[v.target] == v {
+	if !v.published && !v.called && d.volumes[v.target] == v {
 		delete(d.volumes, v.target)
 	}
 	d.mu.Unlock()
 	<-v.turn
 }
 
-// work does something with a volume in its turn that is no call of kubelet. One that comes ends it by ctx.
-func (d *driver) work(v *volume, do func(ctx context.Context)) {
+// inTurn does something with a volume in its turn that is no call of kubelet. One that comes ends it by ctx.
+func (d *driver) inTurn(v *volume, do func(ctx context.Context)) {
 	ctx, cancel := context.WithTimeout(context.Background(), publishTimeout)
 	defer cancel()
 	v.turn <- struct{}{}
@@ -840,14 +840,14 @@ func (d *driver) pushSoon(v *volume) {
 		return
 	}
 	v.due = time.Now()
-	v.next = time.AfterFunc(time.Until(v.pushed.Add(pushInterval<<v.failures)), func() { d.push(v, false) })
+	v.pushTimer = time.AfterFunc(time.Until(v.pushed.Add(pushInterval<<v.failures)), func() { d.push(v, false) })
 }
 
 // push brings the files of a mounted volume up to date as a republish does, with what kubelet's last call said.
 // It waits for a call that is under way, and leaves the work to one that comes. A renewal is tried again until
 // it succeeds.
 func (d *driver) push(v *volume, renewal bool) {
-	d.work(v, func(ctx context.Context) {
+	d.inTurn(v, func(ctx context.Context) {
 		d.mu.Lock()
 		due := v.due
 		if !renewal {
@@ -865,7 +865,7 @@ func (d *driver) push(v *volume, renewal bool) {
 		d.metrics.inc(pushesTotal, "code", status.Code(err).String())
 		d.mu.Lock()
 		if err != nil && renewal {
-			v.renew = again(v.renew, retryInterval, func() { d.push(v, true) })
+			v.renewTimer = restart(v.renewTimer, retryInterval, func() { d.push(v, true) })
 		} else if err != nil {
 			v.failures = min(v.failures+1, 5)
 		}
@@ -891,7 +891,7 @@ func (d *driver) close() {
 	}
 	d.mu.Unlock()
 	for _, v := range volumes {
-		d.work(v, func(context.Context) { d.forget(v) }) // after a push that has the turn
+		d.inTurn(v, func(context.Context) { d.forget(v) }) // after a push that has the turn
 	}
 	d.kube.close()
 	d.renderers.close()
@@ -922,12 +922,12 @@ func (d *driver) keep(v *volume, p *publication) {
 
 // forget drops all that is kept of a volume that is not mounted any more. The caller has its turn.
 func (d *driver) forget(v *volume) {
-	v.mounted = false
+	v.published = false
 	d.keep(v, nil)
 	d.budget.forget(v.memory)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, t := range []*time.Timer{v.next, v.tidy, v.renew} {
+	for _, t := range []*time.Timer{v.pushTimer, v.sweepTimer, v.renewTimer} {
 		if t != nil {
 			t.Stop()
 		}
@@ -946,7 +946,7 @@ func (d *driver) forgetUnmounted() {
 		if at, err := look(v.target); err != nil || at.mounted {
 			continue
 		}
-		d.work(v, func(context.Context) {
+		d.inTurn(v, func(context.Context) {
 			if at, err := look(v.target); err == nil && !at.mounted {
 				d.forget(v)
 			}
@@ -962,7 +962,7 @@ func collectSources(pod podIdentity, refs []reference, getConnector func(referen
 	for _, ref := range refs {
 		connector, err := getConnector(ref)
 		if err != nil {
-			return nil, connectorStatus(err, ref, pod)
+			return nil, connectorError(err, ref, pod)
 		}
 		name := connector.class
 		if !isDNSName(name) {
@@ -972,7 +972,7 @@ func collectSources(pod podIdentity, refs []reference, getConnector func(referen
 		}
 		if classes[name] == nil {
 			if classes[name], err = getClass(name); err != nil {
-				return nil, classStatus(err, name, ref)
+				return nil, classError(err, name, ref)
 			}
 		}
 		sources = append(sources, source{connector, classes[name]})
@@ -993,8 +993,7 @@ func proxyAudiences(sources []source) ([]string, error) {
 		isProxy := err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Hostname() != "" &&
 			audience == connector.proxyURL && (connector.proxyAddress == "" || connector.proxyAddress == connector.proxyURL)
 		if audience != "" && audience != class.proxyAudience && audience != class.classAudience && !isProxy {
-			return nil, failuref(codes.FailedPrecondition,
-				"Connector %q: the audience %q in its status.proxy.httpAddress is neither one that "+
+			return nil, failuref(codes.FailedPrecondition, "Connector %q: the audience %q in its status.proxy.httpAddress is neither one that "+
 					"ConnectorClass %q names (status.proxy.httpAddress.audience, spec.proxy.audience) nor "+
 					"the address of the Connector's proxy, an http or https URL",
 				connector.namespace+"/"+connector.name, cut(audience, maxQuotedBytes), class.name)
@@ -1032,20 +1031,20 @@ func (d *driver) chooseToken(ctx context.Context, l *lookup, v *volume, p *publi
 		return t.value, nil
 	}
 	if err := d.renderers.knownLimit(j.what); err != nil {
-		return "", renderStatus(err)
+		return "", renderError(err)
 	}
 	token, err := l.requestToken(ctx, audiences, lifetime)
 	if err != nil {
-		return "", tokenStatus(err, p)
+		return "", tokenError(err, p)
 	}
 	v.token = token
 	return token.value, nil
 }
 
-// connectorStatus says why a Connector was not read: the object, the cause, the remedy. The functions after
+// connectorError says why a Connector was not read: the object, the cause, the remedy. The functions after
 // it do the same for the other things that a publish needs.
-func connectorStatus(err error, ref reference, pod podIdentity) error {
-	switch code, err := apiStatus(err); code {
+func connectorError(err error, ref reference, pod podIdentity) error {
+	switch code, err := lookupError(err); code {
 	case codes.NotFound:
 		return failuref(code,
 			"Connector %q not found: create it, or correct %s or %s in volumeAttributes (%v)",
@@ -1060,8 +1059,8 @@ func connectorStatus(err error, ref reference, pod podIdentity) error {
 	}
 }
 
-func classStatus(err error, name string, ref reference) error {
-	switch code, err := apiStatus(err); code {
+func classError(err error, name string, ref reference) error {
+	switch code, err := lookupError(err); code {
 	case codes.NotFound:
 		return failuref(code, "ConnectorClass %q of Connector %q not found: create it, or correct the "+
 			"Connector's spec.connectorClassName (%v)", name, ref, err)
@@ -1073,8 +1072,8 @@ func classStatus(err error, name string, ref reference) error {
 	}
 }
 
-func tokenStatus(err error, p *publication) error {
-	code, err := apiStatus(err)
+func tokenError(err error, p *publication) error {
+	code, err := lookupError(err)
 	if code != codes.PermissionDenied {
 		return failuref(code, "no token of %v for ServiceAccount %s/%s: %v", p.attributes.lifetime,
 			p.pod.namespace, p.pod.serviceAccount, err)
@@ -1089,7 +1088,7 @@ func tokenStatus(err error, p *publication) error {
 		p.pod.namespace, p.pod.serviceAccount, err, remedy)
 }
 
-func renderStatus(err error) error {
+func renderError(err error) error {
 	switch code := codeOf(err); code {
 	case codes.Canceled, codes.DeadlineExceeded:
 		return failuref(code, "rendering took too long: %v", err)
@@ -1098,7 +1097,7 @@ func renderStatus(err error) error {
 	}
 }
 
-func mountStatus(err error) error {
+func mountError(err error) error {
 	switch {
 	case codeOf(err) != codes.OK:
 		return err

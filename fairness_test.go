@@ -252,8 +252,8 @@ func TestDigestOfAJob(t *testing.T) {
 		must(t, err)
 		p.attributes, err = n.driver.attributesFor(&volume{}, v.request(), p.pod.namespace)
 		must(t, err)
-		p.who.gid = gid
-		return digestOf(p, []source{{&apiObject{version: connector}, &apiObject{version: class}}})
+		p.permissions.gid = gid
+		return identify(p, []source{{&apiObject{version: connector}, &apiObject{version: class}}})
 	}
 	first := digest(n.volume(), 0, "1", "2")
 	if digest(n.volume(), 7, "1", "2") != first {
@@ -464,7 +464,7 @@ func TestDeadFileSystemElsewhere(t *testing.T) {
 	defer unix.Unmount(dir, unix.MNT_DETACH)
 	defer unix.Close(fuse) // which lets go of whoever waits
 	v := n.volume()
-	mustMount(t, v.target, files{"a": nil}, access{mode: defaultMode})
+	mustMount(t, v.target, files{"a": nil}, permissions{mode: defaultMode})
 	n.startProcess()
 	if got := n.readMetrics()["connectors_csi_volumes"]; got != 1 {
 		t.Errorf("%v volumes", got)

@@ -1382,8 +1382,8 @@ func codeOf(err error) codes.Code {
 	return codes.OK
 }
 
-// apiStatus returns the code and the text for an error of a lookup.
-func apiStatus(err error) (codes.Code, error) {
+// lookupError returns the code and the text for an error of a lookup.
+func lookupError(err error) (codes.Code, error) {
 	if errors.As(err, new(failure)) || errors.As(err, new(*apiError)) {
 		return codeOf(err), err
 	}

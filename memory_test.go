@@ -28,7 +28,7 @@ func sized(bytes int) object {
 }
 
 // mustMount mounts a volume as another process of the driver would have done it.
-func mustMount(t testing.TB, target string, f files, who access) {
+func mustMount(t testing.TB, target string, f files, who permissions) {
 	t.Helper()
 	_, err := mountVolume(target, f, who)
 	must(t, err)
@@ -68,8 +68,8 @@ func TestMemoryIsKnownBeforeTheMount(t *testing.T) {
 		"256 empty files": many,
 		"large":           {"a": make([]byte, 1<<20), "b": []byte("x")},
 	}) {
-		mustMount(t, target, f, access{mode: defaultMode})
-		if need, used := f.memory(), usedAt(t, target); need != used {
+		mustMount(t, target, f, permissions{mode: defaultMode})
+		if need, used := f.charge(), usedAt(t, target); need != used {
 			t.Errorf("%s: %d bytes, but it takes %d", what, need, used)
 		}
 		_, err := unpublishVolume(target)
@@ -289,7 +289,7 @@ func TestVolumesBeyondTheLimitsGoOn(t *testing.T) {
 	var volumes []*podVolume
 	for i := range 20 {
 		v := pod.volume(fmt.Sprint("v", i))
-		mustMount(t, v.target, files{"token": []byte(pod.token), "large": bytes.Repeat([]byte("x"), 300<<10)}, access{mode: defaultMode})
+		mustMount(t, v.target, files{"token": []byte(pod.token), "large": bytes.Repeat([]byte("x"), 300<<10)}, permissions{mode: defaultMode})
 		volumes = append(volumes, v)
 	}
 	for range 2 {
@@ -639,7 +639,7 @@ func TestLongMountLine(t *testing.T) {
 	}
 
 	target := n.volume().target
-	mustMount(t, target, files{"a": nil}, access{mode: defaultMode})
+	mustMount(t, target, files{"a": nil}, permissions{mode: defaultMode})
 	mounts, err := readMounts()
 	must(t, err)
 	if !slices.ContainsFunc(mounts, func(m mountInfo) bool { return m.point == target && m.source == mountSource && m.shared }) {

@@ -33,7 +33,7 @@ func (v *podVolume) ask(b belonging) {
 }
 
 // access is what it comes to.
-func (b belonging) access() access {
+func (b belonging) access() permissions {
 	number := func(text string, base int) int {
 		n, _ := strconv.ParseInt(cmp.Or(text, "0"), base, 64)
 		return int(n)
@@ -42,11 +42,11 @@ func (b belonging) access() access {
 	if mode == "" {
 		mode = map[bool]string{true: "0440", false: "0444"}[b.group != ""]
 	}
-	return access{number(b.owner, 10), number(b.group, 10), fs.FileMode(number(mode, 8))}
+	return permissions{number(b.owner, 10), number(b.group, 10), fs.FileMode(number(mode, 8))}
 }
 
 // mayRead reports whether a user with one group and no capability may read files.
-func (a access) mayRead(uid, gid int) bool {
+func (a permissions) mayRead(uid, gid int) bool {
 	switch {
 	case uid == a.uid:
 		return a.mode&0o400 != 0
@@ -57,7 +57,7 @@ func (a access) mayRead(uid, gid int) bool {
 }
 
 // belongs returns what is wrong with one path's mode and owners.
-func (a access) belongs(path string) error {
+func (a permissions) belongs(path string) error {
 	info, err := os.Stat(path)
 	if err != nil {
 		return err
@@ -161,11 +161,11 @@ func TestModeAndOwnerChange(t *testing.T) {
 	}
 	publish(all[0])
 	container := startContainer(t, v)
-	whose := func(text string) access {
+	whose := func(text string) permissions {
 		f := strings.Split(text, " ")
 		if len(f) != 4 || f[3] != "end" {
 			t.Errorf("a part of a file: %q", text)
-			return access{}
+			return permissions{}
 		}
 		return belonging{f[0], f[1], f[2]}.access()
 	}
@@ -417,8 +417,8 @@ func TestOwnersCannotWrite(t *testing.T) {
 // A generation is one of its files and of who may read them.
 func TestDigestHasModeAndOwner(t *testing.T) {
 	f := files{"file": []byte("text")}
-	seen := map[string]access{}
-	for _, a := range []access{{}, {uid: 1}, {gid: 1}, {mode: 1}, {uid: 11}, {gid: 11}, {1, 1, 0}, {1, 0, 1},
+	seen := map[string]permissions{}
+	for _, a := range []permissions{{}, {uid: 1}, {gid: 1}, {mode: 1}, {uid: 11}, {gid: 11}, {1, 1, 0}, {1, 0, 1},
 		{0, 1, 1}, {1, 1, 1}, {11, 1, 0}, {1, 11, 0}} {
 		d := digest(f, a)
 		if other, ok := seen[d]; ok {

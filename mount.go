@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"iter"
 	"maps"
 	"os"
 	"path/filepath"
@@ -59,21 +58,21 @@ type files map[string][]byte
 // cannot be made read-only.
 var writing sync.RWMutex
 
-// access says who may read a volume.
-type access struct {
+// permissions says who may read a volume.
+type permissions struct {
 	uid, gid int
 	mode     os.FileMode // of files
 }
 
 // dirMode is the mode of directories: whoever may read the files may list and search them, and nobody may
 // write.
-func (a access) dirMode() os.FileMode {
+func (a permissions) dirMode() os.FileMode {
 	read := a.mode & 0o444
 	return read | read>>2
 }
 
-// found is what there is at a target path.
-type found struct {
+// mountState is what there is at a target path.
+type mountState struct {
 	mounted  bool      // something is, at the path itself
 	complete bool      // and it has the files of a volume
 	id       unix.Fsid // of the file system; that of a tmpfs is random
@@ -81,7 +80,7 @@ type found struct {
 }
 
 // look finds out what there is at the target path, whatever else is mounted on the node.
-func look(target string) (at found, _ error) {
+func look(target string) (at mountState, _ error) {
 	var stat unix.Statx_t
 	err := unix.Statx(unix.AT_FDCWD, target, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_MODE, &stat)
 	switch {
@@ -96,7 +95,7 @@ func look(target string) (at found, _ error) {
 	}
 	var usage unix.Statfs_t
 	if unix.Statfs(target, &usage) == nil {
-		at = foundIn(&usage)
+		at = stateOf(&usage)
 	}
 	at.mounted, at.complete = true, unix.Access(target+"/"+dataLink, unix.F_OK) == nil
 	return at, nil
@@ -111,7 +110,7 @@ func look(target string) (at found, _ error) {
 //
 // Until the last system call nobody sees anything, and after it everything; a process that dies in between
 // leaves at most an empty directory.
-func mountVolume(target string, f files, who access) (at found, err error) {
+func mountVolume(target string, f files, perm permissions) (at mountState, err error) {
 	// 1. create
 	mount, err := newTmpfs()
 	if err != nil {
@@ -120,7 +119,7 @@ func mountVolume(target string, f files, who access) (at found, err error) {
 	defer unix.Close(mount)
 
 	writing.RLock()
-	_, err = writeGeneration(mount, f, who) // 2. write
+	_, err = writeGeneration(mount, f, perm) // 2. write
 	if err == nil {
 		err = setReadOnly(mount, true) // 3. read-only
 	}
@@ -138,23 +137,23 @@ func mountVolume(target string, f files, who access) (at found, err error) {
 		os.Remove(target)
 		return at, fmt.Errorf("move_mount to %s: %w", target, err)
 	}
-	return foundBehind(mount), nil
+	return stateBehind(mount), nil
 }
 
-// foundBehind is what there is at the target path of a mount, or of a clone of it.
-func foundBehind(mount int) (at found) {
+// stateBehind is what there is at the target path of a mount, or of a clone of it.
+func stateBehind(mount int) (at mountState) {
 	var usage unix.Statfs_t
 	if unix.Fstatfs(mount, &usage) == nil {
-		at = foundIn(&usage)
+		at = stateOf(&usage)
 	}
 	return at
 }
 
-// foundIn is what the kernel says of a mounted file system.
-func foundIn(usage *unix.Statfs_t) found {
-	at := found{mounted: true, id: usage.Fsid}
+// stateOf is what the kernel says of a mounted file system.
+func stateOf(usage *unix.Statfs_t) mountState {
+	at := mountState{mounted: true, id: usage.Fsid}
 	if usage.Type == unix.TMPFS_MAGIC {
-		at.used = memoryFor(int64(usage.Blocks-usage.Bfree)*int64(usage.Bsize),
+		at.used = charge(int64(usage.Blocks-usage.Bfree)*int64(usage.Bsize),
 			int64(usage.Files-usage.Ffree))
 	}
 	return at
@@ -162,18 +161,18 @@ func foundIn(usage *unix.Statfs_t) found {
 
 // updateVolume brings the files of a mounted volume up to date without ever making the mount writable for
 // the containers that use it: it writes through a private clone of the mount.
-func updateVolume(target string, f files, who access) (at found, changed bool, err error) {
+func updateVolume(target string, f files, perm permissions) (at mountState, changed bool, err error) {
 	at, err = throughClone(target, func(clone int) (err error) {
-		changed, err = writeGeneration(clone, f, who)
+		changed, err = writeGeneration(clone, f, perm)
 		return err
 	})
 	return at, changed, err
 }
 
 // sweepVolume removes the generations that are not the current one.
-func sweepVolume(target string) (at found, err error) {
+func sweepVolume(target string) (at mountState, err error) {
 	return throughClone(target, func(clone int) error {
-		root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", clone))
+		root, present, err := openVolume(clone)
 		if err != nil {
 			return err
 		}
@@ -182,11 +181,7 @@ func sweepVolume(target string) (at found, err error) {
 		if err != nil {
 			return err
 		}
-		names, err := fs.Glob(root.FS(), "*")
-		if err != nil {
-			return err
-		}
-		return removeGenerations(root, slices.Values(names), current)
+		return removeGenerations(root, present, current)
 	})
 }
 
@@ -197,11 +192,11 @@ func sweepVolume(target string) (at found, err error) {
 func emptyVolume(target string, id unix.Fsid) (kept int) {
 	kept = -1
 	throughClone(target, func(clone int) error {
-		if foundBehind(clone).id != id {
+		if stateBehind(clone).id != id {
 			return errNotOurs
 		}
 		err := empty(clone)
-		if err == nil && !foundBehind(clone).isEmpty() {
+		if err == nil && !stateBehind(clone).isEmpty() {
 			kept, err = unix.FcntlInt(uintptr(clone), unix.F_DUPFD_CLOEXEC, 0)
 		}
 		return err
@@ -210,47 +205,52 @@ func emptyVolume(target string, id unix.Fsid) (kept int) {
 }
 
 // isEmpty reports whether a tmpfs has nothing but its root directory.
-func (at found) isEmpty() bool { return at.used <= memoryFor(0, 1) }
+func (at mountState) isEmpty() bool { return at.used <= charge(0, 1) }
 
 // empty truncates and removes all files, if all of them are a volume's.
 func empty(mount int) error {
-	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", mount))
+	root, present, err := openVolume(mount)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	entries, err := fs.ReadDir(root.FS(), ".")
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if !isOurs(e) {
-			return fmt.Errorf("%s: %w", e.Name(), errNotOurs)
-		}
-	}
-	for _, e := range entries {
-		if e.IsDir() {
-			files, _ := fs.Glob(root.FS(), e.Name()+"/*")
-			for _, name := range files {
-				if file, err := root.OpenFile(name, os.O_WRONLY|os.O_TRUNC, 0); err == nil {
-					file.Close()
-				}
+	for name := range present {
+		files, _ := fs.Glob(root.FS(), name+"/*") // of a generation, also by ..data
+		for _, file := range files {
+			if f, err := root.OpenFile(file, os.O_WRONLY|os.O_TRUNC, 0); err == nil {
+				f.Close()
 			}
 		}
-		if err := root.RemoveAll(e.Name()); err != nil {
+		if err := root.RemoveAll(name); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// isOurs reports whether the root directory of a volume may have the entry.
-func isOurs(e fs.DirEntry) bool {
-	return e.Type() == fs.ModeSymlink || strings.HasPrefix(e.Name(), "..")
+// openVolume opens the root directory behind a mount, and reads the names in it, if all of them are a
+// volume's.
+func openVolume(mount int) (_ *os.Root, present map[string]bool, _ error) {
+	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", mount))
+	if err != nil {
+		return nil, nil, err
+	}
+	entries, err := fs.ReadDir(root.FS(), ".")
+	present = map[string]bool{}
+	for _, e := range entries {
+		present[e.Name()] = true
+		if e.Type() != fs.ModeSymlink && !strings.HasPrefix(e.Name(), "..") {
+			err = fmt.Errorf("%s: %w", e.Name(), errNotOurs)
+		}
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, root.Close())
+	}
+	return root, present, nil
 }
 
 // removeGenerations removes those of the names that are generations, except the current one.
-func removeGenerations(root *os.Root, names iter.Seq[string], current string) error {
+func removeGenerations(root *os.Root, names map[string]bool, current string) error {
 	for name := range names {
 		if !strings.HasPrefix(name, generationPrefix) || name == current {
 			continue
@@ -264,7 +264,7 @@ func removeGenerations(root *os.Root, names iter.Seq[string], current string) er
 
 // throughClone calls change with a writable clone of the mount, which nobody else sees, and returns what there is
 // after it.
-func throughClone(target string, change func(clone int) error) (at found, err error) {
+func throughClone(target string, change func(clone int) error) (at mountState, err error) {
 	clone, err := unix.OpenTree(unix.AT_FDCWD, target,
 		unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
 	if err != nil {
@@ -284,7 +284,7 @@ func throughClone(target string, change func(clone int) error) (at found, err er
 	if err = change(clone); err != nil {
 		err = fmt.Errorf("%s: %w", target, err)
 	}
-	return foundBehind(clone), err
+	return stateBehind(clone), err
 }
 
 // unpublishVolume unmounts whatever is mounted at the target path and removes the directory. Nothing there,
@@ -370,24 +370,13 @@ func setReadOnly(mount int, readOnly bool) error {
 //
 // Every step finds by itself what is left to do, so an interrupted update is completed by the next one. It
 // reports whether it changed what users see; if not, nothing is left to do.
-func writeGeneration(mount int, f files, who access) (changed bool, err error) {
-	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", mount))
+func writeGeneration(mount int, f files, perm permissions) (changed bool, err error) {
+	root, present, err := openVolume(mount)
 	if err != nil {
 		return false, err
 	}
 	defer root.Close()
-	entries, err := fs.ReadDir(root.FS(), ".")
-	if err != nil {
-		return false, err
-	}
-	present := map[string]bool{}
-	for _, e := range entries {
-		if !isOurs(e) {
-			return false, fmt.Errorf("%s: %w", e.Name(), errNotOurs)
-		}
-		present[e.Name()] = true
-	}
-	generation := generationPrefix + digest(f, who)
+	generation := generationPrefix + digest(f, perm)
 	current, err := root.Readlink(dataLink)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, err
@@ -396,10 +385,10 @@ func writeGeneration(mount int, f files, who access) (changed bool, err error) {
 	// 1. write
 	if current != generation {
 		changed = true
-		if err := removeGenerations(root, maps.Keys(present), current); err != nil {
+		if err := removeGenerations(root, present, current); err != nil {
 			return true, err
 		}
-		if err := writeFiles(root, generation, f, who); err != nil {
+		if err := writeFiles(root, generation, f, perm); err != nil {
 			return true, errors.Join(err, root.RemoveAll(generation))
 		}
 	}
@@ -417,7 +406,7 @@ func writeGeneration(mount int, f files, who access) (changed bool, err error) {
 
 	// 3. switch
 	if current != generation {
-		if err := who.applyTo(root); err != nil {
+		if err := perm.applyTo(root); err != nil {
 			return true, err
 		}
 		if err := root.RemoveAll(nextDataLink); err != nil {
@@ -445,7 +434,7 @@ func writeGeneration(mount int, f files, who access) (changed bool, err error) {
 
 // writeFiles writes the directory of a generation. Modes are set after creation, since the umask would take
 // from them.
-func writeFiles(root *os.Root, generation string, f files, who access) error {
+func writeFiles(root *os.Root, generation string, f files, perm permissions) error {
 	if err := root.Mkdir(generation, 0o700); err != nil {
 		return err
 	}
@@ -460,16 +449,16 @@ func writeFiles(root *os.Root, generation string, f files, who access) error {
 			return err
 		}
 		_, err = file.Write(content)
-		if err := errors.Join(err, who.apply(file, who.mode), file.Close()); err != nil {
+		if err := errors.Join(err, perm.apply(file, perm.mode), file.Close()); err != nil {
 			return err
 		}
 	}
-	return who.applyTo(dir)
+	return perm.applyTo(dir)
 }
 
 // applyTo gives a directory to those who may read the volume. One that is theirs already stays untouched: in
 // between it is nobody's but the driver's, and somebody may be on the way through it.
-func (a access) applyTo(dir *os.Root) error {
+func (a permissions) applyTo(dir *os.Root) error {
 	self, err := dir.Open(".")
 	if err != nil {
 		return err
@@ -490,7 +479,7 @@ func (a access) applyTo(dir *os.Root) error {
 
 // apply gives a file or a directory of the driver's its mode and then its owners: afterwards, to change the mode
 // would take CAP_FOWNER.
-func (a access) apply(file *os.File, mode os.FileMode) error {
+func (a permissions) apply(file *os.File, mode os.FileMode) error {
 	if err := file.Chmod(mode); err != nil {
 		return err
 	}
@@ -503,9 +492,9 @@ func (a access) apply(file *os.File, mode os.FileMode) error {
 }
 
 // digest names a generation: by its files and by who may read them, so that a change of either is a change.
-func digest(f files, who access) string {
+func digest(f files, perm permissions) string {
 	h := sha256.New()
-	fmt.Fprintf(h, "%v\n", who)
+	fmt.Fprintf(h, "%v\n", perm)
 	for _, name := range slices.Sorted(maps.Keys(f)) {
 		fmt.Fprintf(h, "%d:%s%d:%s", len(name), name, len(f[name]), f[name])
 	}
@@ -521,29 +510,29 @@ type budget struct {
 	oneAtATime sync.Mutex // held by an update that there is no room for beside the old files
 
 	mu     sync.Mutex
-	all    memory
-	pods   map[string]memory  // by the Pod's uid
+	all    total
+	pods   map[string]total  // by the Pod's uid
 	pinned map[int]*footprint // of volumes that were unmounted and are not empty, by a clone of the mount
 }
 
-// memory is that of several volumes.
-type memory struct {
+// total is that of several volumes.
+type total struct {
 	volumes    int
-	held, used int64 // as in a footprint
+	files, used int64 // as in a footprint
 }
 
 // footprint is the memory of a volume. The lock of the budget guards what is in it.
 type footprint struct {
 	pod  string    // uid
 	id   unix.Fsid // of the tmpfs, if this driver mounted it
-	held int64     // by its files alone; 0 until it is mounted
+	files int64     // by its files alone; 0 until it is mounted
 	used int64     // by all that is in it: also by old files that somebody has open, and by what is set aside
 }
 
 // newBudget makes the budget of a node, and returns by target path what another process of the driver has left
 // mounted.
 func newBudget(podsDir string, limit int64) (*budget, map[string]*footprint, error) {
-	b := &budget{limit: limit, pods: map[string]memory{}, pinned: map[int]*footprint{}}
+	b := &budget{limit: limit, pods: map[string]total{}, pinned: map[int]*footprint{}}
 	left := map[string]*footprint{}
 	mounts, err := readMounts()
 	for _, m := range mounts {
@@ -569,13 +558,13 @@ func newBudget(podsDir string, limit int64) (*budget, map[string]*footprint, err
 // where one is there already. Where the limits leave no room for the old files, these go at once. It reports
 // whether that changed what users see. When it fails, a target that was not mounted before is not mounted
 // afterwards, and one that was still shows its old files.
-func (b *budget) publish(target string, v *footprint, at found, f files, who access) (changed bool, err error) {
-	need := f.memory()
+func (b *budget) publish(target string, v *footprint, at mountState, f files, perm permissions) (changed bool, err error) {
+	need := f.charge()
 	keepOld, err := b.reserve(v, at.used, need)
 	if !keepOld {
 		b.oneAtATime.Lock()
 		defer b.oneAtATime.Unlock()
-		if v.held > 0 {
+		if v.files > 0 {
 			if swept, err := sweepVolume(target); err == nil {
 				at = swept
 			}
@@ -587,9 +576,9 @@ func (b *budget) publish(target string, v *footprint, at found, f files, who acc
 	}
 	id := v.id
 	if at.mounted {
-		at, changed, err = updateVolume(target, f, who)
+		at, changed, err = updateVolume(target, f, perm)
 	} else {
-		at, err = mountVolume(target, f, who)
+		at, err = mountVolume(target, f, perm)
 		changed, id = true, at.id
 	}
 	if err == nil && !keepOld {
@@ -601,10 +590,10 @@ func (b *budget) publish(target string, v *footprint, at found, f files, who acc
 	switch {
 	case err == nil:
 		b.set(v, need, at.used)
-	case v.held == 0: // it is not mounted, or not by us
+	case v.files == 0: // it is not mounted, or not by us
 		b.set(v, 0, 0)
 	default:
-		b.set(v, v.held, at.used)
+		b.set(v, v.files, at.used)
 	}
 	return changed, err
 }
@@ -614,8 +603,8 @@ func (b *budget) sweep(target string, v *footprint) error {
 	at, err := sweepVolume(target)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if at.mounted && v.held > 0 {
-		b.set(v, v.held, at.used)
+	if at.mounted && v.files > 0 {
+		b.set(v, v.files, at.used)
 	}
 	return err
 }
@@ -644,18 +633,18 @@ func (b *budget) unpublish(target string, v *footprint) (changed bool, err error
 	}
 	if clone >= 0 {
 		b.pinned[clone] = &footprint{pod: v.pod}
-		b.set(b.pinned[clone], 0, foundBehind(clone).used)
+		b.set(b.pinned[clone], 0, stateBehind(clone).used)
 	}
 	return changed, err
 }
 
 // look is the function of that name, and notes the memory that the volume uses by now.
-func (b *budget) look(target string, v *footprint) (found, error) {
+func (b *budget) look(target string, v *footprint) (mountState, error) {
 	at, err := look(target)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if err == nil && at.mounted && v.held > 0 {
-		b.set(v, v.held, at.used)
+	if err == nil && at.mounted && v.files > 0 {
+		b.set(v, v.files, at.used)
 	}
 	return at, err
 }
@@ -672,7 +661,7 @@ func (b *budget) checkPinned() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for clone, v := range b.pinned {
-		at := foundBehind(clone)
+		at := stateBehind(clone)
 		if b.set(v, 0, at.used); at.isEmpty() {
 			b.set(v, 0, 0)
 			delete(b.pinned, clone)
@@ -696,17 +685,17 @@ func (b *budget) reserve(v *footprint, used, need int64) (keepOld bool, err erro
 	}
 
 	// 1. see
-	if used == 0 || v.held == 0 { // it is not mounted, or not by us
+	if used == 0 || v.files == 0 { // it is not mounted, or not by us
 		b.set(v, 0, 0)
 	} else {
-		b.set(v, v.held, used)
+		b.set(v, v.files, used)
 	}
-	pod, grows := b.pods[v.pod], max(need-v.held, 0)
+	pod, grows := b.pods[v.pod], max(need-v.files, 0)
 	keepOld = pod.used+need <= maxPodMemory && b.all.used+need <= b.limit
 
 	// 2. refuse
 	switch {
-	case v.held == 0 && pod.volumes >= maxPodVolumes:
+	case v.files == 0 && pod.volumes >= maxPodVolumes:
 		return refuse("the Pod has %d other volumes of %s, and may have %d in all: mount several "+
 			"configurations in one volume",
 			pod.volumes, mountSource, maxPodVolumes)
@@ -718,21 +707,21 @@ func (b *budget) reserve(v *footprint, used, need int64) (keepOld bool, err erro
 		return refuse("the volume takes %d KiB of memory and the node's other volumes take %d KiB, but "+
 			"together they may take %d KiB: raise --volumes-budget and the memory limit of the DaemonSet, "+
 			"or use another node", need>>10, (b.all.used-v.used)>>10, b.limit>>10)
-	case !keepOld && pod.used > max(pod.held, maxPodMemory):
+	case !keepOld && pod.used > max(pod.files, maxPodMemory):
 		return refuse("the Pod's volumes take %d KiB of memory, %d KiB of it for old files that its "+
 			"containers have open or mount by subPath, but may take %d KiB: restart the containers",
-			pod.used>>10, (pod.used-pod.held)>>10, maxPodMemory>>10)
-	case !keepOld && pod.used > pod.held && b.all.used > max(b.all.held, b.limit):
+			pod.used>>10, (pod.used-pod.files)>>10, maxPodMemory>>10)
+	case !keepOld && pod.used > pod.files && b.all.used > max(b.all.files, b.limit):
 		return refuse("the node's volumes take %d KiB of memory, but may take %d KiB, and %d KiB of it are "+
 			"for old files that containers of this Pod have open or mount by subPath: restart them",
-			b.all.used>>10, b.limit>>10, (pod.used-pod.held)>>10)
+			b.all.used>>10, b.limit>>10, (pod.used-pod.files)>>10)
 	}
 
 	// 3. keep
 	if keepOld {
-		b.set(v, v.held, v.used+need)
+		b.set(v, v.files, v.used+need)
 	} else {
-		b.set(v, v.held, v.used+grows)
+		b.set(v, v.files, v.used+grows)
 	}
 	return keepOld, nil
 }
@@ -740,16 +729,16 @@ func (b *budget) reserve(v *footprint, used, need int64) (keepOld bool, err erro
 // set changes what a volume holds and uses; one that uses nothing is none. The caller holds the lock.
 func (b *budget) set(v *footprint, held, used int64) {
 	pod := b.pods[v.pod]
-	for _, m := range []*memory{&pod, &b.all} {
+	for _, m := range []*total{&pod, &b.all} {
 		if v.used > 0 {
 			m.volumes--
 		}
 		if used > 0 {
 			m.volumes++
 		}
-		m.held, m.used = m.held+held-v.held, m.used+used-v.used
+		m.files, m.used = m.files+held-v.files, m.used+used-v.used
 	}
-	if v.held, v.used, b.pods[v.pod] = held, used, pod; pod.volumes == 0 {
+	if v.files, v.used, b.pods[v.pod] = held, used, pod; pod.volumes == 0 {
 		delete(b.pods, v.pod)
 	}
 }
@@ -762,8 +751,8 @@ func (b *budget) total() (count int, used int64) {
 	return b.all.volumes - len(b.pinned), b.all.used
 }
 
-// memory is what a volume that holds the files takes.
-func (f files) memory() int64 {
+// charge is what a volume that holds the files takes.
+func (f files) charge() int64 {
 	page := os.Getpagesize()
 	pages := 0
 	for name, content := range f {
@@ -773,10 +762,10 @@ func (f files) memory() int64 {
 		}
 	}
 	// a file and a link each; ..data, its directory and the root
-	return memoryFor(int64(pages*page), int64(len(f)*2+3))
+	return charge(int64(pages*page), int64(len(f)*2+3))
 }
 
-func memoryFor(bytes, inodes int64) int64 { return mountMemory + bytes + inodes*inodeMemory }
+func charge(bytes, inodes int64) int64 { return mountMemory + bytes + inodes*inodeMemory }
 
 // checkKernel creates and drops a volume that is never attached, which needs all that a publish needs: Linux
 // 5.12 (mount_setattr) and CAP_SYS_ADMIN.

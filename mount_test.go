@@ -373,7 +373,7 @@ func TestFailedRepublishKeepsTheFiles(t *testing.T) {
 func TestInterruptedUpdatesAreCompleted(t *testing.T) {
 	n := startPolling(t)
 	next := files{"token": []byte("next"), "mark": []byte("next"), "more": []byte("next")}
-	half := generationPrefix + digest(next, access{mode: defaultMode})
+	half := generationPrefix + digest(next, permissions{mode: defaultMode})
 	for what, interrupt := range sorted(map[string]func(dir string) error{
 		"link not renamed":       func(dir string) error { return os.Symlink("..gen-x", dir+"/..data_tmp") },
 		"directory of that name": func(dir string) error { return os.MkdirAll(dir+"/..data_tmp/x", 0o755) },
@@ -434,8 +434,8 @@ func TestFullVolume(t *testing.T) {
 	}
 	must(t, file.Close())
 
-	_, _, err = updateVolume(v.target, map[string][]byte{"token": []byte("new")}, access{mode: defaultMode})
-	wantError(t, mountStatus(err), codes.ResourceExhausted, "no room", "no space left on device")
+	_, _, err = updateVolume(v.target, map[string][]byte{"token": []byte("new")}, permissions{mode: defaultMode})
+	wantError(t, mountError(err), codes.ResourceExhausted, "no room", "no space left on device")
 	if !maps.Equal(v.read(), files) {
 		t.Error("the files changed")
 	}

@@ -543,7 +543,7 @@ func TestCallsWithinTheSecond(t *testing.T) {
 			case <-stop:
 				return
 			default:
-				d.work(r, func(context.Context) { d.sweep(r) })
+				d.inTurn(r, func(context.Context) { d.sweep(r) })
 			}
 		}
 	}()
@@ -572,12 +572,12 @@ func TestUnmountedWithinTheSecond(t *testing.T) {
 		v.pod.renewToken()
 		v.mustPublish()
 		r := v.record()
-		if v.generations() != 2 || r.tidy == nil {
-			t.Errorf("%s: there are %d generations, and a timer: %v", what, v.generations(), r.tidy != nil)
+		if v.generations() != 2 || r.sweepTimer == nil {
+			t.Errorf("%s: there are %d generations, and a timer: %v", what, v.generations(), r.sweepTimer != nil)
 		}
 		unmount(v)
 		logged := len(logs.String())
-		n.driver.work(r, func(context.Context) { n.driver.sweep(r) }) // as the timer does
+		n.driver.inTurn(r, func(context.Context) { n.driver.sweep(r) }) // as the timer does
 		if said := logs.String()[logged:]; said != "" {
 			t.Errorf("%s: the log has %s", what, said)
 		}
@@ -641,7 +641,7 @@ func TestForgottenWhileAPushIsDue(t *testing.T) {
 	r := v.record()
 	must(t, unix.Unmount(v.target, unix.MNT_DETACH))
 	result, begun, goOn := make(chan error), make(chan bool), make(chan bool)
-	go d.work(r, func(context.Context) {
+	go d.inTurn(r, func(context.Context) {
 		begun <- true
 		<-goOn
 		d.forget(r)
@@ -699,7 +699,7 @@ func TestRecordsAmongEverything(t *testing.T) {
 	forever(func(i int) {
 		for _, v := range records() {
 			d.push(v, i%2 == 0)
-			d.work(v, func(context.Context) { d.sweep(v) })
+			d.inTurn(v, func(context.Context) { d.sweep(v) })
 			d.pushSoon(v)
 		}
 	})

@@ -600,8 +600,8 @@ func TestAudienceOfSomebodyElse(t *testing.T) {
 func (v *podVolume) renewNow() {
 	v.t.Helper()
 	r := v.record()
-	v.node.driver.work(r, func(context.Context) {
-		if r.token.renew = time.Now(); r.renew == nil || !r.renew.Reset(0) {
+	v.node.driver.inTurn(r, func(context.Context) {
+		if r.token.renew = time.Now(); r.renewTimer == nil || !r.renewTimer.Reset(0) {
 			v.t.Error("no timer is to renew the token")
 		}
 	})
@@ -655,12 +655,12 @@ func TestNothingIsRenewedForNobody(t *testing.T) {
 	v, other := n.volume(attrs{"token.expiration": "1h"}), n.volume()
 	v.mustPublish()
 	other.mustPublish()
-	if other.record().renew != nil {
+	if other.record().renewTimer != nil {
 		t.Error("kubelet's token is to be renewed")
 	}
 	r, asked := v.record(), n.api.count("")
 	v.mustUnpublish()
-	if r.renew.Stop() {
+	if r.renewTimer.Stop() {
 		t.Error("the token of a volume that is gone was to be renewed")
 	}
 	n.driver.push(r, true) // by a timer at that moment
@@ -675,7 +675,7 @@ func TestNothingIsRenewedForNobody(t *testing.T) {
 	n.age()
 	w := n.volume()
 	w.mustPublish()
-	if w.file("token") == w.pod.token || w.record().renew == nil {
+	if w.file("token") == w.pod.token || w.record().renewTimer == nil {
 		t.Fatal("it has kubelet's token")
 	}
 	n.api.put(connector("default", "git", "git"))
