@@ -65,8 +65,8 @@ const (
 	tokensKey        = kubeletKeyPrefix + "serviceAccount.tokens"
 )
 
-// driver serves the Identity and Node services of the Container Storage Interface, version 1. RPCs that it
-// does not implement answer Unimplemented.
+// driver serves the Identity and Node services of the Container Storage Interface (CSI), version 1. RPCs that
+// it does not implement answer Unimplemented.
 type driver struct {
 	csi.UnimplementedIdentityServer
 	csi.UnimplementedNodeServer
@@ -77,7 +77,7 @@ type driver struct {
 	budget    *budget
 	metrics   *metrics
 
-	mu      sync.Mutex
+	mu      sync.Mutex         // guards what follows
 	volumes map[string]*volume // by target path
 	kept    map[string]int     // bytes that are kept of volumes, by the Pod's uid; of all by ""
 	closed  bool
@@ -94,7 +94,7 @@ type driverConfig struct {
 	kube          kubeConfig
 }
 
-// newDriver makes a driver, which knows of the volumes that another process of it has left mounted.
+// newDriver makes a driver that goes on with the volumes that another process of it has left mounted.
 func newDriver(c driverConfig) (*driver, error) {
 	b, left, err := newBudget(c.podsDir, c.volumesBudget)
 	if err != nil {
@@ -114,21 +114,21 @@ func newDriver(c driverConfig) (*driver, error) {
 	return d, nil
 }
 
-// volume is what the process knows of a target path: while somebody works on it, and as long as it is mounted.
-// After a restart that is little, until kubelet calls.
+// volume is what the process knows of a target path, while somebody works on it and as long as it is mounted.
+// After a restart it has no publication until kubelet calls.
 type volume struct {
 	target string
 	memory *footprint
 	user   user
 	turn   chan struct{} // has an element while somebody works on the volume
 
-	// For whoever has the turn.
-	published     bool              // by this driver
+	// Whoever has the turn may use these.
+	published   bool              // by this driver
 	publication *publication      // kubelet's last that was valid; nil if there was no room to keep it
 	digest      [sha256.Size]byte // of all that the files were made from
 	token       issuedToken       // that the driver asked for
 
-	// The lock of the driver guards the rest.
+	// driver.mu guards the rest.
 	called   bool               // a call of kubelet waits for the turn, or has it
 	stop     context.CancelFunc // ends the push that has the turn
 	kept     int                // bytes
@@ -171,8 +171,8 @@ func (d *driver) NodeGetCapabilities(context.Context,
 //
 //  1. validate the request
 //  2. lock the target path; refuse to a new volume what a mounted one goes on with
-//  3. read the Connectors and their classes, and have a token
-//  4. have a renderer make the files, in memory, unless they were made from just this before
+//  3. read the Connectors and their classes, and get a token
+//  4. let a renderer make the files, in memory, unless they were made from just this before
 //  5. mount them, or update the mount in place
 //
 // Until step 5 nothing is touched: a first publish that fails leaves nothing behind, since kubelet sends no
@@ -229,9 +229,8 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 	return &csi.NodePublishVolumeResponse{}, nil
 }
 
-// publish is what a call of kubelet and a push have in common: the steps 3 to 5 of NodePublishVolume. The
-// caller has the volume's turn. A renewal is for a new token alone: it reads nothing of what the volume's files
-// were made from.
+// publish takes the steps 3 to 5 of NodePublishVolume, for a call of kubelet or a push. A renewal gets a new
+// token alone: it reads nothing that the volume's files were made from. The caller has the volume's turn.
 func (d *driver) publish(ctx context.Context, v *volume, p *publication, at mountState,
 	renewal bool) (changed bool, err error) {
 	// 3. read
@@ -269,15 +268,16 @@ func (d *driver) publish(ctx context.Context, v *volume, p *publication, at moun
 	if changed, err = d.budget.publish(p.target, v.memory, at, f, p.permissions); err != nil {
 		return changed, mountError(err)
 	}
-	if v.published, v.digest = true, made; v.publication != p {
+	v.published, v.digest = true, made
+	if v.publication != p {
 		d.keep(v, p)
 	}
 	d.schedule(v, changed && at.complete)
 	return changed, nil
 }
 
-// schedule lets pushes come as soon as they may, old files go, if there are any, and the token be renewed. The
-// caller has the volume's turn.
+// schedule starts the timers after a publish that succeeded: for the old files, if there are any, and for the
+// next token. The caller has the volume's turn.
 func (d *driver) schedule(v *volume, oldFiles bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -356,14 +356,14 @@ func (d *driver) NodeUnpublishVolume(ctx context.Context,
 // publication is a validated request to publish. It is kept as long as the volume, so it holds nothing more
 // of the request than is needed.
 type publication struct {
-	target     string
-	pod        podIdentity
-	token      string // the Pod's, from kubelet
-	attributes attributes
-	permissions        permissions
+	target      string
+	pod         podIdentity
+	token       string // the Pod's, from kubelet
+	attributes  attributes
+	permissions permissions
 }
 
-// size is how many bytes are kept of it.
+// size returns how many bytes are kept of it.
 func (p *publication) size() int { return p.attributes.size + len(p.token) }
 
 func (d *driver) logPublish(call string, p *publication, err error, start time.Time) {
@@ -371,11 +371,11 @@ func (d *driver) logPublish(call string, p *publication, err error, start time.T
 		"connectors", fmt.Sprint(p.attributes.connectors), "duration", time.Since(start))
 }
 
-// validate checks all that can be checked without reading anything. With an error it returns as much as is
-// known of the Pod.
+// validate checks what can be checked without reading anything. With an error it returns what is known of the
+// Pod.
 func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, error) {
 	p := &publication{target: request.TargetPath, permissions: permissions{mode: defaultMode}}
-	// Until the token's claims are known, for the log only.
+	// These are for the log only, until the token's claims are known.
 	p.pod.namespace, p.pod.name = request.VolumeContext[kubeletKeyPrefix+"pod.namespace"],
 		request.VolumeContext[kubeletKeyPrefix+"pod.name"]
 	fail := func(format string, a ...any) (*publication, error) {
@@ -410,8 +410,7 @@ func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, 
 	return p, checkIdentity(p.pod, uid, request.VolumeContext)
 }
 
-// attributesFor returns the attributes of the volume, which a Pod cannot change: most calls bring those that
-// are known already.
+// attributesFor returns the volume's attributes. A Pod cannot change them, so most calls bring known ones.
 func (d *driver) attributesFor(v *volume, request *csi.NodePublishVolumeRequest,
 	podNamespace string) (attributes, error) {
 	digest, size := sha256.New(), 0
@@ -450,14 +449,8 @@ func checkNew(request *csi.NodePublishVolumeRequest, a attributes) error {
 			"Pod's volumes, not a persistentVolumeClaim", kubeletKeyPrefix, cut(ephemeral, maxQuotedBytes))
 	}
 	if a.size > maxAttributeBytes {
-		largest, size := "", 0
-		for key, value := range request.VolumeContext {
-			if bytes := len(key) + len(value); bytes > size && !strings.HasPrefix(key, kubeletKeyPrefix) {
-				largest, size = key, bytes
-			}
-		}
-		return fmt.Errorf("volumeAttributes may have %d bytes, not %d; the largest is %q with %d: make it "+
-			"smaller, or use several volumes", maxAttributeBytes, a.size, largest, size)
+		return fmt.Errorf("volumeAttributes may have %d bytes, not %d: make them smaller, or use several volumes",
+			maxAttributeBytes, a.size)
 	}
 	return a.check()
 }
@@ -482,7 +475,7 @@ func (d *driver) checkTarget(target string) (podUID string, err error) {
 	return parts[0], nil
 }
 
-// volumeName is the name of the volume in the Pod, which is part of the target path.
+// volumeName returns the name of the volume in the Pod, which is part of the target path.
 func volumeName(target string) string { return filepath.Base(filepath.Dir(target)) }
 
 // podToken finds the Pod's token for the API server: in the secrets, where Kubernetes 1.35 and later pass it,
@@ -803,7 +796,7 @@ func (d *driver) lock(ctx context.Context, target, podUID string) (*volume, erro
 	return nil, ctx.Err()
 }
 
-// unlock gives the turn back, and drops the record of a volume that is not mounted, unless a call waits for it.
+// unlock gives the turn back, and drops the record of a volume that is not published, unless a call waits.
 func (d *driver) unlock(v *volume) {
 	d.mu.Lock()
 	if v.stop != nil {
@@ -818,14 +811,15 @@ func (d *driver) unlock(v *volume) {
 	<-v.turn
 }
 
-// inTurn does something with a volume in its turn that is no call of kubelet. One that comes ends it by ctx.
+// inTurn runs do in the volume's turn; a call of kubelet that comes meanwhile ends it by ctx.
 func (d *driver) inTurn(v *volume, do func(ctx context.Context)) {
 	ctx, cancel := context.WithTimeout(context.Background(), publishTimeout)
 	defer cancel()
 	v.turn <- struct{}{}
 	defer d.unlock(v)
 	d.mu.Lock()
-	if v.stop = cancel; v.called || d.closed {
+	v.stop = cancel
+	if v.called || d.closed {
 		cancel()
 	}
 	d.mu.Unlock()
@@ -879,7 +873,7 @@ func (d *driver) push(v *volume, renewal bool) {
 	})
 }
 
-// close ends pushes and streams, and the renderers.
+// close ends the pushes, the streams and the renderers.
 func (d *driver) close() {
 	d.mu.Lock()
 	d.closed = true
@@ -911,7 +905,8 @@ func (d *driver) keep(v *volume, p *publication) {
 	}
 	d.kept[pod] += size - v.kept
 	d.kept[""] += size - v.kept
-	if v.publication, v.kept = p, size; d.kept[pod] == 0 {
+	v.publication, v.kept = p, size
+	if d.kept[pod] == 0 {
 		delete(d.kept, pod)
 	}
 	d.mu.Unlock()
@@ -920,7 +915,7 @@ func (d *driver) keep(v *volume, p *publication) {
 	}
 }
 
-// forget drops all that is kept of a volume that is not mounted any more. The caller has its turn.
+// forget drops what is kept of a volume that is not mounted any more. The caller has its turn.
 func (d *driver) forget(v *volume) {
 	v.published = false
 	d.keep(v, nil)
@@ -994,8 +989,8 @@ func proxyAudiences(sources []source) ([]string, error) {
 			audience == connector.proxyURL && (connector.proxyAddress == "" || connector.proxyAddress == connector.proxyURL)
 		if audience != "" && audience != class.proxyAudience && audience != class.classAudience && !isProxy {
 			return nil, failuref(codes.FailedPrecondition, "Connector %q: the audience %q in its status.proxy.httpAddress is neither one that "+
-					"ConnectorClass %q names (status.proxy.httpAddress.audience, spec.proxy.audience) nor "+
-					"the address of the Connector's proxy, an http or https URL",
+				"ConnectorClass %q names (status.proxy.httpAddress.audience, spec.proxy.audience) nor "+
+				"the address of the Connector's proxy, an http or https URL",
 				connector.namespace+"/"+connector.name, cut(audience, maxQuotedBytes), class.name)
 		}
 		if audience != "" && !slices.Contains(audiences, audience) {
@@ -1042,7 +1037,7 @@ func (d *driver) chooseToken(ctx context.Context, l *lookup, v *volume, p *publi
 }
 
 // connectorError says why a Connector was not read: the object, the cause, the remedy. The functions after
-// it do the same for the other things that a publish needs.
+// it say so of the other things that a publish needs.
 func connectorError(err error, ref reference, pod podIdentity) error {
 	switch code, err := lookupError(err); code {
 	case codes.NotFound:

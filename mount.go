@@ -511,22 +511,22 @@ type budget struct {
 
 	mu     sync.Mutex
 	all    total
-	pods   map[string]total  // by the Pod's uid
+	pods   map[string]total   // by the Pod's uid
 	pinned map[int]*footprint // of volumes that were unmounted and are not empty, by a clone of the mount
 }
 
 // total is that of several volumes.
 type total struct {
-	volumes    int
+	volumes     int
 	files, used int64 // as in a footprint
 }
 
 // footprint is the memory of a volume. The lock of the budget guards what is in it.
 type footprint struct {
-	pod  string    // uid
-	id   unix.Fsid // of the tmpfs, if this driver mounted it
+	pod   string    // uid
+	id    unix.Fsid // of the tmpfs, if this driver mounted it
 	files int64     // by its files alone; 0 until it is mounted
-	used int64     // by all that is in it: also by old files that somebody has open, and by what is set aside
+	used  int64     // by all that is in it: also by old files that somebody has open, and by what is set aside
 }
 
 // newBudget makes the budget of a node, and returns by target path what another process of the driver has left
@@ -662,7 +662,8 @@ func (b *budget) checkPinned() {
 	defer b.mu.Unlock()
 	for clone, v := range b.pinned {
 		at := stateBehind(clone)
-		if b.set(v, 0, at.used); at.isEmpty() {
+		b.set(v, 0, at.used)
+		if at.isEmpty() {
 			b.set(v, 0, 0)
 			delete(b.pinned, clone)
 			unix.Close(clone)
@@ -726,8 +727,8 @@ func (b *budget) reserve(v *footprint, used, need int64) (keepOld bool, err erro
 	return keepOld, nil
 }
 
-// set changes what a volume holds and uses; one that uses nothing is none. The caller holds the lock.
-func (b *budget) set(v *footprint, held, used int64) {
+// set changes the footprint of a volume; one that uses nothing is none. The caller has the lock.
+func (b *budget) set(v *footprint, files, used int64) {
 	pod := b.pods[v.pod]
 	for _, m := range []*total{&pod, &b.all} {
 		if v.used > 0 {
@@ -736,9 +737,10 @@ func (b *budget) set(v *footprint, held, used int64) {
 		if used > 0 {
 			m.volumes++
 		}
-		m.files, m.used = m.files+held-v.files, m.used+used-v.used
+		m.files, m.used = m.files+files-v.files, m.used+used-v.used
 	}
-	if v.files, v.used, b.pods[v.pod] = held, used, pod; pod.volumes == 0 {
+	v.files, v.used, b.pods[v.pod] = files, used, pod
+	if pod.volumes == 0 {
 		delete(b.pods, v.pod)
 	}
 }
