@@ -645,7 +645,7 @@ func TestRendererIsConfined(t *testing.T) {
 			if score, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid)); string(score) != "1000\n" {
 				t.Errorf("oom_score_adj is %q, %v", score, err)
 			}
-			said := strings.Contains(logs.String(), fmt.Sprintf("missing=%q", c.missing))
+			said := strings.Contains(n.log.String(), fmt.Sprintf("missing=%q", c.missing))
 			if c.missing != "" && !said {
 				t.Errorf("the log does not say that it lacks %s", c.missing)
 			}

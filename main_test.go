@@ -92,16 +92,9 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Setenv(roleKey, roleWorker)
-		slog.SetDefault(slog.New(slog.NewTextHandler(&logs, nil)))
-		code := m.Run()
-		if secret := secretIn(logs.String()); secret != "" {
-			fmt.Printf("--- FAIL: the log of all tests contains %s\n", secret)
-			code = 1
-		}
-		os.Exit(code)
+		os.Exit(runTests(m))
 	case roleWorker:
-		slog.SetDefault(slog.New(slog.NewTextHandler(&logs, nil)))
-		m.Run()
+		os.Exit(runTests(m))
 	default:
 		os.Exit(runInNamespace())
 	}
@@ -130,6 +123,18 @@ func runInNamespace() int {
 	}
 	cmd.Wait()
 	return cmd.ProcessState.ExitCode()
+}
+
+// runTests runs the tests and returns the exit code. Drivers inside this process have logs of their own.
+func runTests(m *testing.M) (code int) {
+	var log lockedBuffer
+	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
+	code = m.Run()
+	if text := log.String(); text != "" {
+		fmt.Printf("--- FAIL: the global log has: %s\n", text)
+		code = 1
+	}
+	return code
 }
 
 // setUpNamespace gives the tests a /run of their own, with the driver's ServiceAccount and, below it, a shared
@@ -192,9 +197,6 @@ func (b *lockedBuffer) reserve(bytes int) {
 	defer b.mu.Unlock()
 	b.b.Grow(bytes)
 }
-
-// logs is all that any driver has logged, in this process or in one of its own, in any test.
-var logs lockedBuffer
 
 // sorted goes over a table in the order of its keys, so that a test is the same each time.
 func sorted[K cmp.Ordered, V any](table map[K]V) iter.Seq2[K, V] {

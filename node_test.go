@@ -47,7 +47,8 @@ type node struct {
 	driver *driver // where it runs in this process
 	stop   func()  // ends that driver as SIGTERM does, and waits for it
 	conn   *grpc.ClientConn
-	http   string // the address of /healthz and so on
+	http   string       // the address of /healthz and so on
+	log    lockedBuffer // of all its drivers
 }
 
 var nodes atomic.Int32
@@ -59,19 +60,24 @@ func newNode(t testing.TB) *node {
 		must(t, os.MkdirAll(dir, 0o750))
 	}
 	n.api.put(gitClass(), connector("default", "git", "git"))
-	logged := len(logs.String())
 	t.Cleanup(func() {
 		for _, m := range mountsBelow(n.dir) {
 			unix.Unmount(m.point, unix.MNT_DETACH)
 		}
-		if secret := secretIn(logs.String()[logged:]); secret != "" {
+		if secret := secretIn(n.log.String()); secret != "" {
 			t.Errorf("the log contains %s", secret)
 		}
 		if t.Failed() && testing.Verbose() {
-			t.Log(logs.String()[logged:])
+			t.Log(n.log.String())
 		}
 	})
 	return n
+}
+
+// logFromNow returns what returns the part of the log that begins now.
+func (n *node) logFromNow() (text func() string) {
+	begin := len(n.log.String())
+	return func() string { return n.log.String()[begin:] }
 }
 
 // startNode makes a node with a driver inside the test process.
@@ -93,14 +99,14 @@ func startPolling(t testing.TB, change ...func(*driver)) *node {
 func (n *node) start(change ...func(*driver)) {
 	n.t.Helper()
 	d, err := newDriver(driverConfig{nodeName: "node-1", podsDir: n.podsDir(), volumesBudget: 240 << 20,
-		binary: rendererBinary(), log: slog.Default(),
+		binary: rendererBinary(), log: slog.New(slog.NewTextHandler(&n.log, nil)),
 		kube: kubeConfig{server: n.api.URL, directory: serviceAccountDir, refresh: time.Hour}})
 	must(n.t, err)
 	n.driver = d
 	for _, c := range change {
 		c(n.driver)
 	}
-	logged := len(logs.String())
+	log := n.logFromNow()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
 	go func() { done <- serve(ctx, n.driver, n.socket(), "127.0.0.1:0") }()
@@ -113,7 +119,7 @@ func (n *node) start(change ...func(*driver)) {
 		d.kube.client.CloseIdleConnections()
 	})
 	n.dial()
-	n.http = n.awaitStart(func() string { return logs.String()[logged:] })
+	n.http = n.awaitStart(log)
 	n.t.Cleanup(n.stop)
 }
 
@@ -250,7 +256,7 @@ func (n *node) run(binary string, environment []string, arguments ...string) *pr
 	p.Env = append(os.Environ(), roleKey+"="+roleDriver, "NODE_NAME=node-1", "KUBERNETES_SERVICE_HOST="+host, "KUBERNETES_SERVICE_PORT="+port)
 	p.Env = append(p.Env, "GOMEMLIMIT=48MiB") // as deploy.yaml has it
 	p.Env = append(p.Env, environment...)
-	p.Stderr = io.MultiWriter(p.log, &logs)
+	p.Stderr = io.MultiWriter(p.log, &n.log)
 	p.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	must(n.t, p.Start())
 	go func() { p.Wait(); close(p.exited) }()

@@ -191,9 +191,9 @@ func TestLogOfLargeRequests(t *testing.T) {
 		t.Run(what, func(t *testing.T) {
 			v := n.volume(c.attributes)
 			v.change = c.change
-			logged := len(logs.String())
+			log := n.logFromNow()
 			err := v.publish()
-			line := logs.String()[logged:]
+			line := log()
 			if err == nil || strings.Contains(err.Error(), strings.Repeat("x", 201)) {
 				t.Errorf("the error is %v", err)
 			}
@@ -272,7 +272,7 @@ func TestRegistration(t *testing.T) {
 	n.wantReady(503, "not registered")
 	n.callRegistration("NotifyRegistrationStatus", registered)
 	n.wantReady(200, "ok")
-	if !strings.Contains(logs.String(), "error=nope") {
+	if !strings.Contains(n.log.String(), "error=nope") {
 		t.Error("what kubelet said is not in the log")
 	}
 

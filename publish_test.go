@@ -221,7 +221,7 @@ func TestMemoryOfVolumes(t *testing.T) {
 	first := n.volume()
 	first.change = large
 	first.settle()
-	logs.reserve(1 << 20) // what this test logs is not the driver's
+	n.log.reserve(1 << 20) // what this test logs is not the driver's
 	before := held()
 	for range 60 {
 		v := n.volume()

@@ -155,13 +155,13 @@ func TestUnpublishDuringAPush(t *testing.T) {
 	gate := n.api.hold("/connectors/git")
 	n.api.put(moved("git", "changed"))
 	eventually(t, "a push is under way", func() bool { return gate.waiting.Load() == 1 })
-	logged := len(logs.String())
+	log := n.logFromNow()
 	v.mustUnpublish()
 	gate.open()
 	n.wantForgotten()
 	v.wantNothing()
-	if strings.Contains(logs.String()[logged:], "level=ERROR") {
-		t.Errorf("the log has an error: %s", logs.String()[logged:])
+	if strings.Contains(log(), "level=ERROR") {
+		t.Errorf("the log has an error: %s", log())
 	}
 }
 
@@ -576,9 +576,9 @@ func TestUnmountedWithinTheSecond(t *testing.T) {
 			t.Errorf("%s: there are %d generations, and a timer: %v", what, v.generations(), r.sweepTimer != nil)
 		}
 		unmount(v)
-		logged := len(logs.String())
+		log := n.logFromNow()
 		n.driver.inTurn(r, func(context.Context) { n.driver.sweep(r) }) // as the timer does
-		if said := logs.String()[logged:]; said != "" {
+		if said := log(); said != "" {
 			t.Errorf("%s: the log has %s", what, said)
 		}
 	}

@@ -704,15 +704,15 @@ func TestCallsDuringARenewal(t *testing.T) {
 			gate := n.api.hold("/token")
 			v.renewNow()
 			eventually(t, "the token is asked for", func() bool { return gate.waiting.Load() == 1 })
-			result, logged := make(chan error), len(logs.String())
+			result, log := make(chan error), n.logFromNow()
 			go func() { result <- call(v) }()
 			if what == "publish" {
 				eventually(t, "the call asks as well", func() bool { return n.api.count(path) == 3 })
 			}
 			gate.open()
 			must(t, <-result)
-			if strings.Contains(logs.String()[logged:], "level=ERROR") {
-				t.Errorf("the log has an error: %s", logs.String()[logged:])
+			if strings.Contains(log(), "level=ERROR") {
+				t.Errorf("the log has an error: %s", log())
 			}
 			if what == "unpublish" {
 				v.wantNothing()

@@ -101,7 +101,7 @@ func TestRenderersKilledAtAnyMoment(t *testing.T) {
 	n := startNode(t)
 	n.volume().mustPublish()
 	n.driver.renderers.close()
-	before, logged := descriptors(t), len(logs.String())
+	before, log := descriptors(t), n.logFromNow()
 	var failed, ended atomic.Int32
 	const volumes, rounds, wanted = 8, 8, 3 // rounds at least, until so many publishes have failed
 	for i := range volumes {
@@ -134,7 +134,7 @@ func TestRenderersKilledAtAnyMoment(t *testing.T) {
 	}
 	t.Logf("%d times killed, %d publishes failed", killed, failed.Load())
 	// That one was killed is no sign that the kernel refuses to confine it as well as that.
-	if strings.Contains(logs.String()[logged:], "less confined") && mayChooseUser(t) {
+	if strings.Contains(log(), "less confined") && mayChooseUser(t) {
 		t.Error("a renderer was less confined than it could be")
 	}
 	n.driver.renderers.close()

@@ -502,11 +502,11 @@ func TestFailedPush(t *testing.T) {
 		t.Run(code.String(), func(t *testing.T) {
 			n := startNode(t)
 			v := n.watchedVolume()
-			logged, before, files := len(logs.String()), v.generation(), v.read()
+			log, before, files := n.logFromNow(), v.generation(), v.read()
 			c.fail(n.api)
 			n.awaitMetric(fmt.Sprintf(`connectors_csi_pushes_total{code=%q}`, code), 1)
 			line := regexp.MustCompile(`level=ERROR msg=push pod=default/` + v.pod.name + ` .*code=` + code.String() + ` .*` + c.words)
-			eventually(t, "the failure is logged", func() bool { return line.MatchString(logs.String()[logged:]) })
+			eventually(t, "the failure is logged", func() bool { return line.MatchString(log()) })
 			wantError(t, v.publish(), code, c.words)
 			if !maps.Equal(v.read(), files) || v.generation() != before {
 				t.Error("the files changed")
@@ -612,14 +612,14 @@ func TestRoleWithoutWatch(t *testing.T) {
 	n := newNode(t)
 	n.api.forbid("default/default", "watch "+gitPath)
 	n.start(func(d *driver) { d.kube.refresh = time.Nanosecond })
-	logged, refused := len(logs.String()), `connectors_csi_api_requests_total{resource="connectors",verb="watch",code="403"}`
+	log, refused := n.logFromNow(), `connectors_csi_api_requests_total{resource="connectors",verb="watch",code="403"}`
 	v := n.volume()
 	for i := range 3 {
 		v.pod.renewToken()
 		v.settle()
 		n.awaitMetric(refused, float64(i+1))
 	}
-	lines := regexp.MustCompile(`level=WARN .*`+gitPath+`.*default/default`).FindAllString(logs.String()[logged:], -1)
+	lines := regexp.MustCompile(`level=WARN .*`+gitPath+`.*default/default`).FindAllString(log(), -1)
 	if len(lines) != 1 || !strings.Contains(lines[0], "watch") {
 		t.Errorf("the log has %q", lines)
 	}
@@ -637,7 +637,7 @@ func TestRoleWithoutWatch(t *testing.T) {
 // An API server that has just started knows no roles yet and refuses everything. That is no reason to poll for minutes.
 func TestWatchThatIsRefusedOnce(t *testing.T) {
 	n := startNode(t)
-	logged, v, w := len(logs.String()), n.volume(), n.volume()
+	log, v, w := n.logFromNow(), n.volume(), n.volume()
 	v.settle()
 	w.settle() // whose token is another, and no reason to try again at once
 	n.awaitWatches(2)
@@ -648,7 +648,7 @@ func TestWatchThatIsRefusedOnce(t *testing.T) {
 	n.awaitWatches(2)
 	n.api.put(moved("git", "pushed"))
 	v.await(".gitconfig", "https://pushed")
-	if strings.Contains(logs.String()[logged:], "polled") {
+	if strings.Contains(log(), "polled") {
 		t.Error("the log says that the object is polled")
 	}
 }
