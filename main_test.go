@@ -163,14 +163,15 @@ func setUpNamespace() error {
 	if err := unix.Mount("", kubeletRoot, "", unix.MS_SHARED, ""); err != nil {
 		return err
 	}
-	// Every API server of httptest has the same certificate.
-	server := httptest.NewTLSServer(nil)
+	server := httptest.NewTLSServer(nil) // every API server of httptest has the same certificate
 	defer server.Close()
+	return writeServiceAccount(serviceAccountDir, server)
+}
+
+// writeServiceAccount writes what kubelet mounts into the driver's container, with the API server's certificate.
+func writeServiceAccount(dir string, server *httptest.Server) error {
 	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
-	if err := os.WriteFile(filepath.Join(serviceAccountDir, "ca.crt"), ca, 0o644); err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(serviceAccountDir, "token"), []byte(driverToken()+"\n"), 0o600)
+	return cmp.Or(os.WriteFile(dir+"/ca.crt", ca, 0o644), os.WriteFile(dir+"/token", []byte(driverToken()+"\n"), 0o600))
 }
 
 // lockedBuffer is a buffer that many may write to.

@@ -56,9 +56,10 @@ var nodes atomic.Int32
 // newNode makes a node without a driver. Its API server has the ConnectorClass "git" and the Connector "git".
 func newNode(t testing.TB) *node {
 	n := &node{t: t, dir: fmt.Sprintf("%s/%d", kubeletRoot, nodes.Add(1)), api: newAPIServer(t)}
-	for _, dir := range []string{n.podsDir(), n.dir + "/plugins_registry"} {
+	for _, dir := range []string{n.podsDir(), n.dir + "/plugins_registry", n.serviceAccount()} {
 		must(t, os.MkdirAll(dir, 0o750))
 	}
+	must(t, writeServiceAccount(n.serviceAccount(), n.api.Server))
 	n.api.put(gitClass(), connector("default", "git", "git"))
 	t.Cleanup(func() {
 		for _, m := range mountsBelow(n.dir) {
@@ -100,7 +101,7 @@ func (n *node) start(change ...func(*driver)) {
 	n.t.Helper()
 	d, err := newDriver(driverConfig{nodeName: "node-1", podsDir: n.podsDir(), volumesBudget: 240 << 20,
 		binary: rendererBinary(), log: slog.New(slog.NewTextHandler(&n.log, nil)),
-		kube: kubeConfig{server: n.api.URL, directory: serviceAccountDir, refresh: time.Hour}})
+		kube: kubeConfig{server: n.api.URL, directory: n.serviceAccount(), refresh: time.Hour}})
 	must(n.t, err)
 	n.driver = d
 	for _, c := range change {
@@ -220,7 +221,11 @@ func (n *node) eachEntry(look func(*entry)) {
 }
 
 func (n *node) podsDir() string { return n.dir + "/pods" }
-func (n *node) socket() string  { return n.dir + "/plugins_registry/connectors-csi-reg.sock" }
+
+// serviceAccount is the directory of the driver's token and CA, where it runs in this process.
+func (n *node) serviceAccount() string { return n.dir + "/serviceaccount" }
+
+func (n *node) socket() string { return n.dir + "/plugins_registry/connectors-csi-reg.sock" }
 
 // age makes every object in the driver's cache an hour older, which is its refresh interval, for startPolling.
 func (n *node) age() {

@@ -621,16 +621,12 @@ func TestAPIServerSlow(t *testing.T) {
 
 func TestAnotherServersCertificate(t *testing.T) {
 	n := newNode(t)
-	ca := filepath.Join(serviceAccountDir, "ca.crt")
-	right, err := os.ReadFile(ca)
-	must(t, err)
-	defer os.WriteFile(ca, right, 0o644)
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
 	authority := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, NotAfter: time.Now().Add(time.Hour)}
 	der, err := x509.CreateCertificate(rand.Reader, authority, authority, key.Public(), key)
 	must(t, err)
-	must(t, os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644))
+	must(t, os.WriteFile(n.serviceAccount()+"/ca.crt", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644))
 	n.start()
 	n.volume().mustRefuse(codes.Unavailable, "no answer from the API server", "certificate signed by unknown authority")
 	if n.api.count("") > 0 {

@@ -6,7 +6,6 @@ import (
 	"maps"
 	"net/http"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -383,7 +382,7 @@ func TestDriversTokenIsReadAsItRotates(t *testing.T) {
 	n.awaitWatches(2) // one of them comes with the driver's token too
 	first := n.api.lastDriverToken()
 	rotated := driverToken()
-	must(t, os.WriteFile(filepath.Join(serviceAccountDir, "token"), []byte(rotated), 0o600))
+	must(t, os.WriteFile(n.serviceAccount()+"/token", []byte(rotated), 0o600))
 	n.volume().mustPublish()
 	if first == rotated || n.api.lastDriverToken() != rotated {
 		t.Error("the driver uses its old token")

@@ -744,7 +744,7 @@ func TestDriversTokenOfAStream(t *testing.T) {
 	v := n.watchedVolume()
 	class := n.api.stream(driverUser, classPath("git"))
 	n.api.set(func() { n.api.ended[class.token] = true })
-	must(t, os.WriteFile(filepath.Join(serviceAccountDir, "token"), []byte(driverToken()), 0o600))
+	must(t, os.WriteFile(n.serviceAccount()+"/token", []byte(driverToken()), 0o600))
 	class.close(false)
 	n.awaitWatches(2)
 	if n.api.stream(driverUser, classPath("git")).token == class.token {
