@@ -50,9 +50,9 @@ func marshal(t testing.TB, o object) []byte {
 
 // builtinFunctions are the functions of text/template, which only its source names.
 func builtinFunctions(t *testing.T) []string {
-	root, err := exec.Command("go", "env", "GOROOT").Output()
+	root, err := runCommand(exec.Command("go", "env", "GOROOT"))
 	must(t, err)
-	source := filepath.Join(strings.TrimSpace(string(root)), "src/text/template/funcs.go")
+	source := filepath.Join(strings.TrimSpace(root), "src/text/template/funcs.go")
 	file, err := parser.ParseFile(token.NewFileSet(), source, nil, 0)
 	must(t, err)
 	var found []string

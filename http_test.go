@@ -379,7 +379,7 @@ func TestHTTPUnderSiege(t *testing.T) {
 	crowd.Env = append(os.Environ(), roleKey+"="+roleCrowd)
 	crowd.Stdout, crowd.Stderr = &came, os.Stderr
 	crowd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	must(t, crowd.Start())
+	must(t, startCommand(crowd))
 	defer crowd.Wait()
 	defer crowd.Process.Kill()
 	eventually(t, "they come", func() bool { return strings.Contains(came.String(), "\n") })

@@ -174,6 +174,26 @@ func writeServiceAccount(dir string, server *httptest.Server) error {
 	return cmp.Or(os.WriteFile(dir+"/ca.crt", ca, 0o644), os.WriteFile(dir+"/token", []byte(driverToken()+"\n"), 0o600))
 }
 
+// startCommand starts a program, as the driver starts its renderers: while none of this process's volumes is written.
+func startCommand(cmd *exec.Cmd) error {
+	writing.Lock()
+	defer writing.Unlock()
+	return cmd.Start()
+}
+
+// runCommand runs a program and returns all that it prints, unless the command has a place for it.
+func runCommand(cmd *exec.Cmd) (output string, err error) {
+	var out bytes.Buffer
+	if cmd.Stdout == nil {
+		cmd.Stdout, cmd.Stderr = &out, &out
+	}
+	if err := startCommand(cmd); err != nil {
+		return "", err
+	}
+	err = cmd.Wait()
+	return out.String(), err
+}
+
 // lockedBuffer is a buffer that many may write to.
 type lockedBuffer struct {
 	mu sync.Mutex

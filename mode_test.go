@@ -406,7 +406,7 @@ func TestOwnersCannotWrite(t *testing.T) {
 		default:
 			continue // he is root of this one
 		}
-		if output, err := cmd.CombinedOutput(); err != nil || len(output) > 0 {
+		if output, err := runCommand(cmd); err != nil || len(output) > 0 {
 			t.Errorf("%s: %v: %s", what, err, output)
 		}
 	}

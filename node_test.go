@@ -138,7 +138,7 @@ var rendererBinary = sync.OnceValue(func() string {
 	}
 	build := exec.Command("go", "test", "-c", "-o", binary, ".")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
+	if out, err := runCommand(build); err != nil {
 		panic(fmt.Sprintf("%v: %s", err, out))
 	}
 	return binary
@@ -263,7 +263,7 @@ func (n *node) run(binary string, environment []string, arguments ...string) *pr
 	p.Env = append(p.Env, environment...)
 	p.Stderr = io.MultiWriter(p.log, &n.log)
 	p.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	must(n.t, p.Start())
+	must(n.t, startCommand(p.Cmd))
 	go func() { p.Wait(); close(p.exited) }()
 	n.t.Cleanup(p.kill)
 	return p

@@ -19,7 +19,7 @@ func runRenderOn(input string, arguments ...string) (stdout, stderr string, exit
 	cmd := exec.Command(rendererBinary(), append([]string{"render"}, arguments...)...)
 	cmd.Env = []string{roleKey + "=" + roleDriver}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(input), &out, &errors
-	cmd.Run()
+	runCommand(cmd)
 	return out.String(), errors.String(), cmd.ProcessState.ExitCode()
 }
 
@@ -77,9 +77,9 @@ func TestPreviewOfEndlessInput(t *testing.T) {
 	cmd := exec.Command(rendererBinary(), "render", "--configuration.names=config")
 	cmd.Env = []string{roleKey + "=" + roleDriver}
 	cmd.Stdin = read
-	out, _ := cmd.CombinedOutput()
+	text, _ := runCommand(cmd)
 	read.Close()
-	if text := string(out); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(text, "is not JSON of less than 64 MiB") {
+	if cmd.ProcessState.ExitCode() != 1 || !strings.Contains(text, "is not JSON of less than 64 MiB") {
 		t.Errorf("exit code %d, %.300q", cmd.ProcessState.ExitCode(), text)
 	}
 }

@@ -451,7 +451,7 @@ func runInSmallNamespace(t *testing.T, script string) {
 	all := []syscall.SysProcIDMap{{Size: 1 << 16}}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS, UidMappings: all, GidMappings: all,
 		GidMappingsEnableSetgroups: true, Pdeathsig: syscall.SIGKILL}
-	if output, err := cmd.CombinedOutput(); err != nil {
+	if output, err := runCommand(cmd); err != nil {
 		t.Errorf("%v: %s", err, output)
 	}
 }
@@ -552,7 +552,7 @@ func runPreview(t *testing.T, cmd *exec.Cmd, objects []object) (stdout, stderr s
 	}
 	cmd.Env = []string{roleKey + "=" + roleDriver}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = &in, &out, &errors
-	cmd.Run()
+	runCommand(cmd)
 	return out.String(), errors.String(), cmd.ProcessState.ExitCode()
 }
 
@@ -682,8 +682,8 @@ func TestVersionAndHelp(t *testing.T) {
 	run := func(argument ...string) string {
 		cmd := exec.Command(rendererBinary(), argument...)
 		cmd.Env = []string{roleKey + "=" + roleDriver}
-		out, _ := cmd.CombinedOutput()
-		return string(out)
+		out, _ := runCommand(cmd)
+		return out
 	}
 	if got := run("--version"); got != "dev\n" {
 		t.Errorf("--version prints %q", got)

@@ -755,9 +755,9 @@ func (v *podVolume) wantEnvironment(proxy string) {
 	cmd := exec.Command("sh", "-c", "set -eau; . ./.env; exec env")
 	cmd.Dir = v.target
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
-	out, err := cmd.Output()
+	out, err := runCommand(cmd)
 	must(v.t, err)
-	environment := strings.Split(string(out), "\n")
+	environment := strings.Split(out, "\n")
 	for _, want := range []string{"http_proxy=" + proxy, "HTTP_PROXY=" + proxy, "https_proxy=" + proxy, "HTTPS_PROXY=" + proxy,
 		"no_proxy=localhost,127.0.0.1", "NO_PROXY=localhost,127.0.0.1"} {
 		if !slices.Contains(environment, want) {
