@@ -31,13 +31,14 @@ func TestQuickStart(t *testing.T) {
 		kubectl("delete", "--wait=false", "--ignore-not-found", "-f", "../examples/proxy/client.yaml")
 		kubectl("delete", "--wait=false", "-k", "../examples/proxy")
 	})
-	steps, err := readmeSteps("Quick start")
-	if err != nil {
+	steps, err := readmeSteps("README.md", "Quick start")
+	more, moreErr := readmeSteps("docs/proxy.md", "Reach the target")
+	if err = errors.Join(err, moreErr); err != nil {
 		t.Fatal(err)
 	}
-	var shown []string // what the reader of the README sees
-	for _, step := range steps {
-		if strings.Contains(step.text, "kind: RoleBinding") {
+	var shown []string // what the reader sees
+	for _, step := range append(steps, more...) {
+		if strings.Contains(step.text, "rolebinding.yaml") {
 			phase, err := kubectl("get", "pod", "git-client", "--output=jsonpath={.status.phase}")
 			if err != nil || phase != "Pending" {
 				t.Errorf("before the RoleBinding the Pod is %q (%v)", phase, err)
@@ -49,10 +50,10 @@ func TestQuickStart(t *testing.T) {
 		}
 		shown = append(shown, output)
 	}
-	if len(shown) != 9 {
-		t.Fatalf("README.md's quick start has %d scripts", len(shown))
+	if len(steps) != 4 || len(more) != 3 {
+		t.Fatalf("the quick start has %d and %d scripts", len(steps), len(more))
 	}
-	refusal, end := shown[4], shown[5]
+	refusal, end := shown[2], shown[3]
 	for _, part := range []string{
 		"FailedMount", "code = PermissionDenied", `ServiceAccount default/default may not read Connector "default/git-connector"`,
 		`User "system:serviceaccount:default:default" cannot get resource "connectors" in API group "connectors.alauda.io"`,
@@ -75,10 +76,10 @@ func TestQuickStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	ns.wantTokenOf(token, "default", "default", "git-client")
-	if push := shown[7]; !strings.Contains(push, "main -> main") {
+	if push := shown[5]; !strings.Contains(push, "main -> main") {
 		t.Errorf("the push printed\n%s", push)
 	}
-	if refusal := shown[8]; !strings.Contains(refusal, "The requested URL returned error: 403") {
+	if refusal := shown[6]; !strings.Contains(refusal, "The requested URL returned error: 403") {
 		t.Errorf("without the RoleBinding:\n%s", refusal)
 	}
 }
@@ -411,13 +412,7 @@ func TestEventsSayWhatIsWrong(t *testing.T) {
 // A git client clones through a proxy, with nothing but the documented .gitconfig.
 func TestGitClonesThroughTheProxy(t *testing.T) {
 	ns := begin(t)
-	steps, err := readmeSteps("Quick start")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := steps[0].run(); err != nil { // the documented class, "git"
-		t.Fatal(err)
-	}
+	ns.kubectl("apply", "-f", "../examples/git/class.yaml") // "git"
 	proxy := ns.reverseProxy(gitServer(t), "server")
 	ns.connector("server", "git", "https://git.example.com")
 	ns.proxy("connector", "server", proxy)

@@ -12,7 +12,7 @@ import (
 )
 
 // What people who may write Pods and Connectors in their own namespaces can do to the driver, which serves everybody:
-// little. The figures are printed; the bounds are those that README.md promises.
+// little. The figures are printed; the bounds are those of docs/security.md.
 
 // hostileClass is an honest one: what is hostile are the parameters that Pods set.
 var hostileClass = configurations{

@@ -105,7 +105,7 @@ func writeImage(o imageOptions) error {
 			return err
 		}
 		bom := filepath.Join(filepath.Dir(o.output), "connectors-csi-"+filepath.Base(binary)+".cdx.json")
-		if err := run("go", "run", bomTool, "bin", "-json", "-noserial", "-notimestamp", "-std", "-version", version,
+		if err := run("go", "run", bomTool, "bin", "-json", "-noserial", "-notimestamp", "-std", "-licenses", "-version", version,
 			"-output", bom, binary); err != nil {
 			return err
 		}

@@ -58,13 +58,13 @@ type file struct {
 	link    string // the target, for a symbolic link
 }
 
-// importImages gives containerd the images of the driver, of the README's Pod and of the tests.
+// importImages gives containerd the images of the driver, of the quick start's Pod and of the tests.
 func (n *Node) importImages() error {
 	driverName, err := imageIn("../deploy.yaml")
 	if err != nil {
 		return err
 	}
-	readmeName, err := imageIn("../README.md")
+	quickStartName, err := imageIn("../examples/git/pod.yaml")
 	if err != nil {
 		return err
 	}
@@ -97,7 +97,7 @@ func (n *Node) importImages() error {
 	for _, image := range []image{
 		// A Pod's sandbox needs a process that does nothing, to hold the Pod's namespaces.
 		here(pauseImage, []string{"/bin/tail", "-f", "/dev/null"}, busybox),
-		here(readmeName, nil, busybox),
+		here(quickStartName, nil, busybox),
 		here(clientImage, nil, slices.Concat(busybox, clients)),
 		here(gitName, nil, slices.Concat(busybox, clients)),
 		nginx,

@@ -16,7 +16,8 @@ import (
 
 const usage = `usage, from the repository's root, as root:
 
-  go -C e2e run . quickstart    start a node, install the driver, walk through README.md's quick start
+  go -C e2e run . quickstart    start a node, install the driver, walk through the quick start of README.md and
+                                docs/proxy.md
   go -C e2e run . up            start a node, install the driver, keep both until Ctrl-C
   go -C e2e run . soak …        kill and change things at random, and check what Pods see (--help: what can be set)
   go -C e2e run . kubectl …     run kubectl on the running node
@@ -81,10 +82,12 @@ func report(err error) int {
 	return 1
 }
 
-// quickstart does what README.md tells its reader to do, and shows it.
+// quickstart does what README.md and docs/proxy.md tell their reader to do, and shows it.
 func quickstart() error {
-	for _, section := range []string{"Install", "Quick start"} {
-		steps, err := readmeSteps(section)
+	for _, at := range []struct{ page, section string }{
+		{"README.md", "Install"}, {"README.md", "Quick start"}, {"docs/proxy.md", "Reach the target"},
+	} {
+		steps, err := readmeSteps(at.page, at.section)
 		if err != nil {
 			return err
 		}
@@ -102,7 +105,7 @@ func quickstart() error {
 
 // up installs the driver and waits to be ended.
 func up(n *Node) error {
-	steps, err := readmeSteps("Install")
+	steps, err := readmeSteps("README.md", "Install")
 	if err != nil {
 		return err
 	}

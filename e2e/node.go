@@ -154,7 +154,7 @@ func startInit(dir string) (init *exec.Cmd, release io.Closer, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	// go test must not keep this run's result: it doesn't see what the node reads (the driver, README.md).
+	// go test must not keep this run's result: it doesn't see what the node reads (the driver, docs).
 	// Without the file that this flag names, it doesn't.
 	args := slices.DeleteFunc(slices.Clone(os.Args[1:]), func(arg string) bool {
 		return strings.HasPrefix(arg, "-test.testlogfile=")

@@ -500,7 +500,7 @@ func TestTokenPoliciesTakeThePlaceOfTheEarlierOne(t *testing.T) {
 	ns.running("pod")
 }
 
-// README.md's narrower choice.
+// The narrower choice of docs/operations.md.
 func TestTokenRightInSingleNamespaces(t *testing.T) {
 	ns := begin(t)
 	other := newNamespace(t)
@@ -508,7 +508,7 @@ func TestTokenRightInSingleNamespaces(t *testing.T) {
 	ns.target("narrow", map[string]string{"token": "{{ .context.token }}"})
 	other.connector("target", "narrow", "https://one.example.com")
 	other.allow("default", other)
-	blocks, err := readmeBlocks("Install")
+	blocks, err := readmeBlocks("docs/operations.md", "Variants")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -535,7 +535,7 @@ func TestTokenRightInSingleNamespaces(t *testing.T) {
 	other.running("pod")
 }
 
-// Whoever applies the second policy must be allowed to get Pods, and to list them for its binding, as README.md says.
+// Whoever applies the second policy must be allowed to get Pods, and to list them for its binding, as docs/operations.md says.
 func TestTokenPoliciesAreAppliedByWhoMayReadPods(t *testing.T) {
 	ns := begin(t)
 	agent := kubeconfig(t, "agent", ns.kubectl("create", "token", "default"))

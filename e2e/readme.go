@@ -8,15 +8,15 @@ import (
 	"time"
 )
 
-// What README.md shows is what is run: here it is read.
+// What README.md and docs show is what is run: here it is read.
 
-// step is a shell script that README.md shows.
+// step is a shell script that a page shows.
 type step block
 
-// readmeSteps returns the scripts, fenced as sh, in one of README.md's sections. Of the section "Install"
-// only the first counts: what follows is for other clusters than this one, but for what it says of old releases.
-func readmeSteps(section string) ([]step, error) {
-	blocks, err := readmeBlocks(section)
+// readmeSteps returns the scripts, fenced as sh, in a section of a page. That of the section "Install" is what the
+// section says for old releases, if this is one.
+func readmeSteps(page, section string) ([]step, error) {
+	blocks, err := readmeBlocks(page, section)
 	if err != nil {
 		return nil, err
 	}
@@ -27,23 +27,20 @@ func readmeSteps(section string) ([]step, error) {
 		}
 	}
 	if len(steps) == 0 {
-		return nil, fmt.Errorf("README.md has no section %q with a code block fenced as sh", section)
+		return nil, fmt.Errorf("%s has no section %q with a code block fenced as sh", page, section)
 	}
-	if section == "Install" {
-		steps = steps[:1]
-		if !knowsAllFields() {
-			steps[0].text = strings.Replace(steps[0].text, "apply -f", "apply --validate=warn -f", 1)
-		}
+	if section == "Install" && !knowsAllFields() {
+		steps[0].text = strings.Replace(steps[0].text, "apply -f", "apply --validate=warn -f", 1)
 	}
 	return steps, nil
 }
 
-// block is one of README.md's code blocks, with the heading above it.
-type block struct{ title, language, text string }
+// block is a code block, with its page and the heading above it.
+type block struct{ page, title, language, text string }
 
-// readmeBlocks returns the code blocks in one of README.md's sections.
-func readmeBlocks(section string) ([]block, error) {
-	readme, err := os.ReadFile("../README.md")
+// readmeBlocks returns the code blocks in a section of README.md or of a page of docs.
+func readmeBlocks(page, section string) ([]block, error) {
+	readme, err := os.ReadFile("../" + page)
 	if err != nil {
 		return nil, err
 	}
@@ -61,7 +58,7 @@ func readmeBlocks(section string) ([]block, error) {
 		case strings.HasPrefix(text, "```"):
 			inBlock = true
 			if inSection {
-				blocks = append(blocks, block{title: title, language: strings.TrimPrefix(text, "```")})
+				blocks = append(blocks, block{page: page, title: title, language: strings.TrimPrefix(text, "```")})
 			}
 		case strings.HasPrefix(text, "## "):
 			title = strings.TrimPrefix(text, "## ")
@@ -74,7 +71,7 @@ func readmeBlocks(section string) ([]block, error) {
 }
 
 // run runs the script at the repository's root. One that looks for events is repeated until it sees the
-// one that the README is about, since kubelet needs a second or two to report it.
+// one that the page is about, since kubelet needs a second or two to report it.
 func (s step) run() (output string, err error) {
 	runOnce := func() error {
 		cmd := exec.Command("bash", "-euo", "pipefail", "-c", s.text)
@@ -82,7 +79,7 @@ func (s step) run() (output string, err error) {
 		out, err := cmd.CombinedOutput()
 		output = string(out)
 		if err != nil {
-			return fmt.Errorf("README.md, %q: %w\n%s", s.title, err, out)
+			return fmt.Errorf("%s, %q: %w\n%s", s.page, s.title, err, out)
 		}
 		return nil
 	}
@@ -95,7 +92,7 @@ func (s step) run() (output string, err error) {
 			return err
 		}
 		if !strings.Contains(output, "FailedMount") {
-			return fmt.Errorf("README.md, %q: no FailedMount event yet", s.title)
+			return fmt.Errorf("%s, %q: no FailedMount event yet", s.page, s.title)
 		}
 		return nil
 	})

@@ -36,7 +36,7 @@ type targets struct {
 	issued   map[string]*tls.Certificate
 }
 
-// startTargets serves them, and the git server of README's quick start.
+// startTargets serves them, and the git server of the quick start.
 func (n *Node) startTargets() error {
 	n.targets = &targets{handlers: map[string]http.Handler{}, issued: map[string]*tls.Certificate{}}
 	if err := n.targets.makeAuthority(n.path(targetCA)); err != nil {

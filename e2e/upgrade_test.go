@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// installOldDriver applies the old deploy.yaml, as README.md says how to go back.
+// installOldDriver applies the old deploy.yaml, as docs/operations.md says how to go back.
 func installOldDriver(t *testing.T, args ...string) {
 	t.Helper()
 	manifest, err := oldManifest()

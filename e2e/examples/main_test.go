@@ -1,4 +1,4 @@
-// Package examples tries what people copy: the classes below examples, and what README.md says of quoting. The command
+// Package examples tries what people copy: the classes below examples, and what docs/templates.md says of quoting. The command
 // render makes the files, as a user would, and the tool that they are for reads them. No Kubernetes is needed.
 package examples
 

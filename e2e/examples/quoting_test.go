@@ -53,7 +53,7 @@ var nasty = []string{
 
 // reader reads files that have one value each.
 type reader struct {
-	format string // as it begins a row of the README's table
+	format string // as it begins a row of the table
 	file   string // with VALUE in the place of the value
 	read   func(t *testing.T, paths []string) []reading
 }
@@ -131,7 +131,7 @@ var readers = []reader{
 	{"a shell", "a=VALUE\nb=c\n", program("", "bash", "-euc", `. "PATH"; printf %s "$a"`)},
 }
 
-// beyond are the values that a format cannot hold, as README.md says.
+// beyond are the values that a format cannot hold, as docs/templates.md says.
 var beyond = map[string]*regexp.Regexp{
 	"YAML": regexp.MustCompile(`\x7f`),
 	"TOML": regexp.MustCompile(`\x7f`),
@@ -140,15 +140,15 @@ var beyond = map[string]*regexp.Regexp{
 	"INI":  regexp.MustCompile(`[\r\n]|^\s|\s$`),
 }
 
-// quoting returns README.md's templates by format.
+// quoting returns the templates of docs/templates.md by format.
 func quoting(t *testing.T) map[string]string {
 	t.Helper()
-	text, err := os.ReadFile("../../README.md")
+	text, err := os.ReadFile("../../docs/templates.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, section, _ := strings.Cut(string(text), "\n**Quoting.**")
-	section, _, _ = strings.Cut(section, "\n**")
+	_, section, _ := strings.Cut(string(text), "\n## Quoting\n")
+	section, _, _ = strings.Cut(section, "\n## ")
 	found := map[string]string{}
 	for _, row := range regexp.MustCompile("(?m)^\\| ([^|`]+) \\| `([^`]+)`").FindAllStringSubmatch(section, -1) {
 		for _, format := range strings.Split(row[1], ", ") {
@@ -159,9 +159,9 @@ func quoting(t *testing.T) map[string]string {
 	return found
 }
 
-// What README.md says of quoting gives every reader the value as it is. What a format cannot hold, its reader or the
+// What docs/templates.md says of quoting gives every reader the value as it is. What a format cannot hold, its reader or the
 // template refuses; nobody reads something else.
-func TestQuotingInTheREADME(t *testing.T) {
+func TestQuotingAsDocumented(t *testing.T) {
 	templates := quoting(t)
 	var formats []string
 	for _, r := range readers {
@@ -169,7 +169,7 @@ func TestQuotingInTheREADME(t *testing.T) {
 	}
 	slices.Sort(formats)
 	if have := slices.Sorted(maps.Keys(templates)); !slices.Equal(slices.Compact(formats), have) {
-		t.Fatalf("README.md has the formats %q, not %q", have, formats)
+		t.Fatalf("docs/templates.md has the formats %q, not %q", have, formats)
 	}
 	for i, r := range readers {
 		t.Run(fmt.Sprint(i, " ", r.format), func(t *testing.T) {
@@ -237,7 +237,7 @@ func renderValues(t *testing.T, r reader, template string, values ...string) (st
 	return render(t, "config", "TOKEN", class, connector)
 }
 
-// Why README.md names these functions and no others: not every reader knows what those write.
+// Why docs/templates.md names these functions and no others: not every reader knows what those write.
 func TestQuotingByOtherFunctions(t *testing.T) {
 	for _, c := range []struct{ format, template, value string }{
 		{"git", "{{ .value | toJson }}", "a&b"},

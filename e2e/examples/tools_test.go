@@ -275,7 +275,7 @@ var tools = []tool{
 		cases: slices.Concat(forwardProxies, httpsProxies),
 	},
 	{
-		name:    "registry", // from a volume that is read-only, by a link, as the Limits of README.md have it
+		name:    "registry", // from a volume that is read-only, by a link, as docs/operations.md has it
 		reverse: true,
 		target:  registry,
 		script: `mount --bind "$VOLUME" "$VOLUME"; mount -o remount,bind,ro "$VOLUME"
