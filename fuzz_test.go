@@ -168,26 +168,6 @@ func FuzzParseObject(f *testing.F) {
 	})
 }
 
-func FuzzRegistrationStatus(f *testing.F) {
-	f.Add([]byte{8, 1})
-	f.Add([]byte{8, 0, 18, 2, 'n', 'o'})
-	f.Add([]byte{18, 2, 'n'})
-	f.Add([]byte{18, 200, 1})
-	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1})
-	f.Add([]byte{26, 1, 'x', 8, 1, 32, 7})
-	f.Fuzz(func(t *testing.T, data []byte) {
-		registered, message, err := parseRegistrationStatus(data)
-		if err != nil && (registered || message != "") || len(message) > len(data) {
-			t.Errorf("%x: %v, %q, %v", data, registered, message, err)
-		}
-		// What is put before it does not change what it says, unless it is malformed.
-		r, m, e := parseRegistrationStatus(append([]byte{8, 0, 18, 0}, data...))
-		if r != registered || m != message || (e == nil) != (err == nil) {
-			t.Errorf("%x: %v, %q, %v", data, r, m, e)
-		}
-	})
-}
-
 func FuzzBundles(f *testing.F) {
 	a, b := certificate("a"), certificate("b")
 	for _, bundle := range []string{a + b, "\ufeff# a\r\n" + strings.ReplaceAll(a, "\n", "\r\n"), strings.ReplaceAll(b, "CERT", "X509 CERT"), a[:90], strings.TrimSpace(a) + b,

@@ -31,7 +31,6 @@ import (
 	"bufio"
 	"cmp"
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -760,84 +759,32 @@ func (r *registration) notified(registered bool, message string) {
 	}
 }
 
-// The registration API has two calls whose messages have six fields in all. Instead of a module with their
-// code, they are taken as the unknown fields of a message that has none:
-// https://protobuf.dev/programming-guides/encoding/.
+// registrationService is kubelet's API. Instead of a module with its two messages it takes others that are the
+// same on the wire: PluginInfo has the strings type = 1, name = 2 and supported_versions = 4, and without an
+// endpoint kubelet takes the socket that it found; RegistrationStatus has plugin_registered = 1, a bool, and
+// error = 2, a string, where gRPC's own Status has code and message.
 var registrationService = grpc.ServiceDesc{
 	ServiceName: "pluginregistration.Registration",
 	HandlerType: (*any)(nil),
 	Methods: []grpc.MethodDesc{
 		{MethodName: "GetInfo", Handler: func(_ any, _ context.Context, decode func(any) error,
 			_ grpc.UnaryServerInterceptor) (any, error) {
-			info := new(csi.ProbeRequest)
-			info.ProtoReflect().SetUnknown(pluginInfo())
-			return info, decode(new(csi.ProbeRequest))
+			return &csi.NodeExpandVolumeRequest{VolumeId: "CSIPlugin", VolumePath: driverName,
+				StagingTargetPath: "1.0.0"}, decode(new(csi.ProbeRequest))
 		}},
 		{MethodName: "NotifyRegistrationStatus", Handler: func(r any, _ context.Context,
 			decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
-			message := new(csi.ProbeRequest)
+			message := status.New(codes.OK, "").Proto()
 			if err := decode(message); err != nil {
 				return nil, err
 			}
-			registered, text, err := parseRegistrationStatus(message.ProtoReflect().GetUnknown())
-			if err == nil {
-				r.(*registration).notified(registered, text)
-			}
-			return new(csi.ProbeRequest), err // RegistrationStatusResponse has no fields
+			r.(*registration).notified(message.Code != 0, message.Message)
+			return new(csi.ProbeRequest), nil // RegistrationStatusResponse has no fields
 		}},
 	},
 }
 
-// pluginInfo is the message PluginInfo: type = 1, name = 2, endpoint = 3, supported_versions = 4, all
-// strings. Without an endpoint kubelet takes the socket that it found.
-func pluginInfo() []byte {
-	var m []byte
-	for _, field := range []struct {
-		number byte
-		text   string
-	}{{1, "CSIPlugin"}, {2, driverName}, {4, "1.0.0"}} {
-		m = append(m, field.number<<3|2, byte(len(field.text))) // wire type 2: a length and as many bytes
-		m = append(m, field.text...)
-	}
-	return m
-}
-
-// parseRegistrationStatus reads the message RegistrationStatus: plugin_registered = 1 (bool), error = 2
-// (string).
-func parseRegistrationStatus(m []byte) (registered bool, message string, err error) {
-	malformed := errors.New("malformed RegistrationStatus")
-	for len(m) > 0 {
-		tag, n := binary.Uvarint(m)
-		if n <= 0 {
-			return false, "", malformed
-		}
-		value, v := binary.Uvarint(m[n:]) // the value of wire type 0, the length of wire type 2
-		if v <= 0 {
-			return false, "", malformed
-		}
-		m = m[n+v:]
-		switch wireType := tag & 7; {
-		case wireType == 0 && tag>>3 == 1:
-			registered = value != 0
-		case wireType == 2 && value > uint64(len(m)), wireType != 0 && wireType != 2:
-			return false, "", malformed
-		case wireType == 2:
-			if tag>>3 == 2 {
-				message = string(m[:value])
-			}
-			m = m[value:]
-		}
-	}
-	return registered, message, nil
-}
-
-// The metrics that are counted here, each with the one method that takes it.
-type (
-	counter   string
-	gauge     string
-	histogram string
-)
-
+// The metrics that the driver counts, by name.
 const (
 	publishTotal          counter = "connectors_csi_publish_total"
 	unpublishTotal        counter = "connectors_csi_unpublish_total"
