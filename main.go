@@ -786,76 +786,76 @@ var registrationService = grpc.ServiceDesc{
 
 // The metrics that the driver counts, by name.
 const (
-	publishTotal          counter = "connectors_csi_publish_total"
-	unpublishTotal        counter = "connectors_csi_unpublish_total"
-	pushesTotal           counter = "connectors_csi_pushes_total"
-	apiRequestsTotal      counter = "connectors_csi_api_requests_total"
-	templateFailuresTotal counter = "connectors_csi_template_failures_total"
-	rendererLimitsTotal   counter = "connectors_csi_renderer_limits_total"
-
-	watchesOpen gauge = "connectors_csi_watches"
-
-	publishDuration histogram = "connectors_csi_publish_duration_seconds"
-	pushDuration    histogram = "connectors_csi_push_duration_seconds"
+	publishTotal          = "connectors_csi_publish_total"
+	unpublishTotal        = "connectors_csi_unpublish_total"
+	pushesTotal           = "connectors_csi_pushes_total"
+	apiRequestsTotal      = "connectors_csi_api_requests_total"
+	templateFailuresTotal = "connectors_csi_template_failures_total"
+	rendererLimitsTotal   = "connectors_csi_renderer_limits_total"
+	watchesOpen           = "connectors_csi_watches"
+	publishDuration       = "connectors_csi_publish_duration_seconds"
+	pushDuration          = "connectors_csi_push_duration_seconds"
 )
 
 // metrics are the driver's own, in the text format of Prometheus. Labels never hold names of users' objects.
 type metrics struct {
 	budget *budget
 
-	mu        sync.Mutex
-	counters  map[counter]map[string]uint64 // by the labels as they are written
-	gauges    map[gauge]int
-	durations map[histogram]*durations
+	mu         sync.Mutex                  // guards the rest
+	values     map[string]map[string]int64 // of counters and gauges, by their labels as they are written
+	histograms map[string]*histogram
 }
 
-// durations are counted by their length.
-type durations struct {
-	buckets [len(durationBuckets) + 1]uint64 // not cumulative
-	seconds float64                          // of all together
+// histogram counts durations.
+type histogram struct {
+	buckets [len(durationBuckets)]int64 // of those up to each limit
+	seconds float64                     // of all together
 }
 
-// durationBuckets are the upper limits of the histograms, in seconds.
-var durationBuckets = [...]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60}
+// durationBuckets are the upper limits of the buckets, in seconds.
+var durationBuckets = [...]float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60,
+	math.Inf(1)}
 
-// newMetrics begins with the counters whose labels are known at zero.
+// newMetrics begins at zero with those whose labels are known.
 func newMetrics(b *budget) *metrics {
 	return &metrics{
 		budget: b,
-		counters: map[counter]map[string]uint64{
-			publishTotal: {}, unpublishTotal: {}, pushesTotal: {}, apiRequestsTotal: {},
-			templateFailuresTotal: {"": 0}, rendererLimitsTotal: {},
+		values: map[string]map[string]int64{
+			publishTotal: {}, unpublishTotal: {}, pushesTotal: {}, apiRequestsTotal: {}, rendererLimitsTotal: {},
+			templateFailuresTotal: {"{}": 0}, watchesOpen: {"": 0},
+			"connectors_csi_build_info": {fmt.Sprintf("{version=%q}", version): 1},
 		},
-		gauges:    map[gauge]int{watchesOpen: 0},
-		durations: map[histogram]*durations{publishDuration: {}, pushDuration: {}},
+		histograms: map[string]*histogram{publishDuration: {}, pushDuration: {}},
 	}
 }
 
-// inc counts one event of the metric; the labels are names and values in turn.
-func (m *metrics) inc(metric counter, labels ...string) {
+// inc counts one event of a counter; the labels are names and values in turn.
+func (m *metrics) inc(counter string, labels ...string) {
 	var pairs []string
 	for pair := range slices.Chunk(labels, 2) {
 		pairs = append(pairs, fmt.Sprintf("%s=%q", pair[0], pair[1]))
 	}
+	first, _ := slices.BinarySearch(durationBuckets[:], took.Seconds())
+	for i := first; i < len(h.buckets); i++ {
+		h.buckets[i]++
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.counters[metric][strings.Join(pairs, ",")]++
+	m.values[counter]["{"+strings.Join(pairs, ",")+"}"]++
 }
 
 // add adds to a gauge.
-func (m *metrics) add(metric gauge, number int) {
+func (m *metrics) add(gauge string, number int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.gauges[metric] += number
+	m.values[gauge][""] += number
 }
 
 // observe adds a duration to a histogram.
-func (m *metrics) observe(metric histogram, took time.Duration) {
+func (m *metrics) observe(name string, took time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	h := m.durations[metric]
-	bucket, _ := slices.BinarySearch(durationBuckets[:], took.Seconds())
-	h.buckets[bucket]++
+	h := m.histograms[name]
 	h.seconds += took.Seconds()
 }
 
@@ -865,37 +865,26 @@ func (m *metrics) text() string {
 	volumes, used := m.budget.total()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, metric := range slices.Sorted(maps.Keys(m.counters)) {
-		fmt.Fprintf(&b, "# TYPE %s counter\n", metric)
-		for _, labels := range slices.Sorted(maps.Keys(m.counters[metric])) {
-			fmt.Fprintf(&b, "%s{%s} %d\n", metric, labels, m.counters[metric][labels])
+	m.values["connectors_csi_volumes"] = map[string]int64{"": int64(volumes)}
+	m.values["connectors_csi_volumes_bytes"] = map[string]int64{"": used}
+	m.values["connectors_csi_volumes_budget_bytes"] = map[string]int64{"": m.budget.limit}
+	for _, name := range slices.Sorted(maps.Keys(m.values)) {
+		kind := "gauge"
+		if strings.HasSuffix(name, "_total") {
+			kind = "counter"
+		}
+		fmt.Fprintf(&b, "# TYPE %s %s\n", name, kind)
+		for _, labels := range slices.Sorted(maps.Keys(m.values[name])) {
+			fmt.Fprintf(&b, "%s%s %d\n", name, labels, m.values[name][labels])
 		}
 	}
-	for _, metric := range slices.Sorted(maps.Keys(m.gauges)) {
-		fmt.Fprintf(&b, "# TYPE %s gauge\n%s %d\n", metric, metric, m.gauges[metric])
+	for _, name := range slices.Sorted(maps.Keys(m.histograms)) {
+		h := m.histograms[name]
+		fmt.Fprintf(&b, "# TYPE %s histogram\n", name)
+		for i, number := range h.buckets {
+			fmt.Fprintf(&b, "%s_bucket{le=\"%g\"} %d\n", name, durationBuckets[i], number)
+		}
+		fmt.Fprintf(&b, "%s_sum %g\n%s_count %d\n", name, h.seconds, name, h.buckets[len(h.buckets)-1])
 	}
-	for _, metric := range slices.Sorted(maps.Keys(m.durations)) {
-		m.durations[metric].write(&b, metric)
-	}
-	fmt.Fprintf(&b, "# TYPE connectors_csi_volumes gauge\nconnectors_csi_volumes %d\n", volumes)
-	fmt.Fprintf(&b, "# TYPE connectors_csi_volumes_bytes gauge\nconnectors_csi_volumes_bytes %d\n", used)
-	fmt.Fprintf(&b, "# TYPE connectors_csi_volumes_budget_bytes gauge\nconnectors_csi_volumes_budget_bytes "+
-		"%d\n", m.budget.limit)
-	fmt.Fprintf(&b, "# TYPE connectors_csi_build_info gauge\nconnectors_csi_build_info{version=%q} 1\n",
-		version)
 	return b.String()
-}
-
-func (h *durations) write(b *strings.Builder, metric histogram) {
-	fmt.Fprintf(b, "# TYPE %s histogram\n", metric)
-	var count uint64
-	for i, n := range h.buckets {
-		limit := "+Inf"
-		if i < len(durationBuckets) {
-			limit = strconv.FormatFloat(durationBuckets[i], 'g', -1, 64)
-		}
-		count += n
-		fmt.Fprintf(b, "%s_bucket{le=%q} %d\n", metric, limit, count)
-	}
-	fmt.Fprintf(b, "%s_sum %g\n%s_count %d\n", metric, h.seconds, metric, count)
 }
