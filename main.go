@@ -253,19 +253,18 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	}
 
 	// 1. read
-	input, err := readInput(stdin, *namespace)
+	in, err := readInput(stdin, *namespace)
 	if err != nil {
 		return err
 	}
-
 	if *check {
-		return input.check(*builtIn, token, stdout)
+		return in.check(*builtIn, token, stdout)
 	}
 
 	// 2. validate
-	podNamespace := cmp.Or(*namespace, input.namespace)
+	podNamespace := cmp.Or(*namespace, in.connectors[0].namespace)
 	if attributes[attrName] == "" && attributes[attrConnectors] == "" {
-		for _, r := range input.order {
+		for _, r := range in.connectors {
 			attributes[attrConnectors] += "," + r.namespace + "/" + r.name
 		}
 	}
@@ -275,25 +274,36 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	}
 
 	// 3. and 4.
-	f, err := input.render(a, podNamespace, token)
+	f, err := in.render(a, podNamespace, token)
 	if err != nil {
 		return err
 	}
 	if *tokenFile == "" {
-		if shown, err := input.render(a, podNamespace, "TOKEN"); err == nil { // some functions want a longer one
+		if shown, err := in.render(a, podNamespace, "TOKEN"); err == nil { // some functions want a longer one
 			f = shown
 		}
 	}
 
 	// 5. print
-	return printFiles(f, *outputDir, stdout)
+	if *outputDir != "" {
+		return writeOut(f, *outputDir)
+	}
+	for i, name := range slices.Sorted(maps.Keys(f)) {
+		heading := ""
+		if len(f) > 1 { // as tail(1) has it
+			heading = strings.Repeat("\n", min(i, 1)) + "==> " + name + " <==\n"
+		}
+		fmt.Fprintf(stdout, "%s%s", heading, f[name])
+	}
+	return nil
 }
 
 // render is what preview does for a volume: its steps 3 and 4.
 func (in *input) render(a attributes, podNamespace, token string) (files, error) {
 	// 3. find
 	in.sizes = sizes{limit: maxVolumeObjectsBytes}
-	sources, err := collectSources(podIdentity{}, a.connectors, in.connector, in.class)
+	class := func(name string) (*apiObject, error) { return in.object(reference{"", name}) }
+	sources, err := collectSources(podIdentity{}, a.connectors, in.object, class)
 	if err == nil {
 		_, err = proxyAudiences(sources)
 	}
@@ -313,9 +323,9 @@ func (in *input) render(a attributes, podNamespace, token string) (files, error)
 // problem once. Where the class is missing, rendering a configuration without a name says so.
 func (in *input) check(builtIn bool, token string, stdout io.Writer) error {
 	problems, rendered, unchecked := map[string]bool{}, 0, 0
-	for _, ref := range in.order {
+	for _, ref := range in.connectors {
 		configurations := []object{{}}
-		if class := in.classes[in.connectors[ref].class]; class != nil {
+		if class := in.objects[reference{"", in.objects[ref].class}]; class != nil {
 			value, err := decodeJSON(class.raw)
 			if err != nil {
 				return err
@@ -352,24 +362,18 @@ const (
 	maxListDepth  = 4 // of lists in lists, each of which is read once more
 )
 
-var objectsAPIVersion = strings.TrimPrefix(connectorsAPI, "/apis/")
-
 // input is what was read from standard input.
 type input struct {
-	namespace  string // of the first Connector
-	order      []reference
-	connectors map[reference]*apiObject
-	classes    map[string]*apiObject
+	namespace  string      // of a Connector that names none
+	connectors []reference // in their order
+	objects    map[reference]*apiObject
 	sizes      sizes  // of those that the volume mounts
 	foreign    string // says that an object of another API was passed over, if one was
 }
 
-func (in *input) connector(ref reference) (*apiObject, error) { return in.count(in.connectors[ref]) }
-
-func (in *input) class(name string) (*apiObject, error) { return in.count(in.classes[name]) }
-
-// count counts an object of the volume, if it is there.
-func (in *input) count(o *apiObject) (*apiObject, error) {
+// object returns an object of the volume; a class has no namespace.
+func (in *input) object(ref reference) (*apiObject, error) {
+	o := in.objects[ref]
 	if o == nil {
 		return nil, failuref(codes.FailedPrecondition, "it is not in the input%s", in.foreign)
 	}
@@ -380,7 +384,7 @@ func (in *input) count(o *apiObject) (*apiObject, error) {
 // nothing to do with rendering are passed over, and so are those of another API that have the same names. A
 // Connector without a namespace is one of the given namespace, or of "default".
 func readInput(stdin io.Reader, namespace string) (*input, error) {
-	in := &input{connectors: map[reference]*apiObject{}, classes: map[string]*apiObject{}}
+	in := &input{namespace: cmp.Or(namespace, "default"), objects: map[reference]*apiObject{}}
 	limited := &io.LimitedReader{R: stdin, N: maxInputBytes}
 	for d := json.NewDecoder(limited); ; {
 		var value json.RawMessage
@@ -390,18 +394,18 @@ func readInput(stdin io.Reader, namespace string) (*input, error) {
 			return nil, fmt.Errorf("standard input is not JSON of less than %d MiB, as kubectl get -o json "+
 				"prints it: %w", maxInputBytes>>20, err)
 		}
-		if err := in.add(value, cmp.Or(namespace, "default"), maxListDepth); err != nil {
+		if err := in.add(value, maxListDepth); err != nil {
 			return nil, err
 		}
 	}
-	if len(in.order) == 0 {
+	if len(in.connectors) == 0 {
 		return nil, errors.New("there is no Connector on standard input" + in.foreign)
 	}
 	return in, nil
 }
 
 // add takes an object, or the items of a list with at most so many others in one another.
-func (in *input) add(raw json.RawMessage, namespace string, depth int) error {
+func (in *input) add(raw json.RawMessage, depth int) error {
 	if depth < 0 {
 		return errors.New("standard input has too many lists in one another")
 	}
@@ -413,82 +417,60 @@ func (in *input) add(raw json.RawMessage, namespace string, depth int) error {
 		return fmt.Errorf("standard input holds something that is no Kubernetes object: %w", err)
 	}
 	for _, item := range list.Items {
-		if err := in.add(item, namespace, depth-1); err != nil {
+		if err := in.add(item, depth-1); err != nil {
 			return err
 		}
 	}
-	if list.Kind != "Connector" && list.Kind != "ConnectorClass" {
+	isClass := list.Kind == "ConnectorClass"
+	if !isClass && list.Kind != "Connector" {
 		return nil
 	}
-	if list.APIVersion != objectsAPIVersion {
+	if ours := strings.TrimPrefix(connectorsAPI, "/apis/"); list.APIVersion != ours {
 		in.foreign = fmt.Sprintf("; a %s with apiVersion %q was passed over, since it is not %s", list.Kind,
-			cut(list.APIVersion, maxQuotedBytes), objectsAPIVersion)
+			cut(list.APIVersion, maxQuotedBytes), ours)
 		return nil
 	}
-	o, err := parseObject(raw)
+	value, err := decodeJSON(raw)
 	if err != nil {
-		return fmt.Errorf("standard input: %s %w", list.Kind, err)
+		return err
 	}
-	switch {
-	case o.name == "":
+	ref := reference{"", stringAt(value.(object), "metadata", "name")}
+	if ref.name == "" {
 		return fmt.Errorf("a %s on standard input has no metadata.name", list.Kind)
-	case list.Kind == "ConnectorClass":
-		in.classes[o.name] = o
-		return nil
-	case o.namespace == "":
-		value, err := decodeJSON(raw)
-		if err != nil {
-			return err
-		}
-		metadata, ok := valueAt(value, "metadata").(object)
-		if !ok { // it has another one before
-			return fmt.Errorf("the %s %q on standard input has metadata twice", list.Kind, o.name)
-		}
-		metadata["namespace"] = namespace
-		text, err := json.Marshal(value)
-		if err != nil {
-			return err
-		}
-		return in.add(text, namespace, depth)
 	}
-	in.namespace = cmp.Or(in.namespace, o.namespace)
-	ref := reference{o.namespace, o.name}
-	if in.connectors[ref] == nil {
-		in.order = append(in.order, ref)
+	if !isClass {
+		metadata := value.(object)["metadata"].(object)
+		ref.namespace = cmp.Or(stringAt(metadata, "namespace"), in.namespace)
+		metadata["namespace"] = ref.namespace
+		if in.objects[ref] == nil {
+			in.connectors = append(in.connectors, ref)
+		}
 	}
-	in.connectors[ref] = o
-	return nil
+	if raw, err = json.Marshal(value); err != nil {
+		return err
+	}
+	in.objects[ref], err = parseObject(raw)
+	return err
 }
 
-// printFiles prints one file as it is, and several in the way of tail(1); or it writes them into a directory,
-// each as a new file, since one that is there may be a link, or open to others.
-func printFiles(f files, dir string, stdout io.Writer) error {
-	if dir != "" {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
+// writeOut writes the files into a directory, each as a new one, since one that is there may be a link, or open
+// to others.
+func writeOut(f files, dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for _, name := range slices.Sorted(maps.Keys(f)) {
+		path := filepath.Join(dir, name)
+		if err := unix.Unlink(path); err != nil && err != unix.ENOENT {
+			return fmt.Errorf("replacing %s: %w", path, err)
+		}
+		file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if err != nil {
 			return err
 		}
-	}
-	for i, name := range slices.Sorted(maps.Keys(f)) {
-		switch {
-		case dir != "":
-			path := filepath.Join(dir, name)
-			if err := unix.Unlink(path); err != nil && err != unix.ENOENT {
-				return fmt.Errorf("replacing %s: %w", path, err)
-			}
-			file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-			if err != nil {
-				return err
-			}
-			_, err = file.Write(f[name])
-			if err = errors.Join(err, file.Close()); err != nil {
-				return err
-			}
-		case len(f) == 1:
-			fmt.Fprintf(stdout, "%s", f[name])
-		case i == 0:
-			fmt.Fprintf(stdout, "==> %s <==\n%s", name, f[name])
-		default:
-			fmt.Fprintf(stdout, "\n==> %s <==\n%s", name, f[name])
+		_, err = file.Write(f[name])
+		if err = errors.Join(err, file.Close()); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -835,10 +817,6 @@ func (m *metrics) inc(counter string, labels ...string) {
 	for pair := range slices.Chunk(labels, 2) {
 		pairs = append(pairs, fmt.Sprintf("%s=%q", pair[0], pair[1]))
 	}
-	first, _ := slices.BinarySearch(durationBuckets[:], took.Seconds())
-	for i := first; i < len(h.buckets); i++ {
-		h.buckets[i]++
-	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.values[counter]["{"+strings.Join(pairs, ",")+"}"]++
@@ -857,6 +835,10 @@ func (m *metrics) observe(name string, took time.Duration) {
 	defer m.mu.Unlock()
 	h := m.histograms[name]
 	h.seconds += took.Seconds()
+	first, _ := slices.BinarySearch(durationBuckets[:], took.Seconds())
+	for i := first; i < len(h.buckets); i++ {
+		h.buckets[i]++
+	}
 }
 
 // text gives all metrics in the text format of Prometheus, always in the same order.

@@ -30,10 +30,10 @@ func TestPreviewOfHostileInput(t *testing.T) {
 		return strings.Repeat(before, times) + "{}" + strings.Repeat(after, times)
 	}
 	for what, c := range sorted(map[string]struct{ input, stderr string }{
-		"metadata twice":           {`{` + ours + `"kind":"Connector","metadata":{"name":"x"},"metadata":5}`, `the Connector "x" on standard input has metadata twice`},
+		"metadata twice":           {`{` + ours + `"kind":"Connector","metadata":{"name":"x"},"metadata":5}`, "has no metadata.name"},
 		"metadata is null":         {`{` + ours + `"kind":"Connector","metadata":null}`, "has no metadata.name"},
 		"metadata is a list":       {`{` + ours + `"kind":"Connector","metadata":["name"]}`, "has no metadata.name"},
-		"metadata null afterwards": {`{` + ours + `"kind":"Connector","metadata":{"name":"x"},"metadata":null}`, "has metadata twice"},
+		"metadata null afterwards": {`{` + ours + `"kind":"Connector","metadata":{"name":"x"},"metadata":null}`, "has no metadata.name"},
 		"a class of nothing":       {`{` + ours + `"kind":"ConnectorClass"}`, "has no metadata.name"},
 		"a number":                 {`5`, "no Kubernetes object"},
 		"null":                     {`null`, "there is no Connector"},

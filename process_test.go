@@ -609,7 +609,7 @@ func TestPreview(t *testing.T) {
 		{"no Connector", []object{git}, []string{"--configuration.names=config"}, "there is no Connector on standard input"},
 		{"no class", []object{one}, []string{"--configuration.names=config"}, `ConnectorClass "git" of Connector "team-a/one" cannot be read: it is not in the input`},
 		{"another Connector", []object{git, one}, []string{"--configuration.names=config", "--connector.name=none"}, `Connector "team-a/none" cannot be read: it is not in the input`},
-		{"no name", []object{git, {"apiVersion": objectsAPIVersion, "kind": "Connector", "metadata": object{}}}, []string{"--configuration.names=config"}, "a Connector on standard input has no metadata.name"},
+		{"no name", []object{git, {"apiVersion": "connectors.alauda.io/v1alpha1", "kind": "Connector", "metadata": object{}}}, []string{"--configuration.names=config"}, "a Connector on standard input has no metadata.name"},
 		{"no configuration", []object{git, one}, nil, "configuration.names is missing"},
 		{"an attribute too much", []object{git, one}, []string{"--configuration.names=config", "--connectors=a", "--connector.name=b"}, "cannot be combined"},
 		{"an argument too much", []object{git, one}, []string{"--configuration.names=config", "more"}, `unexpected argument "more"`},
