@@ -17,10 +17,7 @@ import (
 
 // The node's cgroups are not part of a namespace: nothing removes them but us. Their common parent has
 // the name of the node's directory, which begins with prefix and the command's process id.
-const (
-	prefix     = "connectors-csi-e2e-"
-	cgroupRoot = "/sys/fs/cgroup"
-)
+const cgroupRoot = "/sys/fs/cgroup"
 
 // cgroupHierarchies returns where cgroups are made: one place with cgroup v2, one for each controller
 // with v1.
@@ -35,6 +32,7 @@ func cgroupHierarchies() ([]string, error) {
 	return filepath.Glob(cgroupRoot + "/*")
 }
 
+// isCgroup2 reports whether the machine has cgroup v2.
 func isCgroup2() (bool, error) {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(cgroupRoot, &fs); err != nil {

@@ -22,7 +22,7 @@ import (
 	"connectors-csi/e2e/machine"
 )
 
-// The words in which the tests of e2e_test.go speak about the cluster.
+// The words in which the tests speak about the cluster.
 
 // limit is how long a test waits for anything. It is never reached when all is well, so it is generous.
 const limit = 3 * time.Minute
@@ -544,11 +544,16 @@ func driverProcessorTime(t *testing.T) time.Duration {
 	return time.Duration(driverCgroup(t, "cpuacct/cpuacct.usage", ""))
 }
 
+// driverContainer is the ID of the driver's container.
+func driverContainer(t *testing.T) string {
+	t.Helper()
+	return strings.TrimPrefix(driverPod(t, ".status.containerStatuses[0].containerID"), "containerd://")
+}
+
 // driverCgroup is cgroupValue of the driver's container.
 func driverCgroup(t *testing.T, v1, v2 string) (value int64) {
 	t.Helper()
-	id := strings.TrimPrefix(driverPod(t, ".status.containerStatuses[0].containerID"), "containerd://")
-	value, err := node.cgroupValue(id, v1, v2)
+	value, err := node.cgroupValue(driverContainer(t), v1, v2)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -81,3 +81,41 @@ func TestDriverStaysAwayFromVirtualNodes(t *testing.T) {
 	awaitDriver(t) // with the two that are left
 	wantNodes(nodeName)
 }
+
+func TestDeployYAMLIsValidAndAppliesWithoutChange(t *testing.T) {
+	begin(t)
+	const manifest = "../deploy.yaml"
+	// An older API server drops this one field of the CSIDriver, so kubectl finds it missing each time.
+	const newField = `unknown field "spec.serviceAccountTokenInSecrets"`
+	_, err := kubectl("apply", "--validate=strict", "--dry-run=server", "-f", manifest)
+	if knowsAllFields() && err != nil {
+		t.Error(err)
+	}
+	if !knowsAllFields() && (err == nil || !strings.HasSuffix(err.Error(), "strict decoding error: "+newField)) {
+		t.Errorf("%v; nothing but %s is expected", err, newField)
+	}
+	for line := range strings.Lines(installDriver(t)) {
+		drops := !knowsAllFields() && line == "csidriver.storage.k8s.io/connectors-csi configured\n"
+		if !strings.HasSuffix(line, " unchanged\n") && !drops {
+			t.Errorf("applied again: %s", line)
+		}
+	}
+
+	names := func(selection ...string) []string {
+		output, err := kubectl(append([]string{"apply", "--dry-run=client", "--output=name", "-f", manifest}, selection...)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Fields(output)
+	}
+	driver := names("--selector=app.kubernetes.io/component=driver")
+	rest := slices.DeleteFunc(names(), func(name string) bool { return slices.Contains(driver, name) })
+	slices.Sort(rest)
+	if want := []string{
+		"clusterrole.rbac.authorization.k8s.io/connectors-connector-viewer-role",
+		"customresourcedefinition.apiextensions.k8s.io/connectorclasses.connectors.alauda.io",
+		"customresourcedefinition.apiextensions.k8s.io/connectors.connectors.alauda.io",
+	}; !slices.Equal(rest, want) {
+		t.Errorf("with the label of the driver these are left out: %q, not %q", rest, want)
+	}
+}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"flag"
 	"fmt"
@@ -9,12 +8,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-
-	"connectors-csi/e2e/machine"
 )
 
-// The command image writes the driver's image, and the command dockerfile makes sure that the Dockerfile makes the
-// same of the same sources.
+// The driver's image, which the command image writes.
 
 var driverEntrypoint = []string{"/connectors-csi"} // as in the Dockerfile
 
@@ -22,6 +18,12 @@ var driverEntrypoint = []string{"/connectors-csi"} // as in the Dockerfile
 func driverFiles(binary string) ([]file, error) {
 	content, err := os.ReadFile(binary)
 	return []file{{name: "connectors-csi", mode: 0o755, content: content}}, err
+}
+
+// driverImage returns an image of the driver for this machine, which may have more files.
+func driverImage(name, binary string, more ...file) (image, error) {
+	files, err := driverFiles(binary)
+	return here(name, driverEntrypoint, append(files, more...)), err
 }
 
 // driverVersion is the tag that deploy.yaml gives the driver's image.
@@ -120,122 +122,4 @@ func writeImage(o imageOptions) error {
 	}
 	fmt.Printf("%s: %s for %s, %.1f MB\n", o.output, name, strings.Join(o.platforms, " and "), float64(len(archive))/1e6)
 	return nil
-}
-
-// builder is where the command dockerfile works: with a storage of its own.
-type builder struct{ dir string }
-
-func (b builder) buildah(args ...string) (string, error) {
-	return output(append([]string{"buildah", "--storage-driver=vfs", "--root=" + b.dir + "/storage", "--runroot=" + b.dir + "/run"}, args...)...)
-}
-
-// checkDockerfile builds the Dockerfile for two platforms and compares what is in the images with what the command
-// image puts into its own. No registry is asked: the place of the image golang takes one that has this machine's Go.
-func checkDockerfile() error {
-	if err := machine.Install([]machine.Need{
-		{"buildah", "buildah", machine.HasCommand("buildah")},
-		{"a static busybox", "busybox-static", isStatic("busybox")},
-	}); err != nil {
-		return err
-	}
-	if err := run("go", "-C", "..", "mod", "download"); err != nil { // no network is needed from here on
-		return err
-	}
-	work, err := os.MkdirTemp("", prefix+"dockerfile-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(work)
-	b := builder{work}
-	if err := b.makeGolang(); err != nil {
-		return err
-	}
-	for _, arch := range []string{"amd64", "arm64"} {
-		const version = "v0.0.0-compared"
-		made, err := b.build(arch, version)
-		if err != nil {
-			return err
-		}
-		binary := filepath.Join(work, arch)
-		if err := buildDriver("..", binary, arch, version); err != nil {
-			return err
-		}
-		wanted, err := os.ReadFile(binary)
-		if err != nil {
-			return err
-		}
-		if !bytes.Equal(made, wanted) {
-			return fmt.Errorf("%s: the Dockerfile makes another binary, of %d bytes; the image's has %d", arch, len(made), len(wanted))
-		}
-		fmt.Printf("The Dockerfile makes the same binary for linux/%s as the command image: %d bytes.\n", arch, len(made))
-	}
-	return nil
-}
-
-const (
-	policyFile   = "policy.json" // of whose signatures images need
-	golangModule = "/modules"    // where the builder sees Go's caches
-	golangCache  = "/cache"
-)
-
-// makeGolang makes an image with a shell, which the Go of this machine is mounted into.
-func (b builder) makeGolang() error {
-	rootfs, err := busyboxFiles()
-	if err != nil {
-		return err
-	}
-	archive, err := tarball(rootfs)
-	if err != nil {
-		return err
-	}
-	layer, policy := filepath.Join(b.dir, "busybox.tar"), filepath.Join(b.dir, policyFile)
-	if err := errors.Join(os.WriteFile(layer, archive, 0o644),
-		os.WriteFile(policy, []byte(`{"default": [{"type": "insecureAcceptAnything"}]}`), 0o644)); err != nil {
-		return err
-	}
-	container, err := b.buildah("from", "--signature-policy="+policy, "scratch")
-	if err != nil {
-		return err
-	}
-	for _, step := range [][]string{
-		{"add", container, layer, "/"},
-		{"config", "--env=PATH=/usr/local/go/bin:/bin", "--env=GOTOOLCHAIN=local", "--env=GOPROXY=off",
-			"--env=GOMODCACHE=" + golangModule, "--env=GOCACHE=" + golangCache, container},
-		{"commit", "--signature-policy=" + policy, container, "localhost/golang:here"},
-	} {
-		if _, err := b.buildah(step...); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// build builds the Dockerfile and returns the binary that it makes. That GO_VERSION names the Go of the image golang
-// is the business of whoever builds with that.
-func (b builder) build(arch, version string) ([]byte, error) {
-	caches, err := output("go", "env", "GOROOT", "GOMODCACHE", "GOCACHE")
-	if err != nil {
-		return nil, err
-	}
-	dirs := strings.Split(caches, "\n")
-	if len(dirs) != 3 {
-		return nil, fmt.Errorf("go env: %q", caches)
-	}
-	policy := "--signature-policy=" + filepath.Join(b.dir, policyFile)
-	image, err := b.buildah("build", policy, "--isolation=chroot", "--pull-never", "--quiet", "--from=localhost/golang:here",
-		"--build-arg=TARGETOS=linux", "--build-arg=TARGETARCH="+arch, "--build-arg=VERSION="+version,
-		"--volume="+dirs[0]+":/usr/local/go:ro", "--volume="+dirs[1]+":"+golangModule, "--volume="+dirs[2]+":"+golangCache, "..")
-	if err != nil {
-		return nil, err
-	}
-	container, err := b.buildah("from", policy, "--pull-never", strings.TrimSpace(image))
-	if err != nil {
-		return nil, err
-	}
-	root, err := b.buildah("mount", container)
-	if err != nil {
-		return nil, err
-	}
-	defer b.buildah("umount", container)
-	return os.ReadFile(filepath.Join(root, "connectors-csi"))
 }

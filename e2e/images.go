@@ -10,7 +10,6 @@ import (
 	"maps"
 	"os"
 	"os/exec"
-	"path"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -35,6 +34,7 @@ const (
 	upgradeImage = "localhost/connectors-csi:2" // the driver in another image than deploy.yaml names
 )
 
+// image is one that is made here, of one layer for each platform.
 type image struct {
 	name       string
 	entrypoint []string
@@ -58,59 +58,6 @@ type file struct {
 	link    string // the target, for a symbolic link
 }
 
-// importImages gives containerd the images of the driver, of the quick start's Pod and of the tests.
-func (n *Node) importImages() error {
-	driverName, err := imageIn("../deploy.yaml")
-	if err != nil {
-		return err
-	}
-	quickStartName, err := imageIn("../examples/git/pod.yaml")
-	if err != nil {
-		return err
-	}
-	driver, err := driverFiles(n.path("connectors-csi"))
-	if err != nil {
-		return err
-	}
-	busybox, err := busyboxFiles()
-	if err != nil {
-		return err
-	}
-	clients, err := clientFiles()
-	if err != nil {
-		return err
-	}
-	gitName, err := imageIn("../examples/proxy/client.yaml")
-	if err != nil {
-		return err
-	}
-	nginxName, err := imageIn("../examples/proxy/deployment.yaml")
-	if err != nil {
-		return err
-	}
-	nginxFiles, err := nginxFiles(n.path(targetCA))
-	if err != nil {
-		return err
-	}
-	nginx := here(nginxName, nil, nginxFiles)
-	nginx.stopSignal = "SIGQUIT" // as the public image has it
-	for _, image := range []image{
-		// A Pod's sandbox needs a process that does nothing, to hold the Pod's namespaces.
-		here(pauseImage, []string{"/bin/tail", "-f", "/dev/null"}, busybox),
-		here(quickStartName, nil, busybox),
-		here(clientImage, nil, slices.Concat(busybox, clients)),
-		here(gitName, nil, slices.Concat(busybox, clients)),
-		nginx,
-		here(driverName, driverEntrypoint, driver),
-		here(upgradeImage, driverEntrypoint, append(driver, file{name: "2", mode: 0o444})),
-	} {
-		if err := importImage(image); err != nil {
-			return fmt.Errorf("image %s: %w", image.name, err)
-		}
-	}
-	return nil
-}
-
 var imageField = regexp.MustCompile(`(?m)^[ -]*image: *"?([^\s"]+)`)
 
 // imageIn returns the one image that the manifests in a file name.
@@ -127,80 +74,6 @@ func imageIn(path string) (string, error) {
 		return "", fmt.Errorf("%s: exactly one image is expected, it names %q", path, names)
 	}
 	return names[0], nil
-}
-
-// busyboxFiles returns busybox with a link for each of its commands.
-func busyboxFiles() ([]file, error) {
-	path, err := exec.LookPath("busybox")
-	if err != nil {
-		return nil, err
-	}
-	binary, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	commands, err := output(path, "--list")
-	if err != nil {
-		return nil, err
-	}
-	files := []file{{name: "bin/busybox", mode: 0o755, content: binary}, {name: "tmp/", mode: 0o1777}}
-	for command := range strings.FieldsSeq(commands) {
-		if command != "busybox" {
-			files = append(files, file{name: "bin/" + command, link: "busybox"})
-		}
-	}
-	return files, nil
-}
-
-// clientFiles returns this machine's curl, and its git with all it needs to clone over HTTP.
-func clientFiles() ([]file, error) {
-	helpers, err := output("git", "--exec-path")
-	if err != nil {
-		return nil, err
-	}
-	git, err := exec.LookPath("git")
-	if err != nil {
-		return nil, err
-	}
-	curl, err := exec.LookPath("curl")
-	if err != nil {
-		return nil, err
-	}
-	programs, err := linkedFiles(curl, git, path.Join(helpers, "git-remote-http"))
-	return append(programs,
-		file{name: "etc/passwd", mode: 0o644, content: []byte("root:x:0:0::/root:/bin/sh\n")},
-		file{name: path.Join(helpers, "git")[1:], link: git}, // under this name git finds its own commands
-		file{name: path.Join(helpers, "git-remote-https")[1:], link: "git-remote-http"},
-		file{name: "usr/share/git-core/templates/", mode: 0o755},
-	), err
-}
-
-// linkedFiles returns programs of this machine, and the libraries that they need.
-func linkedFiles(programs ...string) (files []file, _ error) {
-	seen := map[string]bool{}
-	for _, program := range programs {
-		// "\tlibz.so.1 => /lib/x86_64-linux-gnu/libz.so.1 (0x…)", "\t/lib64/ld-linux-x86-64.so.2 (0x…)"
-		libraries, err := output("ldd", program)
-		if err != nil {
-			return nil, err
-		}
-		for _, name := range append(absolutePaths(libraries), program) {
-			if seen[name] {
-				continue
-			}
-			seen[name] = true
-			content, err := os.ReadFile(name)
-			if err != nil {
-				return nil, err
-			}
-			files = append(files, file{name: name[1:], mode: 0o755, content: content})
-		}
-	}
-	return files, nil
-}
-
-func absolutePaths(text string) []string {
-	return slices.DeleteFunc(strings.Fields(text), func(word string) bool { return !filepath.IsAbs(word) })
 }
 
 // importImage hands an image to containerd, in the namespace that Kubernetes uses. A manifest's digest is that of
@@ -328,6 +201,7 @@ func tarOf(dir string, more file) ([]byte, error) {
 	return tarball(files)
 }
 
+// tarball returns a tar of files, in their order.
 func tarball(files []file) ([]byte, error) {
 	var buffer bytes.Buffer
 	archive := tar.NewWriter(&buffer)

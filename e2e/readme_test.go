@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"regexp"
 	"strings"
@@ -84,5 +85,65 @@ func (ns namespace) exampleHolds(pod, file string, e *example) {
 	pattern := strings.ReplaceAll(regexp.QuoteMeta(strings.TrimSpace(e.content)), "…", `[-_.=a-zA-Z0-9]+`)
 	if got := ns.read(pod, "/volume/"+file); !regexp.MustCompile(`^` + pattern + `\s*$`).MatchString(got) {
 		ns.Errorf("%s in Pod %s is\n%s\ndocs/templates.md shows\n%s", file, pod, got, e.content)
+	}
+}
+
+func TestQuickStart(t *testing.T) {
+	ns := begin(t)
+	t.Cleanup(func() {
+		kubectl("delete", "--grace-period=1", "--timeout=2m", "pod/git-client", "rolebinding/git-client-connectors", "connector/git-connector")
+		kubectl("delete", "--wait=false", "--ignore-not-found", "-f", "../examples/proxy/client.yaml")
+		kubectl("delete", "--wait=false", "-k", "../examples/proxy")
+	})
+	steps, err := readmeSteps("README.md", "Quick start")
+	more, moreErr := readmeSteps("docs/proxy.md", "Reach the target")
+	if err = errors.Join(err, moreErr); err != nil {
+		t.Fatal(err)
+	}
+	var shown []string // what the reader sees
+	for _, step := range append(steps, more...) {
+		if strings.Contains(step.text, "rolebinding.yaml") {
+			phase, err := kubectl("get", "pod", "git-client", "--output=jsonpath={.status.phase}")
+			if err != nil || phase != "Pending" {
+				t.Errorf("before the RoleBinding the Pod is %q (%v)", phase, err)
+			}
+		}
+		output, err := step.run()
+		if err != nil {
+			t.Fatal(err)
+		}
+		shown = append(shown, output)
+	}
+	if len(steps) != 4 || len(more) != 3 {
+		t.Fatalf("the quick start has %d and %d scripts", len(steps), len(more))
+	}
+	refusal, end := shown[2], shown[3]
+	for _, part := range []string{
+		"FailedMount", "code = PermissionDenied", `ServiceAccount default/default may not read Connector "default/git-connector"`,
+		`User "system:serviceaccount:default:default" cannot get resource "connectors" in API group "connectors.alauda.io"`,
+		"kubectl create rolebinding",
+	} {
+		if !strings.Contains(refusal, part) {
+			t.Errorf("before the RoleBinding %q is expected in:\n%s", part, refusal)
+		}
+	}
+	file := regexp.MustCompile(`(?m)^\[http "http://c-git-connector.default.svc.cluster.local"\]
+    extraHeader = Authorization: (Basic .*)
+\[url "http://c-git-connector.default.svc.cluster.local/"\]
+    insteadOf = "https://git.example.com/"
+\z`).FindStringSubmatch(end)
+	if file == nil {
+		t.Fatalf("not the .gitconfig that is expected:\n%s", end)
+	}
+	_, token, err := basicCredentials(file[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns.wantTokenOf(token, "default", "default", "git-client")
+	if push := shown[5]; !strings.Contains(push, "main -> main") {
+		t.Errorf("the push printed\n%s", push)
+	}
+	if refusal := shown[6]; !strings.Contains(refusal, "The requested URL returned error: 403") {
+		t.Errorf("without the RoleBinding:\n%s", refusal)
 	}
 }

@@ -16,11 +16,11 @@ func TestDriverKeepsFewCapabilities(t *testing.T) {
 	ns.target("rights", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.pod("pod", mountTarget)
 	ns.running("pod")
-	driver, err := new(watch).driver()
+	driver, err := containerProcess(driverContainer(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", driver.pid))
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", driver))
 	if err != nil || len(threads) == 0 {
 		t.Fatalf("no thread of the driver: %v", err)
 	}

@@ -25,7 +25,6 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	authentication "k8s.io/api/authentication/v1"
 	core "k8s.io/api/core/v1"
-	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 )
@@ -238,11 +237,11 @@ type scaleVolume struct {
 	called   time.Time       // when the last successful call ended
 	took     []time.Duration // of all calls
 	failures []error
-	files    map[string]seen // by name
+	files    map[string]firstLine // by name
 }
 
-// seen is the first line of a file, and when it came.
-type seen struct {
+// firstLine is that of a file, and when it came.
+type firstLine struct {
 	line string
 	when time.Time
 }
@@ -336,21 +335,6 @@ func (v *scaleVolume) podToken(ctx context.Context) (*authentication.TokenReques
 	return v.token, nil // while the API server is away, the old one does
 }
 
-func requestBoundToken(ctx context.Context, client kubernetes.Interface, pod *core.Pod,
-	lifetime time.Duration) (*authentication.TokenRequestStatus, error) {
-	seconds := int64(lifetime.Seconds())
-	request := &authentication.TokenRequest{Spec: authentication.TokenRequestSpec{
-		ExpirationSeconds: &seconds,
-		BoundObjectRef:    &authentication.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: pod.Name, UID: pod.UID},
-	}}
-	accounts := client.CoreV1().ServiceAccounts(pod.Namespace)
-	request, err := accounts.CreateToken(ctx, pod.Spec.ServiceAccountName, request, meta.CreateOptions{})
-	if err != nil {
-		return nil, err
-	}
-	return &request.Status, nil
-}
-
 // look sees whether files have changed.
 func (v *scaleVolume) look() {
 	v.mu.Lock()
@@ -358,7 +342,7 @@ func (v *scaleVolume) look() {
 	for _, name := range []string{connectorFile, classFile} {
 		content, _ := os.ReadFile(filepath.Join(v.dir, name)) // none is no line
 		if line, _, _ := strings.Cut(string(content), "\n"); line != v.files[name].line {
-			v.files[name] = seen{line, time.Now()}
+			v.files[name] = firstLine{line, time.Now()}
 		}
 	}
 }

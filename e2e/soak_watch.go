@@ -43,10 +43,14 @@ type container struct {
 	since              time.Time // when it was seen first
 }
 
+// seen is what a reader has read, and when.
+type seen struct {
+	line string
+	when time.Time
+}
+
 // startOfContainer is how long containerd may take to start a container, on a busy machine.
 const startOfContainer = 10 * time.Second
-
-const bundles = "/run/containerd/io.containerd.runtime.v2.task/k8s.io"
 
 func newWatch(n *Node) *watch {
 	w := &watch{
@@ -142,9 +146,8 @@ func running() (found []container) {
 		}
 		of := func(key string) string { return spec.Annotations["io.kubernetes.cri."+key] }
 		namespace, name := of("sandbox-namespace"), of("container-name")
-		pid, err := os.ReadFile(filepath.Join(bundles, dir.Name(), "init.pid"))
-		c := container{id: dir.Name(), pod: namespace + "/" + of("sandbox-name"), uid: of("sandbox-uid"), name: name}
-		c.pid, _ = strconv.Atoi(strings.TrimSpace(string(pid)))
+		pid, err := containerProcess(dir.Name())
+		c := container{id: dir.Name(), pod: namespace + "/" + of("sandbox-name"), uid: of("sandbox-uid"), name: name, pid: pid}
 		if name != "" && err == nil && c.lives() && (slices.Contains(soakNamespaces, namespace) || name == "csi-driver") {
 			found = append(found, c)
 		}

@@ -3,8 +3,6 @@ package main
 import (
 	"bufio"
 	"crypto/sha256"
-	"debug/elf"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -32,88 +30,6 @@ func nodeNeeds() []machine.Need {
 	}
 }
 
-// unpackPackages downloads packages of a newer Debian than this machine may have, unless an earlier run did, and returns
-// the directory that they are unpacked in. They are not installed.
-func unpackPackages(suite string, names ...string) (dir string, _ error) {
-	cache, err := cacheDir()
-	if err != nil {
-		return "", err
-	}
-	hash := sha256.Sum256([]byte(strings.Join(names, " ")))
-	if dir = filepath.Join(cache, fmt.Sprintf("%s-%s-%x", names[0], suite, hash[:4])); exists(dir) {
-		return dir, nil
-	}
-	const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-	if err := machine.Install([]machine.Need{{"Debian's keyring", "debian-archive-keyring", exists(keyring)}}); err != nil {
-		return "", err
-	}
-	work, err := os.MkdirTemp("", prefix+names[0]+"-")
-	if err != nil {
-		return "", err
-	}
-	defer os.RemoveAll(work)
-	script := []string{"sh", "-euc", `
-		cd "$1"; keyring=$2; suite=$3; dir=$4; shift 4
-		mirror() { apt-get indextargets --format '$(LABEL) $(REPO_URI)' | awk '$1 == "Debian" { print $2; exit }'; }
-		[ "$(mirror)" ] || apt-get -q update
-		mkdir -p lists/partial archives/partial
-		echo "deb [signed-by=$keyring] $(mirror) $suite main" >sources.list
-		apt() {
-			apt-get -q -o Dir::Etc::sourcelist="$PWD/sources.list" -o Dir::Etc::sourceparts=- \
-				-o Dir::State::Lists="$PWD/lists" -o Dir::Cache="$PWD" -o APT::Sandbox::User=root "$@"
-		}
-		apt update
-		apt download "$@"
-		for package in ./*.deb; do
-			dpkg-deb --extract "$package" unpacked
-		done
-		mv unpacked "$dir"`, "sh", work, keyring, suite, dir}
-	return dir, run(append(script, names...)...)
-}
-
-func exists(path string) bool {
-	_, err := os.Stat(path)
-	return err == nil
-}
-
-// isStatic reports whether a command runs without an interpreter, and so in an image that has nothing else.
-func isStatic(command string) bool {
-	path, err := exec.LookPath(command)
-	if err != nil {
-		return false
-	}
-	file, err := elf.Open(path)
-	if err != nil {
-		return false
-	}
-	defer file.Close()
-	return file.Section(".interp") == nil
-}
-
-// run runs a command and returns an error with all its output if it fails.
-func run(args ...string) error {
-	cmd := exec.Command(args[0], args[1:]...)
-	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
-	if output, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%s: %w\n%s", strings.Join(args, " "), err, output)
-	}
-	return nil
-}
-
-// cacheDir is where the node's programs and the pointer to the running node are kept.
-func cacheDir() (string, error) {
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return "", err
-	}
-	dir := filepath.Join(cache, "connectors-csi-e2e")
-	return dir, os.MkdirAll(dir, 0o755)
-}
-
-// envKubernetes names the release of Kubernetes to run, one of those in the directory kubernetes. Where it is
-// not set, the node runs the one of go.mod.
-const envKubernetes = "E2E_KUBERNETES"
-
 // releaseModule returns the directory of the module that builds the release, or "" for go.mod's own.
 func releaseModule() (string, error) {
 	release := os.Getenv(envKubernetes)
@@ -133,21 +49,6 @@ func releaseModule() (string, error) {
 	}
 	return "", fmt.Errorf("unknown Kubernetes release %q: there are %s, and without it the default",
 		release, strings.Join(known, ", "))
-}
-
-// knowsAllFields reports whether the release has every field of deploy.yaml: serviceAccountTokenInSecrets of a
-// CSIDriver is there since 1.35.
-func knowsAllFields() bool {
-	release := os.Getenv(envKubernetes)
-	return release == "" || release >= "1.35"
-}
-
-// validation is what kubectl apply is to do with a field of deploy.yaml that the release does not know.
-func validation() string {
-	if knowsAllFields() {
-		return "--validate=strict"
-	}
-	return "--validate=warn"
 }
 
 // linkTools makes a directory with links to the node's programs. Those of another Kubernetes release take the
@@ -262,14 +163,4 @@ func (m toolModule) install(version, dir string, flags []string) error {
 	}
 	fmt.Println("  built after", time.Since(began).Round(time.Second))
 	return nil
-}
-
-// output returns what a command prints.
-func output(args ...string) (string, error) {
-	out, err := exec.Command(args[0], args[1:]...).Output()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
-		return "", fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, exit.Stderr)
-	}
-	return strings.TrimSpace(string(out)), err
 }

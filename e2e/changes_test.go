@@ -1,0 +1,147 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Changes of objects, and many Pods at once.
+
+func TestChangesReachRunningPodsWhichCannotWrite(t *testing.T) {
+	ns := begin(t)
+	ns.target("changes", map[string]string{"address": "{{ .connector.spec.address }}", "text": "first"})
+	ns.pod("pod", mountTarget)
+	ns.running("pod")
+	ns.want("pod", "/volume/text", "first")
+
+	began := time.Now()
+	ns.kubectl("patch", "connectorclass", "changes", "--type=merge", "--patch",
+		`{"spec": {"configurations": [{"name": "config", "data": {"address": "{{ .connector.spec.address }}", "text": "second", "new": "file"}}]}}`)
+	ns.moveTo("https://two.example.com", "pod", "/volume/address")
+	ns.eventually(func() error { return ns.has("pod", "/volume/text", "second") })
+	ns.want("pod", "/volume/new", "file")
+	t.Logf("the changes of the Connector and of the class were in the container after %v", time.Since(began).Round(time.Second))
+
+	for _, command := range []string{
+		"echo mine > /volume/text", "echo mine > /volume/mine", "rm /volume/text", "chmod 600 /volume/..data/text", "rm -r /volume/..data/",
+	} {
+		if output, err := ns.sh("pod", command); err == nil || !strings.Contains(output, "Read-only file system") {
+			t.Errorf("%q in the container: %v: %s", command, err, output)
+		}
+	}
+	if output, err := ns.sh("pod", "mount -o remount,rw /volume"); err == nil {
+		t.Errorf("the container could make its volume writable: %s", output)
+	}
+	if options, _ := ns.sh("pod", "grep ' /volume ' /proc/mounts"); !strings.Contains(options, " ro,") {
+		t.Errorf("the container's mount is not read-only: %q", options)
+	}
+	ns.wantOneMount(ns.uid("pod"))
+	ns.want("pod", "/volume/text", "second")
+}
+
+// Changes of a Connector, of its status and of its class, 50 of each, are in the files of two Pods of one
+// ServiceAccount and of one of another long before kubelet's next call. The times include kubectl's own.
+func TestChangesArriveWithoutKubelet(t *testing.T) {
+	ns := begin(t)
+	files := map[string]string{
+		"address": "{{ .connector.spec.address }}", "status": `{{ index .connector.status "proxyAddress" }}`, "class": "0",
+	}
+	ns.target("pushed", files)
+	status := func(i int) string { return fmt.Sprintf(`{"status": {"proxyAddress": "http://proxy-%d"}}`, i) }
+	ns.kubectl("patch", "connector", "target", "--subresource=status", "--type=merge", "--patch", status(0))
+	ns.kubectl("create", "serviceaccount", "builder")
+	ns.allow("builder", ns)
+	ns.pod("one", mountTarget)
+	ns.pod("two", mountTarget)
+	ns.pod("builder", mountTarget, "serviceAccountName: builder")
+	ns.running("one", "two", "builder")
+	var dirs []string
+	for _, uid := range ns.uids() {
+		dirs = append(dirs, volumeDir(uid, "volume"))
+	}
+	for _, c := range []struct {
+		what, file, content string // the content has the change's number
+		patch               func(i int) []string
+	}{
+		{"Connector", "address", "https://host-%d", func(i int) []string {
+			return []string{"connector", "target", "--patch", fmt.Sprintf(`{"spec": {"address": "https://host-%d"}}`, i)}
+		}},
+		{"status", "status", "http://proxy-%d", func(i int) []string {
+			return []string{"connector", "target", "--subresource=status", "--patch", status(i)}
+		}},
+		{"class", "class", "%d", func(i int) []string {
+			files["class"] = strconv.Itoa(i)
+			data, _ := json.Marshal(files)
+			return []string{"connectorclass", "pushed", "--patch", fmt.Sprintf(`{"spec": {"configurations": [{"name": "config", "data": %s}]}}`, data)}
+		}},
+	} {
+		var took []time.Duration
+		for i := 1; i <= 50; i++ {
+			time.Sleep(1100 * time.Millisecond) // a volume is pushed once a second, and the first change is what is measured
+			began := time.Now()
+			ns.kubectl(append([]string{"patch", "--type=merge"}, c.patch(i)...)...)
+			for _, dir := range dirs {
+				awaitFile(t, filepath.Join(dir, c.file), fmt.Sprintf(c.content, i))
+			}
+			took = append(took, time.Since(began))
+		}
+		slices.Sort(took)
+		t.Logf("a change of the %s is in all three Pods after p50 %v, p99 %v", c.what,
+			took[24].Round(time.Millisecond), took[49].Round(time.Millisecond))
+		if took[24] > 10*time.Second {
+			t.Errorf("%s: half of the changes took longer than %v: kubelet brought them", c.what, took[24])
+		}
+	}
+}
+
+// awaitFile waits until a file on the node has this content, and looks more often than await does.
+func awaitFile(t *testing.T, path, want string) {
+	t.Helper()
+	for began := time.Now(); time.Since(began) < limit; time.Sleep(2 * time.Millisecond) {
+		if content, err := os.ReadFile(path); err == nil && string(content) == want {
+			return
+		}
+	}
+	t.Fatalf("%s has never had the content %q", path, want)
+}
+
+func TestHundredPodsAtOnce(t *testing.T) {
+	ns := begin(t)
+	ns.target("load", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
+	const pods = 100
+	created := ns.deploy("load", pods, mountTarget)
+	uids := ns.uids()
+	if len(uids) != pods {
+		t.Errorf("there are %d Pods, not %d", len(uids), pods)
+	}
+	for _, uid := range uids {
+		ns.wantOneMount(uid)
+		dir := volumeDir(uid, "volume")
+		if address := readFile(t, dir+"/address"); address != "https://one.example.com" {
+			t.Errorf("Pod %s has the address %q", uid, address)
+		}
+		if bound := ns.claims(readFile(t, dir+"/token")).Kubernetes.Pod.UID; bound != uid {
+			t.Errorf("Pod %s has the token of Pod %s", uid, bound)
+		}
+	}
+
+	began := time.Now()
+	ns.deleteDeployment("load")
+	peak, most := driverMemory(t)
+	t.Logf("%d Pods ran after %v and were gone after %v; the driver had at most %d MiB of memory, its limit is %d MiB",
+		pods, created.Round(time.Second), time.Since(began).Round(time.Second), peak>>20, most>>20)
+	if peak > most/2 { // there is to be room for ten times as many
+		t.Errorf("with %d Pods the driver needed %d MiB, more than half of its limit", pods, peak>>20)
+	}
+	wantNoRestart(t)
+}
+
+// The tests below need to see several refreshes, so they shorten the interval of a minute.
+const quickRefresh = "--refresh-interval=1s"
