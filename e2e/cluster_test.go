@@ -27,8 +27,8 @@ import (
 // limit is how long a test waits for anything. It is never reached when all is well, so it is generous.
 const limit = 3 * time.Minute
 
-// node is the one that all tests run on.
-var node *Node
+// theNode is the one that all tests run on.
+var theNode *Node
 
 func TestMain(m *testing.M) {
 	_, glabErr := glab()
@@ -37,7 +37,7 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	os.Exit(onNode(func(n *Node) int {
-		node = n
+		theNode = n
 		return m.Run()
 	}))
 }
@@ -124,7 +124,7 @@ func driverURL(t *testing.T) string {
 // saveState writes what there is to know about the cluster after a failure, and the driver's log, beside the
 // logs of the components.
 func saveState(t *testing.T) {
-	path := node.path(strings.ReplaceAll(t.Name(), "/", "-") + ".txt")
+	path := theNode.path(strings.ReplaceAll(t.Name(), "/", "-") + ".txt")
 	if exists(path) {
 		return
 	}
@@ -491,8 +491,8 @@ func filesBelow(t *testing.T, dir string) map[string]string {
 // restartKubelet kills kubelet, starts it again and waits until it serves.
 func restartKubelet(ns namespace) {
 	ns.Helper()
-	node.kubelet.stop()
-	node.kubelet = node.restart(node.kubelet)
+	theNode.kubelet.stop()
+	theNode.kubelet = theNode.restart(theNode.kubelet)
 	ns.eventually(func() error {
 		_, err := kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/healthz")
 		return err
@@ -503,14 +503,14 @@ func restartKubelet(ns namespace) {
 func restartAPIServer(ns namespace, flags ...string) {
 	ns.Helper()
 	ready := func() error { _, err := kubectl("get", "--raw", "/readyz"); return err }
-	before := node.apiServer
+	before := theNode.apiServer
 	ns.Cleanup(func() {
-		node.apiServer.stop()
-		node.apiServer = node.restart(before)
+		theNode.apiServer.stop()
+		theNode.apiServer = theNode.restart(before)
 		ns.eventually(ready)
 	})
-	node.apiServer.stop()
-	node.apiServer = node.run(filepath.Base(before.cmd.Path), append(slices.Clone(before.cmd.Args[1:]), flags...)...)
+	theNode.apiServer.stop()
+	theNode.apiServer = theNode.run(filepath.Base(before.cmd.Path), append(slices.Clone(before.cmd.Args[1:]), flags...)...)
 	ns.eventually(ready)
 }
 
@@ -553,7 +553,7 @@ func driverContainer(t *testing.T) string {
 // driverCgroup is cgroupValue of the driver's container.
 func driverCgroup(t *testing.T, v1, v2 string) (value int64) {
 	t.Helper()
-	value, err := node.cgroupValue(driverContainer(t), v1, v2)
+	value, err := theNode.cgroupValue(driverContainer(t), v1, v2)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -28,8 +28,7 @@ func (n *Node) writeConfiguration() error {
 	} {
 		token := rand.Text()
 		fmt.Fprintf(&tokens, "%s,%s,%s,%q\n", token, user.name, user.name, user.groups)
-		kubeconfig := fmt.Sprintf(kubeconfigFormat, nodeIP, n.path("apiserver.crt"), token)
-		if err := os.WriteFile(n.path(user.file+".kubeconfig"), []byte(kubeconfig), 0o600); err != nil {
+		if err := os.WriteFile(n.path(user.file+".kubeconfig"), n.kubeconfig(token), 0o600); err != nil {
 			return err
 		}
 	}
@@ -50,6 +49,11 @@ func (n *Node) writeConfiguration() error {
 		}
 	}
 	return nil
+}
+
+// kubeconfig is one for the bearer of a token.
+func (n *Node) kubeconfig(token string) []byte {
+	return fmt.Appendf(nil, kubeconfigFormat, nodeIP, n.path("apiserver.crt"), token)
 }
 
 // newKey returns a new private key, PEM-encoded, to sign ServiceAccounts' tokens with.

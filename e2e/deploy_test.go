@@ -14,7 +14,7 @@ import (
 func TestDriverRunsWhereItsPriorityNeedsAQuota(t *testing.T) {
 	ns := begin(t)
 	driver := driverNamespace(t)
-	configuration := node.path("admission.yaml")
+	configuration := theNode.path("admission.yaml")
 	if err := os.WriteFile(configuration, []byte(`
 apiVersion: apiserver.config.k8s.io/v1
 kind: AdmissionConfiguration

@@ -81,8 +81,8 @@ func TestPodsKeepFilesWhenTheDriverIsReplaced(t *testing.T) {
 
 	driverNamespace(t).kubectl("set", "image", "daemonset/connectors-csi", "csi-driver="+upgradeImage)
 	awaitDriver(t)
-	if image := driverPod(t, ".spec.containers[0].image"); image != upgradeImage {
-		t.Errorf("the driver was not upgraded, its image is %s", image)
+	if used := driverPod(t, ".spec.containers[0].image"); used != upgradeImage {
+		t.Errorf("the driver was not upgraded, its image is %s", used)
 	}
 	ns.moveTo("https://three.example.com", "pod", "/volume/address")
 	ns.moveTo("https://four.example.com", "pod", "/volume/address")
@@ -113,7 +113,7 @@ func TestPodsKeepFilesWhileTheAPIServerIsDown(t *testing.T) {
 	ns.watcher("pod")
 	uid, driver := ns.uid("pod"), driverURL(t)
 
-	node.apiServer.stop()
+	theNode.apiServer.stop()
 	refreshed := await(limit, func() error { // kubelet goes on calling the driver, which can read nothing
 		metrics, err := httpGet(driver + "/metrics")
 		if err == nil && !strings.Contains(metrics, `connectors_csi_publish_total{code="Unavailable"}`) {
@@ -122,7 +122,7 @@ func TestPodsKeepFilesWhileTheAPIServerIsDown(t *testing.T) {
 		return err
 	})
 	address, err := os.ReadFile(volumeDir(uid, "volume") + "/address")
-	node.apiServer = node.restart(node.apiServer) // before anything can end the test: the others need it
+	theNode.apiServer = theNode.restart(theNode.apiServer) // before anything can end the test: the others need it
 	ns.eventually(func() error {
 		_, err := kubectl("get", "--raw", "/readyz")
 		return err
@@ -149,12 +149,12 @@ func TestChangesArriveAfterFiveMinutesWithoutTheAPIServer(t *testing.T) {
 	uid := ns.uid("pod")
 	mount, file := ns.wantOneMount(uid), volumeDir(uid, "volume")+"/address"
 
-	node.apiServer.stop()
+	theNode.apiServer.stop()
 	changed := changeInEtcd("/registry/connectors.alauda.io/connectors/"+ns.name+"/target", "https://one.", "https://two.")
 	time.Sleep(away) // what is tried
 	kept, err := os.ReadFile(file)
-	node.kubelet.stop()
-	node.apiServer = node.restart(node.apiServer)
+	theNode.kubelet.stop()
+	theNode.apiServer = theNode.restart(theNode.apiServer)
 	ready := await(limit, func() error {
 		_, err := kubectl("get", "--raw", "/readyz")
 		return err
@@ -168,7 +168,7 @@ func TestChangesArriveAfterFiveMinutesWithoutTheAPIServer(t *testing.T) {
 		return err
 	})
 	took := time.Since(returned)
-	node.kubelet = node.restart(node.kubelet) // before anything can end the test: the others need it
+	theNode.kubelet = theNode.restart(theNode.kubelet) // before anything can end the test: the others need it
 	if err := errors.Join(changed, err, ready, arrived); err != nil {
 		t.Fatal(err)
 	}
@@ -251,7 +251,7 @@ func TestDeletedPodsLeaveNothing(t *testing.T) {
 
 // kubeletFailedToUnmount looks in kubelet's log for a Pod's volume that could not be unmounted.
 func kubeletFailedToUnmount(t *testing.T, uid string) error {
-	for line := range strings.Lines(readFile(t, node.kubelet.log)) {
+	for line := range strings.Lines(readFile(t, theNode.kubelet.log)) {
 		if strings.Contains(line, uid) && strings.Contains(line, "UnmountVolume.TearDown failed") {
 			return nil
 		}

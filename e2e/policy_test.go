@@ -56,7 +56,7 @@ func clientWith(t *testing.T, token, contentType string) *kubernetes.Clientset {
 	t.Helper()
 	client, err := kubernetes.NewForConfig(&rest.Config{
 		Host: "https://" + nodeIP, BearerToken: token, QPS: -1,
-		TLSClientConfig: rest.TLSClientConfig{CAFile: node.path("apiserver.crt")},
+		TLSClientConfig: rest.TLSClientConfig{CAFile: theNode.path("apiserver.crt")},
 		ContentConfig:   rest.ContentConfig{ContentType: contentType},
 	})
 	if err != nil {
@@ -67,7 +67,7 @@ func clientWith(t *testing.T, token, contentType string) *kubernetes.Clientset {
 
 func admin(t *testing.T) *kubernetes.Clientset {
 	t.Helper()
-	found := regexp.MustCompile(`token: "(.*)"`).FindStringSubmatch(readFile(t, node.path("admin.kubeconfig")))
+	found := regexp.MustCompile(`token: "(.*)"`).FindStringSubmatch(readFile(t, theNode.path("admin.kubeconfig")))
 	if found == nil {
 		t.Fatal("the administrator has no token")
 	}
@@ -324,7 +324,7 @@ func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 		if may(kubeconfig(t, "stolen", stolen), c.verb, c.resource) {
 			t.Errorf("the driver's token lets one %s %s", c.verb, c.resource)
 		}
-		if may(node.path("kubelet.kubeconfig"), c.verb, c.resource) != c.kubelets {
+		if may(theNode.path("kubelet.kubeconfig"), c.verb, c.resource) != c.kubelets {
 			t.Errorf("kubelet's token lets one %s %s: %v", c.verb, c.resource, !c.kubelets)
 		}
 	}

@@ -147,9 +147,9 @@ func (p standardProxy) saysThatItCannotAsk() {
 	if got := p.get(gitPort, fetchPath, bearer(known)); got.status != 200 {
 		p.Fatalf("%d %s", got.status, got.body)
 	}
-	node.apiServer.stop()
+	theNode.apiServer.stop()
 	start := sync.OnceFunc(func() {
-		node.apiServer = node.restart(node.apiServer)
+		theNode.apiServer = theNode.restart(theNode.apiServer)
 		p.eventually(func() error { _, err := kubectl("get", "--raw", "/readyz"); return err })
 	})
 	defer start()

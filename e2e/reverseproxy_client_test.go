@@ -59,7 +59,7 @@ func (p standardProxy) signed(token string, change func(claims map[string]any)) 
 	if payload, err = json.Marshal(claims); err != nil {
 		p.Fatal(err)
 	}
-	block, _ := pem.Decode([]byte(readFile(p.T, node.path("service-account.key"))))
+	block, _ := pem.Decode([]byte(readFile(p.T, theNode.path("service-account.key"))))
 	key, err := x509.ParseECPrivateKey(block.Bytes)
 	if err != nil {
 		p.Fatal(err)
@@ -90,11 +90,11 @@ func newRecordingTarget(t *testing.T) *recordingTarget {
 		t.Fatal(err)
 	}
 	target := &recordingTarget{handlers: map[string]http.Handler{"/team/": withPassword("bot", "change-me", backend)}}
-	before := node.targets.handlers["git.example.com"]
+	before := theNode.targets.handlers["git.example.com"]
 	for _, name := range []string{"git", "npm", "untrusted", "misnamed"} {
-		node.targets.serve(name+".example.com", target)
+		theNode.targets.serve(name+".example.com", target)
 	}
-	t.Cleanup(func() { node.targets.serve("git.example.com", before) })
+	t.Cleanup(func() { theNode.targets.serve("git.example.com", before) })
 	return target
 }
 

@@ -101,14 +101,14 @@ func (p standardProxy) changesUnderLoad() {
 	}
 	p.kubectl("patch", "secret", "connectors-proxy-git", "--patch", `{"stringData": {"password": "changed"}}`)
 	wait("changed")
-	if err := node.leadTo("git.example.com", movedIP); err != nil {
+	if err := theNode.leadTo("git.example.com", movedIP); err != nil {
 		p.Fatal(err)
 	}
 	wait(movedIP + ":443")
-	if err := node.leadTo("", ""); err != nil {
+	if err := theNode.leadTo("", ""); err != nil {
 		p.Fatal(err)
 	}
-	node.targets.serve("git2.example.com", p.target)
+	theNode.targets.serve("git2.example.com", p.target)
 	dir := p.copyExample("more")
 	kustomization := readFile(p.T, dir+"/kustomization.yaml")
 	writeFile(p.T, dir+"/kustomization.yaml", strings.Replace(kustomization, "git.example.com", "git2.example.com", 1))
@@ -144,7 +144,7 @@ func (p standardProxy) atOnce(times int, script string, env ...string) time.Dura
 		all.Go(func() {
 			cmd := exec.Command("timeout", "60", "sh", "-euc", script)
 			cmd.Dir = filepath.Join(dir, fmt.Sprint(i))
-			cmd.Env = append(append(os.Environ(), "HOME="+cmd.Dir, "CA="+node.path(targetCA)), env...)
+			cmd.Env = append(append(os.Environ(), "HOME="+cmd.Dir, "CA="+theNode.path(targetCA)), env...)
 			if err := os.Mkdir(cmd.Dir, 0o755); err != nil {
 				p.Error(err)
 				return
@@ -227,12 +227,12 @@ func (p standardProxy) carriesPackages() {
 	if err != nil {
 		p.Fatal(err)
 	}
-	node.targets.serve("npm.example.com", withToken("change-me", serve(files)))
+	theNode.targets.serve("npm.example.com", withToken("change-me", serve(files)))
 	const install = `printf '%s' "$MANIFEST" >package.json; printf '%b' "$CONFIG" >.npmrc
 		npm install --silent --no-audit --no-fund --cache cache >log 2>&1 || { cat log; exit 1; }
 		test "$(ls node_modules | wc -l)" = 100`
 	direct := p.atOnce(1, install, "MANIFEST="+string(manifest),
-		`CONFIG=registry=https://npm.example.com/\n//npm.example.com/:_authToken=change-me\ncafile=`+node.path(targetCA)+`\n`)
+		`CONFIG=registry=https://npm.example.com/\n//npm.example.com/:_authToken=change-me\ncafile=`+theNode.path(targetCA)+`\n`)
 	before := p.asked()
 	proxied := p.atOnce(1, install, "MANIFEST="+string(manifest), fmt.Sprintf(
 		`CONFIG=registry=http://%[1]s/\n//%[1]s/:_authToken=%[2]s\nreplace-registry-host=always\n`, p.host("npm"),

@@ -7,7 +7,7 @@ import (
 
 // Two minutes of bad days: see soak.go. The next test installs the driver with its own limits again.
 func TestSoakOfTwoMinutes(t *testing.T) {
-	if err := runSoak(node, 2*time.Minute, 1); err != nil {
+	if err := runSoak(theNode, 2*time.Minute, 1); err != nil {
 		t.Error(err)
 	}
 }

@@ -77,6 +77,7 @@ func (t *targets) serve(name string, handler http.Handler) {
 	t.handlers[name] = handler
 }
 
+// ServeHTTP has the handler of the name answer.
 func (t *targets) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	t.mu.Lock()
 	handler := t.handlers[r.Host]

@@ -26,8 +26,10 @@ type claims struct {
 	} `json:"kubernetes.io"`
 }
 
+// lifetime is what the token is issued for.
 func (c claims) lifetime() time.Duration { return time.Duration(c.Expires-c.IssuedAt) * time.Second }
 
+// parseClaims returns the claims of a token, which it does not verify.
 func parseClaims(token string) (c claims, err error) {
 	parts := strings.Split(token, ".")
 	if len(parts) != 3 {

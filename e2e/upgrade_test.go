@@ -19,8 +19,8 @@ func installOldDriver(t *testing.T, args ...string) {
 	}
 	applyManifest(t, manifest, args...)
 	awaitDriver(t)
-	if image := driverPod(t, ".spec.containers[0].image"); image != oldImage {
-		t.Fatalf("the old driver is not installed, the image is %s", image)
+	if used := driverPod(t, ".spec.containers[0].image"); used != oldImage {
+		t.Fatalf("the old driver is not installed, the image is %s", used)
 	}
 }
 
@@ -77,7 +77,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 	follow("https://two.example.com")
 
 	installDriver(t, quickRefresh)
-	if image := driverPod(t, ".spec.containers[0].image"); image == oldImage {
+	if used := driverPod(t, ".spec.containers[0].image"); used == oldImage {
 		t.Fatal("the driver was not upgraded")
 	}
 	follow("https://three.example.com")
