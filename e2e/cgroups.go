@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"connectors-csi/e2e/machine"
 )
 
 // The node's cgroups are not part of a namespace: nothing removes them but us. Their common parent has
@@ -92,7 +94,7 @@ func enableControllers() error {
 // moveProcessesToLeaf moves the root's processes into a child. Inside a container the root that we see is a
 // cgroup like any other, and such a one has either processes or children with controllers.
 func moveProcessesToLeaf() error {
-	leaf := cgroupRoot + "/" + prefix + "container"
+	leaf := cgroupRoot + "/" + machine.Prefix + "container"
 	if err := os.Mkdir(leaf, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -139,10 +141,10 @@ func removeCgroups(name string) {
 func removeStaleCgroups() {
 	hierarchies, _ := cgroupHierarchies()
 	for _, hierarchy := range hierarchies {
-		stale, _ := filepath.Glob(filepath.Join(hierarchy, prefix+"*"))
+		stale, _ := filepath.Glob(filepath.Join(hierarchy, machine.Prefix+"*"))
 		for _, dir := range stale {
 			var pid int
-			if n, _ := fmt.Sscanf(filepath.Base(dir), prefix+"%d-", &pid); n == 1 && unix.Kill(pid, 0) == unix.ESRCH {
+			if n, _ := fmt.Sscanf(filepath.Base(dir), machine.Prefix+"%d-", &pid); n == 1 && unix.Kill(pid, 0) == unix.ESRCH {
 				removeCgroups(filepath.Base(dir))
 			}
 		}

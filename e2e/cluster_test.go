@@ -125,7 +125,7 @@ func driverURL(t *testing.T) string {
 // logs of the components.
 func saveState(t *testing.T) {
 	path := theNode.path(strings.ReplaceAll(t.Name(), "/", "-") + ".txt")
-	if exists(path) {
+	if machine.Exists(path) {
 		return
 	}
 	var state bytes.Buffer
@@ -454,7 +454,7 @@ func (ns namespace) gone(uid string) {
 		if lines := mountsBelow(kubeletPods + uid + "/"); len(lines) > 0 {
 			return fmt.Errorf("of the deleted Pod %s are left: %s", uid, lines)
 		}
-		if exists(kubeletPods + uid) {
+		if machine.Exists(kubeletPods + uid) {
 			return fmt.Errorf("of the deleted Pod is left: %s", kubeletPods+uid)
 		}
 		return nil

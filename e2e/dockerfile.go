@@ -2,12 +2,13 @@ package main
 
 import (
 	"bytes"
-	"connectors-csi/e2e/machine"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+
+	"connectors-csi/e2e/machine"
 )
 
 // The command dockerfile makes sure that the Dockerfile makes the same of the same sources as the command image.
@@ -16,7 +17,7 @@ import (
 type builder struct{ dir string }
 
 func (b builder) buildah(args ...string) (string, error) {
-	return output(append([]string{"buildah", "--storage-driver=vfs", "--root=" + b.dir + "/storage", "--runroot=" + b.dir + "/run"}, args...)...)
+	return machine.Output(append([]string{"buildah", "--storage-driver=vfs", "--root=" + b.dir + "/storage", "--runroot=" + b.dir + "/run"}, args...)...)
 }
 
 // checkDockerfile builds the Dockerfile for two platforms and compares what is in the images with what the command
@@ -24,14 +25,14 @@ func (b builder) buildah(args ...string) (string, error) {
 func checkDockerfile() error {
 	if err := machine.Install([]machine.Need{
 		{"buildah", "buildah", machine.HasCommand("buildah")},
-		{"a static busybox", "busybox-static", isStatic("busybox")},
+		{"a static busybox", "busybox-static", machine.IsStatic("busybox")},
 	}); err != nil {
 		return err
 	}
-	if err := run("go", "-C", "..", "mod", "download"); err != nil { // no network is needed from here on
+	if err := machine.Run("go", "-C", "..", "mod", "download"); err != nil { // no network is needed from here on
 		return err
 	}
-	work, err := os.MkdirTemp("", prefix+"dockerfile-")
+	work, err := os.MkdirTemp("", machine.Prefix+"dockerfile-")
 	if err != nil {
 		return err
 	}
@@ -103,7 +104,7 @@ func (b builder) makeGolang() error {
 // build builds the Dockerfile and returns the binary that it makes. That GO_VERSION names the Go of the image golang
 // is the business of whoever builds with that.
 func (b builder) build(arch, version string) ([]byte, error) {
-	caches, err := output("go", "env", "GOROOT", "GOMODCACHE", "GOCACHE")
+	caches, err := machine.Output("go", "env", "GOROOT", "GOMODCACHE", "GOCACHE")
 	if err != nil {
 		return nil, err
 	}

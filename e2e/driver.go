@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+
+	"connectors-csi/e2e/machine"
 )
 
 // What the tests and the command soak know of the driver.
@@ -20,7 +22,7 @@ const (
 
 // oldDriver is where the old driver is kept.
 func oldDriver() (binary string, err error) {
-	cache, err := cacheDir()
+	cache, err := machine.CacheDir()
 	return filepath.Join(cache, "connectors-csi-"+oldCommit), err
 }
 
@@ -28,19 +30,19 @@ func oldDriver() (binary string, err error) {
 // the node has no network.
 func buildOldDriver() error {
 	binary, err := oldDriver()
-	if err != nil || exists(binary) {
+	if err != nil || machine.Exists(binary) {
 		return err
 	}
-	sources, err := os.MkdirTemp("", prefix+"sources-")
+	sources, err := os.MkdirTemp("", machine.Prefix+"sources-")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(sources)
 	archive := sources + "/driver.tar"
-	if err := run("git", "-C", "..", "archive", "--output="+archive, oldCommit); err != nil {
+	if err := machine.Run("git", "-C", "..", "archive", "--output="+archive, oldCommit); err != nil {
 		return fmt.Errorf("the upgrade's test needs git's history: %w", err)
 	}
-	if err := run("tar", "-xf", archive, "-C", sources); err != nil {
+	if err := machine.Run("tar", "-xf", archive, "-C", sources); err != nil {
 		return err
 	}
 	return buildDriver(sources, binary, runtime.GOARCH, oldCommit)
@@ -63,7 +65,7 @@ func oldManifest() (string, error) {
 	if err := importImage(driver); err != nil {
 		return "", err
 	}
-	manifest, err := output("git", "-C", "..", "show", oldCommit+":deploy.yaml")
+	manifest, err := machine.Output("git", "-C", "..", "show", oldCommit+":deploy.yaml")
 	return imageField.ReplaceAllString(manifest+"\n", "        image: "+oldImage), err
 }
 

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"connectors-csi/e2e/machine"
 )
 
 // What images are made of: programs of this machine.
@@ -21,7 +23,7 @@ func busyboxFiles() ([]file, error) {
 	if err != nil {
 		return nil, err
 	}
-	commands, err := output(path, "--list")
+	commands, err := machine.Output(path, "--list")
 	if err != nil {
 		return nil, err
 	}
@@ -36,7 +38,7 @@ func busyboxFiles() ([]file, error) {
 
 // clientFiles returns this machine's curl, and its git with all it needs to clone over HTTP.
 func clientFiles() ([]file, error) {
-	helpers, err := output("git", "--exec-path")
+	helpers, err := machine.Output("git", "--exec-path")
 	if err != nil {
 		return nil, err
 	}
@@ -62,7 +64,7 @@ func linkedFiles(programs ...string) (files []file, _ error) {
 	seen := map[string]bool{}
 	for _, program := range programs {
 		// "\tlibz.so.1 => /lib/x86_64-linux-gnu/libz.so.1 (0x…)", "\t/lib64/ld-linux-x86-64.so.2 (0x…)"
-		libraries, err := output("ldd", program)
+		libraries, err := machine.Output("ldd", program)
 		if err != nil {
 			return nil, err
 		}

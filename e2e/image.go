@@ -8,6 +8,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"connectors-csi/e2e/machine"
 )
 
 // The driver's image, which the command image writes.
@@ -92,7 +94,7 @@ func writeImage(o imageOptions) error {
 	if err != nil {
 		return err
 	}
-	work, err := os.MkdirTemp("", prefix+"image-")
+	work, err := os.MkdirTemp("", machine.Prefix+"image-")
 	if err != nil {
 		return err
 	}
@@ -107,7 +109,7 @@ func writeImage(o imageOptions) error {
 			return err
 		}
 		bom := filepath.Join(filepath.Dir(o.output), "connectors-csi-"+filepath.Base(binary)+".cdx.json")
-		if err := run("go", "run", bomTool, "bin", "-json", "-noserial", "-notimestamp", "-std", "-licenses", "-version", version,
+		if err := machine.Run("go", "run", bomTool, "bin", "-json", "-noserial", "-notimestamp", "-std", "-licenses", "-version", version,
 			"-output", bom, binary); err != nil {
 			return err
 		}

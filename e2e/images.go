@@ -23,6 +23,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	tarballs "github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"connectors-csi/e2e/machine"
 )
 
 // The node reaches no registry. Every image that a test needs is written here, as an OCI archive, and imported under
@@ -97,14 +99,14 @@ func importImage(image image) error {
 	if err != nil {
 		return err
 	}
-	return run("ctr", "-n", "k8s.io", "images", "tag", name.String(), name.Name()+"@"+digest)
+	return machine.Run("ctr", "-n", "k8s.io", "images", "tag", name.String(), name.Name()+"@"+digest)
 }
 
 // archive returns the image as a tar of an OCI image layout, with what `docker load` of an older engine looks for. The
 // same files give the same bytes.
 // https://github.com/opencontainers/image-spec/blob/main/image-layout.md
 func (i image) archive() ([]byte, error) {
-	dir, err := os.MkdirTemp("", prefix+"image-")
+	dir, err := os.MkdirTemp("", machine.Prefix+"image-")
 	if err != nil {
 		return nil, err
 	}

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"connectors-csi/e2e/machine"
 )
 
 // Tools that refuse a file for its mode or its owner. They run in Pods, as the users that the Pods say.
@@ -33,7 +35,7 @@ func ownerImageFiles() ([]file, error) {
 }
 
 func glab() (string, error) {
-	dir, err := unpackPackages("trixie", "glab")
+	dir, err := machine.Unpack("trixie", "glab")
 	return filepath.Join(dir, "usr/bin/glab"), err
 }
 

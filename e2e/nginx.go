@@ -32,7 +32,7 @@ func fetchNginx() (dir string, err error) {
 		fmt.Println("Without apt-get and dpkg there is no image of nginx, and so no proxy of examples/proxy.")
 		return "", nil
 	}
-	return unpackPackages(nginxSuite, nginxPackages...)
+	return machine.Unpack(nginxSuite, nginxPackages...)
 }
 
 // nginxFiles returns the image's files, or none without the packages. The certificates in the file ca are those of the

@@ -96,7 +96,7 @@ func runCommand() (code int, err error) {
 	if err := enableControllers(); err != nil {
 		return 0, err
 	}
-	dir, err := os.MkdirTemp("", fmt.Sprintf("%s%d-", prefix, os.Getpid()))
+	dir, err := os.MkdirTemp("", fmt.Sprintf("%s%d-", machine.Prefix, os.Getpid()))
 	if err != nil {
 		return 0, err
 	}
@@ -329,7 +329,7 @@ func (n *Node) start() error {
 		"--service-account-signing-key-file", n.path("service-account.key"),
 		"--allow-privileged",
 		"--kubelet-preferred-address-types", "InternalIP") // the default asks DNS for the node's name first
-	if err := await(startLimit, func() error { return run("ctr", "version") }); err != nil {
+	if err := await(startLimit, func() error { return machine.Run("ctr", "version") }); err != nil {
 		return fmt.Errorf("containerd is not ready: %w", err)
 	}
 	if err := n.importImages(); err != nil {

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"connectors-csi/e2e/machine"
 )
 
 // Who may have which files, and what Pods see of them.
@@ -35,7 +37,7 @@ func TestConnectorInAnotherNamespace(t *testing.T) {
 	if !found {
 		t.Fatalf("the event names no remedy: %s", message)
 	}
-	if err := run("bash", "-c", command); err != nil {
+	if err := machine.Run("bash", "-c", command); err != nil {
 		t.Fatal(err)
 	}
 	ns.running("refused")

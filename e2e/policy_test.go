@@ -21,6 +21,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+
+	"connectors-csi/e2e/machine"
 )
 
 // The two policies of deploy.yaml, against somebody who has taken over a node: who has the driver's token there, and
@@ -479,7 +481,7 @@ func TestTokenPoliciesTakeThePlaceOfTheEarlierOne(t *testing.T) {
 	ns.wantDenied(deniedNode, func() error { return ask(thief, away) })
 
 	ns.kubectl("delete", "validatingadmissionpolicy,validatingadmissionpolicybinding", secondPolicy)
-	earlier, err := output("git", "-C", "..", "show", earlierPolicy+":deploy.yaml")
+	earlier, err := machine.Output("git", "-C", "..", "show", earlierPolicy+":deploy.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -518,7 +520,7 @@ func TestTokenRightInSingleNamespaces(t *testing.T) {
 			commands = strings.ReplaceAll(b.text, "team-a", ns.name)
 		}
 	}
-	if err := run("bash", "-euc", commands); err != nil || commands == "" {
+	if err := machine.Run("bash", "-euc", commands); err != nil || commands == "" {
 		t.Fatalf("%v\n%s", err, commands)
 	}
 	ns.pod("pod", mountForAnHour)

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"connectors-csi/e2e/machine"
 )
 
 // changesUnderLoad replaces the Secret, moves the target to another address, and rolls out another target, while new
@@ -169,7 +171,7 @@ func (p standardProxy) carriesClones() {
 	if err != nil {
 		p.Fatal(err)
 	}
-	if err := run("sh", "-euc", `
+	if err := machine.Run("sh", "-euc", `
 		cd "$0/work"
 		dd if=/dev/urandom of=big bs=1M count=50 status=none
 		git add big

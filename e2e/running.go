@@ -7,6 +7,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"syscall"
+
+	"connectors-csi/e2e/machine"
 )
 
 // pointTo makes a node the one that execKubectl finds.
@@ -26,7 +28,7 @@ func pointTo(dir string, init int) error {
 
 // runningNode is the name of a link to the directory of the node that was started last.
 func runningNode() (string, error) {
-	cache, err := cacheDir()
+	cache, err := machine.CacheDir()
 	return filepath.Join(cache, "node"), err
 }
 
@@ -38,7 +40,7 @@ func execKubectl(args []string) error {
 	}
 	pid, err := os.ReadFile(filepath.Join(dir, "pid"))
 	network := fmt.Sprintf("/proc/%s/ns/net", pid)
-	if err != nil || !exists(network) {
+	if err != nil || !machine.Exists(network) {
 		return errors.New("no node is running; start one with: go -C e2e run . up")
 	}
 	nsenter, err := exec.LookPath("nsenter")

@@ -15,6 +15,8 @@ import (
 	"github.com/onsi/gomega"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
+
+	"connectors-csi/e2e/machine"
 )
 
 // What of the suite is not for this driver: by the regular expression that skips it, and why.
@@ -63,7 +65,7 @@ func TestCSISanity(t *testing.T) {
 	config.TargetPath = filepath.Dir(volumeDir(uid, "sanity"))
 	config.StagingPath = ""
 	config.CheckPath = func(path string) (sanity.PathKind, error) {
-		if exists(targetPath(path)) {
+		if machine.Exists(targetPath(path)) {
 			return sanity.PathIsDir, nil
 		}
 		return sanity.PathIsNotFound, nil
@@ -98,7 +100,7 @@ func TestCSISanity(t *testing.T) {
 	if !slices.Equal(passed, forUs) || len(others) > 0 {
 		t.Errorf("other tests are expected to pass:\n%s\nand these did not:\n%s", strings.Join(forUs, "\n"), strings.Join(others, "\n"))
 	}
-	if dir := config.TargetPath; exists(dir) {
+	if dir := config.TargetPath; machine.Exists(dir) {
 		t.Errorf("%s is left", dir)
 	}
 	ns.want("pod", "/volume/address", "https://one.example.com")

@@ -23,6 +23,8 @@ import (
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"connectors-csi/e2e/machine"
 )
 
 // The command scale measures many drivers at one API server. The API server is the node's; each driver has a node
@@ -658,7 +660,7 @@ func (s *scaleRun) clear() error {
 	s.stop()
 	for _, node := range s.nodes {
 		node.driver.stop()
-		if err := run("umount", "--lazy", node.dir); err != nil {
+		if err := machine.Run("umount", "--lazy", node.dir); err != nil {
 			return err
 		}
 	}

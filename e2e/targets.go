@@ -18,6 +18,8 @@ import (
 	"path/filepath"
 	"sync"
 	"time"
+
+	"connectors-csi/e2e/machine"
 )
 
 // The world outside the cluster: HTTPS servers whose names are below example.com, with certificates of an authority
@@ -167,11 +169,11 @@ func withPassword(user, password string, handler http.Handler) http.Handler {
 
 // gitBackend serves, from a directory that it makes, the repository team/app.git to fetch from and to push to.
 func gitBackend(dir string) (http.Handler, error) {
-	helpers, err := output("git", "--exec-path")
+	helpers, err := machine.Output("git", "--exec-path")
 	if err != nil {
 		return nil, err
 	}
-	if err := run("sh", "-euc", `
+	if err := machine.Run("sh", "-euc", `
 		git init -q -b main "$0/work" && cd "$0/work"
 		echo hello > greeting
 		git add greeting
@@ -190,7 +192,7 @@ func gitBackend(dir string) (http.Handler, error) {
 func unchunked(handler http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ContentLength < 0 {
-			body, err := os.CreateTemp("", prefix+"body-")
+			body, err := os.CreateTemp("", machine.Prefix+"body-")
 			if err != nil {
 				http.Error(w, err.Error(), http.StatusInternalServerError)
 				return

@@ -18,10 +18,10 @@ import (
 func nodeNeeds() []machine.Need {
 	return []machine.Need{
 		{"a C compiler", "gcc", machine.HasCommand("gcc")},
-		{"the C library's headers", "libc6-dev", exists("/usr/include/stdlib.h")},
+		{"the C library's headers", "libc6-dev", machine.Exists("/usr/include/stdlib.h")},
 		{"pkg-config", "pkg-config", machine.HasCommand("pkg-config")},
 		{"libseccomp's headers", "libseccomp-dev", exec.Command("pkg-config", "--exists", "libseccomp").Run() == nil},
-		{"a static busybox", "busybox-static", isStatic("busybox")},
+		{"a static busybox", "busybox-static", machine.IsStatic("busybox")},
 		{"mount", "mount", machine.HasCommand("mount")},
 		{"nsenter", "util-linux", machine.HasCommand("nsenter")},
 		{"git", "git", machine.HasCommand("git")},
@@ -73,7 +73,7 @@ func linkTools(dir, module string) error {
 			return err
 		}
 		link := append([]string{"ln", "-sf", "-t", dir, "--"}, programs...)
-		if err := run(link...); err != nil {
+		if err := machine.Run(link...); err != nil {
 			return err
 		}
 	}
@@ -87,7 +87,7 @@ type toolModule struct{ dir, path string }
 // build builds the programs that the module lists as tools, unless an earlier run did, and returns their
 // directory. Its name depends on all that they are built from, so it never holds outdated programs.
 func (m toolModule) build() (string, error) {
-	version, err := output("go", "-C", m.dir, "list", "-m", "-f", "{{.Version}}", m.path)
+	version, err := machine.Output("go", "-C", m.dir, "list", "-m", "-f", "{{.Version}}", m.path)
 	if err != nil {
 		return "", fmt.Errorf("%w\n(start it with: go -C e2e run .)", err)
 	}
@@ -102,7 +102,7 @@ func (m toolModule) build() (string, error) {
 		hash.Write(content)
 	}
 	fmt.Fprintln(hash, flags, runtime.Version(), runtime.GOARCH)
-	cache, err := cacheDir()
+	cache, err := machine.CacheDir()
 	if err != nil {
 		return "", err
 	}
@@ -113,7 +113,7 @@ func (m toolModule) build() (string, error) {
 		return "", err
 	}
 	defer unlock()
-	if exists(dir) {
+	if machine.Exists(dir) {
 		return dir, nil
 	}
 	// All or nothing: the directory gets its name when it is complete.
@@ -132,7 +132,7 @@ func (m toolModule) install(version, dir string, flags []string) error {
 	fmt.Println("Building", m.path, version, "and what else the node needs: 2 (CoreDNS) to 15 minutes on two cores, once.")
 	began := time.Now()
 	list := append(append([]string{"go", "-C", m.dir, "list"}, flags...), "-deps", "tool")
-	packages, err := output(list...)
+	packages, err := machine.Output(list...)
 	if err != nil {
 		return err
 	}

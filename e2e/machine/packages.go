@@ -1,7 +1,6 @@
-package main
+package machine
 
 import (
-	"connectors-csi/e2e/machine"
 	"crypto/sha256"
 	"fmt"
 	"os"
@@ -9,22 +8,22 @@ import (
 	"strings"
 )
 
-// unpackPackages downloads packages of a newer Debian than this machine may have, unless an earlier run did, and returns
+// Unpack downloads packages of a newer Debian than this machine may have, unless an earlier run did, and returns
 // the directory that they are unpacked in. They are not installed.
-func unpackPackages(suite string, names ...string) (dir string, _ error) {
-	cache, err := cacheDir()
+func Unpack(suite string, names ...string) (dir string, _ error) {
+	cache, err := CacheDir()
 	if err != nil {
 		return "", err
 	}
 	hash := sha256.Sum256([]byte(strings.Join(names, " ")))
-	if dir = filepath.Join(cache, fmt.Sprintf("%s-%s-%x", names[0], suite, hash[:4])); exists(dir) {
+	if dir = filepath.Join(cache, fmt.Sprintf("%s-%s-%x", names[0], suite, hash[:4])); Exists(dir) {
 		return dir, nil
 	}
 	const keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-	if err := machine.Install([]machine.Need{{"Debian's keyring", "debian-archive-keyring", exists(keyring)}}); err != nil {
+	if err := Install([]Need{{"Debian's keyring", "debian-archive-keyring", Exists(keyring)}}); err != nil {
 		return "", err
 	}
-	work, err := os.MkdirTemp("", prefix+names[0]+"-")
+	work, err := os.MkdirTemp("", Prefix+names[0]+"-")
 	if err != nil {
 		return "", err
 	}
@@ -45,5 +44,5 @@ func unpackPackages(suite string, names ...string) (dir string, _ error) {
 			dpkg-deb --extract "$package" unpacked
 		done
 		mv unpacked "$dir"`, "sh", work, keyring, suite, dir}
-	return dir, run(append(script, names...)...)
+	return dir, Run(append(script, names...)...)
 }

@@ -1,4 +1,4 @@
-package main
+package machine
 
 import (
 	"debug/elf"
@@ -10,17 +10,17 @@ import (
 	"strings"
 )
 
-// prefix is what the names of all files and cgroups begin with that are made outside of a node.
-const prefix = "connectors-csi-e2e-"
+// Prefix is what the names of all files and cgroups begin with that are made outside of a node.
+const Prefix = "connectors-csi-e2e-"
 
-// exists reports whether there is a file or directory.
-func exists(path string) bool {
+// Exists reports whether there is a file or directory.
+func Exists(path string) bool {
 	_, err := os.Stat(path)
 	return err == nil
 }
 
-// isStatic reports whether a command runs without an interpreter, and so in an image that has nothing else.
-func isStatic(command string) bool {
+// IsStatic reports whether a command runs without an interpreter, and so in an image that has nothing else.
+func IsStatic(command string) bool {
 	path, err := exec.LookPath(command)
 	if err != nil {
 		return false
@@ -33,8 +33,8 @@ func isStatic(command string) bool {
 	return file.Section(".interp") == nil
 }
 
-// run runs a command and returns an error with all its output if it fails.
-func run(args ...string) error {
+// Run runs a command and returns an error with all its output if it fails.
+func Run(args ...string) error {
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
 	if output, err := cmd.CombinedOutput(); err != nil {
@@ -43,8 +43,8 @@ func run(args ...string) error {
 	return nil
 }
 
-// cacheDir is where the node's programs and the pointer to the running node are kept.
-func cacheDir() (string, error) {
+// CacheDir is where the node's programs and the pointer to the running node are kept.
+func CacheDir() (string, error) {
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		return "", err
@@ -53,8 +53,8 @@ func cacheDir() (string, error) {
 	return dir, os.MkdirAll(dir, 0o755)
 }
 
-// output returns what a command prints.
-func output(args ...string) (string, error) {
+// Output returns what a command prints.
+func Output(args ...string) (string, error) {
 	out, err := exec.Command(args[0], args[1:]...).Output()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
