@@ -26,6 +26,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
+	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
 
@@ -139,9 +140,9 @@ func serve(files map[string]string) http.Handler { return http.FileServerFS(inMe
 // npmRegistry has the package "greeting".
 func npmRegistry(t *testing.T) http.Handler {
 	t.Helper()
-	archive, err := tarball([]file{
-		{name: "package/package.json", mode: 0o644, content: []byte(`{"name": "greeting", "version": "1.0.0"}`)},
-		{name: "package/index.js", mode: 0o644, content: []byte(`module.exports = "hello from npm"`)},
+	archive, err := image.Tarball([]image.File{
+		{Name: "package/package.json", Mode: 0o644, Content: []byte(`{"name": "greeting", "version": "1.0.0"}`)},
+		{Name: "package/index.js", Mode: 0o644, Content: []byte(`module.exports = "hello from npm"`)},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -220,7 +221,7 @@ func containerRegistry(t *testing.T) http.Handler {
 	if err != nil {
 		t.Fatal(err)
 	}
-	greeting, err := here("", []string{"hello-from-a-registry"}, nil).build(hostPlatform)
+	greeting, err := image.New("", []string{"hello-from-a-registry"}, nil).Build(image.HostPlatform)
 	if err := errors.Join(err, remote.Write(name, greeting)); err != nil {
 		t.Fatal(err)
 	}

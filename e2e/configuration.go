@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"connectors-csi/e2e/image"
 )
 
 // writeConfiguration writes the components' configuration into the node's directory.
@@ -38,7 +40,7 @@ func (n *Node) writeConfiguration() error {
 		{"kubelet.yaml", fmt.Sprintf(kubeletFormat, filepath.Base(n.dir), n.path("pods"), dnsServiceIP)},
 		{"Corefile", fmt.Sprintf(corefileFormat, nodeIP, n.path("admin.kubeconfig"), n.path("zone"))},
 		{"resolv.conf", "nameserver " + dnsServiceIP + "\n"},
-		{"containerd.toml", fmt.Sprintf(containerdFormat, pauseImage, n.path("bin"), n.path("cni"), n.path("bin"))},
+		{"containerd.toml", fmt.Sprintf(containerdFormat, image.Pause, n.path("bin"), n.path("cni"), n.path("bin"))},
 		{"cni/node.conflist", fmt.Sprintf(cniFormat, bridge, podNetwork, firstPodIP)},
 	} {
 		if err := os.MkdirAll(filepath.Dir(n.path(file.name)), 0o755); err != nil {

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"connectors-csi/e2e/image"
 )
 
 // deploy.yaml on clusters that are made otherwise than this one.
@@ -37,7 +39,7 @@ apiVersion: v1
 kind: Pod
 metadata: {name: critical}
 spec: {priorityClassName: system-node-critical, containers: [{name: main, image: %s}]}
-`, clientImage), "--namespace", in.name, "create", "--dry-run=server", "-f", "-")
+`, image.Client), "--namespace", in.name, "create", "--dry-run=server", "-f", "-")
 		return err
 	}
 	const refused = "insufficient quota to match these scopes"

@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"runtime"
 
+	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
 
@@ -45,7 +46,7 @@ func buildOldDriver() error {
 	if err := machine.Run("tar", "-xf", archive, "-C", sources); err != nil {
 		return err
 	}
-	return buildDriver(sources, binary, runtime.GOARCH, oldCommit)
+	return image.BuildDriver(sources, binary, runtime.GOARCH, oldCommit)
 }
 
 // forgetPolicy is what goes before the old deploy.yaml: the old driver's token requests have no label, and its deploy.yaml
@@ -58,15 +59,15 @@ func oldManifest() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	driver, err := driverImage(oldImage, path)
+	driver, err := image.OfDriver(oldImage, path)
 	if err != nil {
 		return "", err
 	}
-	if err := importImage(driver); err != nil {
+	if err := image.Import(driver); err != nil {
 		return "", err
 	}
 	manifest, err := machine.Output("git", "-C", "..", "show", oldCommit+":deploy.yaml")
-	return imageField.ReplaceAllString(manifest+"\n", "        image: "+oldImage), err
+	return image.Field.ReplaceAllString(manifest+"\n", "        image: "+oldImage), err
 }
 
 var driverArgsList = regexp.MustCompile(`\n( *)args:\n(?: *- --.*\n)+`)

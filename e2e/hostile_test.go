@@ -9,6 +9,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"connectors-csi/e2e/image"
 )
 
 // What people who may write Pods and Connectors in their own namespaces can do to the driver, which serves everybody:
@@ -338,7 +340,7 @@ spec:
   - {name: a, configMap: {name: nobody-a}}
   - {name: b, configMap: {name: nobody-b}}
   - {name: c, configMap: {name: nobody-c}}
-`, i, clientImage))
+`, i, image.Client))
 	}
 	ns.apply(strings.Join(manifests, "---"))
 }

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"os"
 	"strings"
+
+	"connectors-csi/e2e/image"
 )
 
 const usage = `usage, from the repository's root, as root:
@@ -58,9 +60,9 @@ func main() {
 		options := parseScaleOptions(os.Args[2:])
 		os.Exit(onNode(func(n *Node) int { return report(scale(n, options)) }))
 	case "image":
-		os.Exit(report(writeImage(parseImageOptions(os.Args[2:]))))
+		os.Exit(report(image.Write(image.ParseOptions(os.Args[2:]))))
 	case "dockerfile":
-		os.Exit(report(checkDockerfile()))
+		os.Exit(report(image.CheckDockerfile()))
 	case "kubectl":
 		os.Exit(report(execKubectl(os.Args[2:])))
 	default:

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
 
@@ -20,17 +21,17 @@ import (
 const ownerImage = "localhost/owner:1" // busybox, psql and glab
 
 // ownerImageFiles are those of that image. Debian's command psql is a script, which looks for the program.
-func ownerImageFiles() ([]file, error) {
+func ownerImageFiles() ([]image.File, error) {
 	glab, err := glab()
 	if err != nil {
 		return nil, err
 	}
-	programs, err := linkedFiles(psql(), glab)
+	programs, err := image.LinkedFiles(psql(), glab)
 	if err != nil {
 		return nil, err
 	}
-	files, err := busyboxFiles()
-	links := []file{{name: "bin/psql", link: psql()}, {name: "bin/glab", link: glab}}
+	files, err := image.BusyboxFiles()
+	links := []image.File{{Name: "bin/psql", Link: psql()}, {Name: "bin/glab", Link: glab}}
 	return slices.Concat(files, programs, links), err
 }
 
@@ -88,7 +89,7 @@ func TestToolsThatInsistOnOwnerAndMode(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := importImage(here(ownerImage, nil, files)); err != nil {
+	if err := image.Import(image.New(ownerImage, nil, files)); err != nil {
 		t.Fatal(err)
 	}
 	ns := begin(t)

@@ -19,6 +19,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
 
@@ -85,7 +86,7 @@ func runCommand() (code int, err error) {
 	if err := machine.Install(nodeNeeds()); err != nil {
 		return 0, err
 	}
-	if _, err := fetchNginx(); err != nil {
+	if _, err := image.FetchNginx(); err != nil {
 		return 0, err
 	}
 	module, err := releaseModule()
@@ -114,11 +115,11 @@ func runCommand() (code int, err error) {
 func runNode(dir string) (code int, err error) {
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
-	version, err := driverVersion()
+	version, err := image.DriverVersion()
 	if err != nil {
 		return 0, err
 	}
-	if err := buildDriver("..", filepath.Join(dir, "connectors-csi"), runtime.GOARCH, version); err != nil {
+	if err := image.BuildDriver("..", filepath.Join(dir, "connectors-csi"), runtime.GOARCH, version); err != nil {
 		return 0, err
 	}
 	init, release, err := startInit(dir)

@@ -3,60 +3,62 @@ package main
 import (
 	"fmt"
 	"slices"
+
+	"connectors-csi/e2e/image"
 )
 
 // importImages gives containerd the images of the driver, of the quick start's Pod and of the tests.
 func (n *Node) importImages() error {
-	driverName, err := imageIn("../deploy.yaml")
+	driverName, err := image.NameIn("../deploy.yaml")
 	if err != nil {
 		return err
 	}
-	quickStartName, err := imageIn("../examples/git/pod.yaml")
+	quickStartName, err := image.NameIn("../examples/git/pod.yaml")
 	if err != nil {
 		return err
 	}
-	driver, err := driverImage(driverName, n.path("connectors-csi"))
+	driver, err := image.OfDriver(driverName, n.path("connectors-csi"))
 	if err != nil {
 		return err
 	}
-	upgraded, err := driverImage(upgradeImage, n.path("connectors-csi"), file{name: "2", mode: 0o444})
+	upgraded, err := image.OfDriver(image.Upgrade, n.path("connectors-csi"), image.File{Name: "2", Mode: 0o444})
 	if err != nil {
 		return err
 	}
-	busybox, err := busyboxFiles()
+	busybox, err := image.BusyboxFiles()
 	if err != nil {
 		return err
 	}
-	clients, err := clientFiles()
+	clients, err := image.ClientFiles()
 	if err != nil {
 		return err
 	}
-	gitName, err := imageIn("../examples/proxy/client.yaml")
+	gitName, err := image.NameIn("../examples/proxy/client.yaml")
 	if err != nil {
 		return err
 	}
-	nginxName, err := imageIn("../examples/proxy/deployment.yaml")
+	nginxName, err := image.NameIn("../examples/proxy/deployment.yaml")
 	if err != nil {
 		return err
 	}
-	proxyFiles, err := nginxFiles(n.path(targetCA))
+	proxyFiles, err := image.NginxFiles(n.path(targetCA))
 	if err != nil {
 		return err
 	}
-	nginx := here(nginxName, nil, proxyFiles)
-	nginx.stopSignal = "SIGQUIT" // as the public image has it
-	for _, i := range []image{
+	nginx := image.New(nginxName, nil, proxyFiles)
+	nginx.StopSignal = "SIGQUIT" // as the public image has it
+	for _, i := range []image.Image{
 		// A Pod's sandbox needs a process that does nothing, to hold the Pod's namespaces.
-		here(pauseImage, []string{"/bin/tail", "-f", "/dev/null"}, busybox),
-		here(quickStartName, nil, busybox),
-		here(clientImage, nil, slices.Concat(busybox, clients)),
-		here(gitName, nil, slices.Concat(busybox, clients)),
+		image.New(image.Pause, []string{"/bin/tail", "-f", "/dev/null"}, busybox),
+		image.New(quickStartName, nil, busybox),
+		image.New(image.Client, nil, slices.Concat(busybox, clients)),
+		image.New(gitName, nil, slices.Concat(busybox, clients)),
 		nginx,
 		driver,
 		upgraded,
 	} {
-		if err := importImage(i); err != nil {
-			return fmt.Errorf("image %s: %w", i.name, err)
+		if err := image.Import(i); err != nil {
+			return fmt.Errorf("image %s: %w", i.Name, err)
 		}
 	}
 	return nil

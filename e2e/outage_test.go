@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"connectors-csi/e2e/image"
 )
 
 // What Pods see while the driver, kubelet or the API server is away, or a refresh fails.
@@ -79,9 +81,9 @@ func TestPodsKeepFilesWhenTheDriverIsReplaced(t *testing.T) {
 	awaitDriver(t)
 	ns.moveTo("https://two.example.com", "pod", "/volume/address")
 
-	driverNamespace(t).kubectl("set", "image", "daemonset/connectors-csi", "csi-driver="+upgradeImage)
+	driverNamespace(t).kubectl("set", "image", "daemonset/connectors-csi", "csi-driver="+image.Upgrade)
 	awaitDriver(t)
-	if used := driverPod(t, ".spec.containers[0].image"); used != upgradeImage {
+	if used := driverPod(t, ".spec.containers[0].image"); used != image.Upgrade {
 		t.Errorf("the driver was not upgraded, its image is %s", used)
 	}
 	ns.moveTo("https://three.example.com", "pod", "/volume/address")

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
 
@@ -134,7 +135,7 @@ spec:
     volumeMounts: [{name: volume, mountPath: /volume}]
   volumes:
   - {name: volume, csi: {driver: connectors-csi, readOnly: true, volumeAttributes: %s}}
-`, pod.name, pod.fsGroup, clientImage, mountTarget))
+`, pod.name, pod.fsGroup, image.Client, mountTarget))
 		ns.running(pod.name)
 		ns.want(pod.name, "/volume/address", "https://one.example.com")
 		modes, err := ns.sh(pod.name, "id -u; stat -Lc '%a %u %g' /volume/address /volume /volume/..data")

@@ -22,6 +22,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
+	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
 
@@ -102,7 +103,7 @@ spec:
   terminationGracePeriodSeconds: 0
   %s
   containers: [{name: main, image: %s}]
-`, name, serviceAccount, where, clientImage))
+`, name, serviceAccount, where, image.Client))
 	ns.Cleanup(func() { kubectl("--namespace", ns.name, "delete", "pod", name, "--ignore-not-found") })
 	return ns.get(name)
 }
@@ -603,7 +604,7 @@ func TestOthersDoNotPayForTheTokenPolicies(t *testing.T) {
 		group.Go(func() error {
 			pod := &core.Pod{ObjectMeta: meta.ObjectMeta{Name: fmt.Sprintf("pod-%d", i)}, Spec: core.PodSpec{
 				SchedulingGates: []core.PodSchedulingGate{{Name: "example.com/never"}},
-				Containers:      []core.Container{{Name: "main", Image: clientImage}},
+				Containers:      []core.Container{{Name: "main", Image: image.Client}},
 			}}
 			_, err := client.CoreV1().Pods(ns.name).Create(context.Background(), pod, meta.CreateOptions{})
 			return err

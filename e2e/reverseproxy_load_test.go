@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
 
@@ -207,9 +208,9 @@ func (p standardProxy) carriesPackages() {
 	dependencies := map[string]string{}
 	for i := range packages {
 		name := fmt.Sprintf("package-%d", i)
-		archive, err := tarball([]file{
-			{name: "package/package.json", mode: 0o644, content: fmt.Appendf(nil, `{"name": %q, "version": "1.0.0"}`, name)},
-			{name: "package/index.js", mode: 0o644, content: bytes.Repeat([]byte("module.exports = 1\n"), 5000)},
+		archive, err := image.Tarball([]image.File{
+			{Name: "package/package.json", Mode: 0o644, Content: fmt.Appendf(nil, `{"name": %q, "version": "1.0.0"}`, name)},
+			{Name: "package/index.js", Mode: 0o644, Content: bytes.Repeat([]byte("module.exports = 1\n"), 5000)},
 		})
 		if err != nil {
 			p.Fatal(err)

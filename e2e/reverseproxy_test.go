@@ -12,6 +12,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"connectors-csi/e2e/image"
 )
 
 // examples/proxy: nginx, as a platform engineer applies it, with the real API server and targets behind TLS. Attacks
@@ -250,7 +252,7 @@ func (p standardProxy) admitsTokens() {
 // boundPod makes a Pod of a ServiceAccount and returns its uid.
 func (p standardProxy) boundPod(account string) string {
 	p.Helper()
-	p.kubectl("run", account, "--image="+clientImage, "--overrides="+fmt.Sprintf(
+	p.kubectl("run", account, "--image="+image.Client, "--overrides="+fmt.Sprintf(
 		`{"spec": {"serviceAccountName": %q, "terminationGracePeriodSeconds": 1}}`, account), "--command", "--", "sleep",
 		"infinity")
 	return p.uid(account)

@@ -24,6 +24,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
 
@@ -329,7 +330,7 @@ func (s *scaleRun) createPod(namespace, name, serviceAccount string) (*core.Pod,
 		Spec: core.PodSpec{
 			ServiceAccountName: serviceAccount,
 			SchedulerName:      "none",
-			Containers:         []core.Container{{Name: "container", Image: pauseImage}},
+			Containers:         []core.Container{{Name: "container", Image: image.Pause}},
 		},
 	}, meta.CreateOptions{})
 }

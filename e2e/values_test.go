@@ -8,6 +8,8 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+
+	"connectors-csi/e2e/image"
 )
 
 // The API server itself refuses addresses that would write more into a file than an address, as deploy.yaml tells it.
@@ -65,7 +67,7 @@ func TestAddressesOfOneWordOnly(t *testing.T) {
 // it refuses one of them refuses as well, or drops a certificate of.
 func TestToolsReadWhatBecomesOfBundles(t *testing.T) {
 	dir := t.TempDir()
-	if err := buildDriver("..", dir+"/connectors-csi", runtime.GOARCH, "test"); err != nil {
+	if err := image.BuildDriver("..", dir+"/connectors-csi", runtime.GOARCH, "test"); err != nil {
 		t.Fatal(err)
 	}
 	sh := func(stdin, script string) (string, error) {

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"connectors-csi/e2e/image"
 )
 
 // What the tests and the command soak see of volumes, without the API server.
@@ -57,7 +59,7 @@ spec:
   - name: volume
     csi: {driver: connectors-csi, readOnly: true, volumeAttributes: %s}
   %s
-`, name, clientImage, attributes, strings.Join(fields, "\n  "))
+`, name, image.Client, attributes, strings.Join(fields, "\n  "))
 }
 
 // bundles is where containerd has a directory for each container, by ID.

@@ -1,4 +1,5 @@
-package main
+// Package image makes images without a container engine: the driver's, and those that the node's Pods need.
+package image
 
 import (
 	"archive/tar"
@@ -30,46 +31,48 @@ import (
 // The node reaches no registry. Every image that a test needs is written here, as an OCI archive, and imported under
 // the name by which manifests refer to it. The driver's is the one that the command image writes.
 
+// Images that are made here only.
 const (
-	pauseImage   = "localhost/pause:1"
-	clientImage  = "localhost/client:1"         // busybox, git and curl
-	upgradeImage = "localhost/connectors-csi:2" // the driver in another image than deploy.yaml names
+	Pause   = "localhost/pause:1"
+	Client  = "localhost/client:1"         // busybox, git and curl
+	Upgrade = "localhost/connectors-csi:2" // the driver in another image than deploy.yaml names
 )
 
-// image is one that is made here, of one layer for each platform.
-type image struct {
-	name       string
+// Image is one that is made here, of one layer for each platform.
+type Image struct {
+	Name       string
 	entrypoint []string
-	files      map[string][]file // by platform, as in linux/amd64
-	stopSignal string            // if another one than SIGTERM
+	files      map[string][]File // by platform, as in linux/amd64
+	StopSignal string            // if another one than SIGTERM
 }
 
-// hostPlatform is that of this machine.
-const hostPlatform = "linux/" + runtime.GOARCH
+// HostPlatform is that of this machine.
+const HostPlatform = "linux/" + runtime.GOARCH
 
-// here returns an image for this machine.
-func here(name string, entrypoint []string, files []file) image {
-	return image{name: name, entrypoint: entrypoint, files: map[string][]file{hostPlatform: files}}
+// New returns an image for this machine.
+func New(name string, entrypoint []string, files []File) Image {
+	return Image{Name: name, entrypoint: entrypoint, files: map[string][]File{HostPlatform: files}}
 }
 
-// file is one entry of an image's only layer. A name that ends with "/" is a directory.
-type file struct {
-	name    string
-	mode    int64
-	content []byte
-	link    string // the target, for a symbolic link
+// File is one entry of an image's only layer. A name that ends with "/" is a directory.
+type File struct {
+	Name    string
+	Mode    int64
+	Content []byte
+	Link    string // the target, for a symbolic link
 }
 
-var imageField = regexp.MustCompile(`(?m)^[ -]*image: *"?([^\s"]+)`)
+// Field is a manifest's field image, with the image's name.
+var Field = regexp.MustCompile(`(?m)^[ -]*image: *"?([^\s"]+)`)
 
-// imageIn returns the one image that the manifests in a file name.
-func imageIn(path string) (string, error) {
+// NameIn returns the one image that the manifests in a file name.
+func NameIn(path string) (string, error) {
 	content, err := os.ReadFile(path)
 	if err != nil {
 		return "", err
 	}
 	var names []string
-	for _, match := range imageField.FindAllStringSubmatch(string(content), -1) {
+	for _, match := range Field.FindAllStringSubmatch(string(content), -1) {
 		names = append(names, match[1])
 	}
 	if names = slices.Compact(names); len(names) != 1 {
@@ -78,11 +81,11 @@ func imageIn(path string) (string, error) {
 	return names[0], nil
 }
 
-// importImage hands an image to containerd, in the namespace that Kubernetes uses. A manifest's digest is that of
+// Import hands an image to containerd, in the namespace that Kubernetes uses. A manifest's digest is that of
 // another image of this name: here it is one more name, under which kubelet finds this one.
-func importImage(image image) error {
-	tagged, digest, _ := strings.Cut(image.name, "@")
-	image.name = tagged
+func Import(image Image) error {
+	tagged, digest, _ := strings.Cut(image.Name, "@")
+	image.Name = tagged
 	archive, err := image.archive()
 	if err != nil {
 		return err
@@ -105,20 +108,20 @@ func importImage(image image) error {
 // archive returns the image as a tar of an OCI image layout, with what `docker load` of an older engine looks for. The
 // same files give the same bytes.
 // https://github.com/opencontainers/image-spec/blob/main/image-layout.md
-func (i image) archive() ([]byte, error) {
+func (i Image) archive() ([]byte, error) {
 	dir, err := os.MkdirTemp("", machine.Prefix+"image-")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	name, err := reference.ParseDockerRef(i.name)
+	name, err := reference.ParseDockerRef(i.Name)
 	if err != nil {
 		return nil, err
 	}
 	platforms := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
 	var legacy []legacyImage
 	for _, platform := range slices.Sorted(maps.Keys(i.files)) {
-		built, err := i.build(platform)
+		built, err := i.Build(platform)
 		if err != nil {
 			return nil, err
 		}
@@ -131,8 +134,8 @@ func (i image) archive() ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		if len(legacy) == 0 || platform == hostPlatform { // the older format knows one platform
-			legacy = []legacyImage{{blob(manifest.Config), []string{i.name}, []string{blob(manifest.Layers[0])}}}
+		if len(legacy) == 0 || platform == HostPlatform { // the older format knows one platform
+			legacy = []legacyImage{{blob(manifest.Config), []string{i.Name}, []string{blob(manifest.Layers[0])}}}
 		}
 	}
 	written, err := layout.Write(dir, empty.Index)
@@ -149,7 +152,7 @@ func (i image) archive() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return tarOf(dir, file{name: "manifest.json", mode: 0o644, content: text})
+	return tarOf(dir, File{Name: "manifest.json", Mode: 0o644, Content: text})
 }
 
 // legacyImage is an entry of manifest.json, as `docker save` writes it.
@@ -162,9 +165,9 @@ type legacyImage struct {
 // blob is where the layout has it.
 func blob(of v1.Descriptor) string { return "blobs/" + of.Digest.Algorithm + "/" + of.Digest.Hex }
 
-// build makes the image of one platform, of one layer.
-func (i image) build(platform string) (v1.Image, error) {
-	content, err := tarball(i.files[platform])
+// Build makes the image of one platform, of one layer.
+func (i Image) Build(platform string) (v1.Image, error) {
+	content, err := Tarball(i.files[platform])
 	if err != nil {
 		return nil, err
 	}
@@ -177,7 +180,7 @@ func (i image) build(platform string) (v1.Image, error) {
 	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
 	image, err = mutate.ConfigFile(image, &v1.ConfigFile{
 		OS: os, Architecture: arch,
-		Config: v1.Config{Entrypoint: i.entrypoint, Env: []string{"PATH=/usr/bin:/bin"}, StopSignal: i.stopSignal},
+		Config: v1.Config{Entrypoint: i.entrypoint, Env: []string{"PATH=/usr/bin:/bin"}, StopSignal: i.StopSignal},
 		RootFS: v1.RootFS{Type: "layers"},
 	})
 	if err != nil {
@@ -187,39 +190,39 @@ func (i image) build(platform string) (v1.Image, error) {
 }
 
 // tarOf returns the files of a directory and one more.
-func tarOf(dir string, more file) ([]byte, error) {
-	files := []file{more}
+func tarOf(dir string, more File) ([]byte, error) {
+	files := []File{more}
 	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error { // in the order of their names
 		if err != nil || entry.IsDir() {
 			return err
 		}
 		content, err := os.ReadFile(path)
-		files = append(files, file{name: path[len(dir)+1:], mode: 0o644, content: content})
+		files = append(files, File{Name: path[len(dir)+1:], Mode: 0o644, Content: content})
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	return tarball(files)
+	return Tarball(files)
 }
 
-// tarball returns a tar of files, in their order.
-func tarball(files []file) ([]byte, error) {
+// Tarball returns a tar of files, in their order.
+func Tarball(files []File) ([]byte, error) {
 	var buffer bytes.Buffer
 	archive := tar.NewWriter(&buffer)
 	for _, f := range files {
-		header := &tar.Header{Name: f.name, Mode: f.mode, Size: int64(len(f.content)), Linkname: f.link}
+		header := &tar.Header{Name: f.Name, Mode: f.Mode, Size: int64(len(f.Content)), Linkname: f.Link}
 		switch {
-		case f.link != "":
+		case f.Link != "":
 			header.Typeflag = tar.TypeSymlink
 			header.Mode = 0o777
-		case strings.HasSuffix(f.name, "/"):
+		case strings.HasSuffix(f.Name, "/"):
 			header.Typeflag = tar.TypeDir
 		}
 		if err := archive.WriteHeader(header); err != nil {
 			return nil, err
 		}
-		if _, err := archive.Write(f.content); err != nil {
+		if _, err := archive.Write(f.Content); err != nil {
 			return nil, err
 		}
 	}

@@ -1,4 +1,4 @@
-package main
+package image
 
 import (
 	"debug/elf"
@@ -26,8 +26,8 @@ const (
 	nginxModule  = "usr/lib/nginx/modules/ngx_http_js_module.so"
 )
 
-// fetchNginx unpacks the packages and returns where they are. Without Debian's tools the node lacks this one image.
-func fetchNginx() (dir string, err error) {
+// FetchNginx unpacks the packages and returns where they are. Without Debian's tools the node lacks this one image.
+func FetchNginx() (dir string, err error) {
 	if !machine.HasCommand("apt-get") || !machine.HasCommand("dpkg-deb") {
 		fmt.Println("Without apt-get and dpkg there is no image of nginx, and so no proxy of examples/proxy.")
 		return "", nil
@@ -35,10 +35,10 @@ func fetchNginx() (dir string, err error) {
 	return machine.Unpack(nginxSuite, nginxPackages...)
 }
 
-// nginxFiles returns the image's files, or none without the packages. The certificates in the file ca are those of the
+// NginxFiles returns the image's files, or none without the packages. The certificates in the file ca are those of the
 // authorities that it trusts.
-func nginxFiles(ca string) ([]file, error) {
-	dir, err := fetchNginx() // has been called before, where there is a network
+func NginxFiles(ca string) ([]File, error) {
+	dir, err := FetchNginx() // has been called before, where there is a network
 	if err != nil || dir == "" {
 		return nil, err
 	}
@@ -46,11 +46,11 @@ func nginxFiles(ca string) ([]file, error) {
 	if err != nil {
 		return nil, err
 	}
-	files := []file{
-		{name: "etc/nginx/", mode: 0o755},
-		{name: "etc/passwd", mode: 0o644, content: []byte("root:x:0:0::/root:/bin/sh\nnginx:x:101:101::/:/bin/sh\n")},
-		{name: "etc/ssl/certs/ca-certificates.crt", mode: 0o644, content: trusted},
-		{name: "tmp/", mode: 0o1777},
+	files := []File{
+		{Name: "etc/nginx/", Mode: 0o755},
+		{Name: "etc/passwd", Mode: 0o644, Content: []byte("root:x:0:0::/root:/bin/sh\nnginx:x:101:101::/:/bin/sh\n")},
+		{Name: "etc/ssl/certs/ca-certificates.crt", Mode: 0o644, Content: trusted},
+		{Name: "tmp/", Mode: 0o1777},
 	}
 	libraries, err := filepath.Glob(filepath.Join(dir, "usr/lib/*-linux-gnu/*.so*"))
 	if err != nil {
@@ -71,7 +71,7 @@ func nginxFiles(ca string) ([]file, error) {
 		if err != nil {
 			return err
 		}
-		files = append(files, file{name: name, mode: 0o755, content: content})
+		files = append(files, File{Name: name, Mode: 0o755, Content: content})
 		needed, loader, err := librariesOf(path)
 		if err != nil {
 			return err

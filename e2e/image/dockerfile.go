@@ -1,4 +1,4 @@
-package main
+package image
 
 import (
 	"bytes"
@@ -20,9 +20,9 @@ func (b builder) buildah(args ...string) (string, error) {
 	return machine.Output(append([]string{"buildah", "--storage-driver=vfs", "--root=" + b.dir + "/storage", "--runroot=" + b.dir + "/run"}, args...)...)
 }
 
-// checkDockerfile builds the Dockerfile for two platforms and compares what is in the images with what the command
+// CheckDockerfile builds the Dockerfile for two platforms and compares what is in the images with what the command
 // image puts into its own. No registry is asked: the place of the image golang takes one that has this machine's Go.
-func checkDockerfile() error {
+func CheckDockerfile() error {
 	if err := machine.Install([]machine.Need{
 		{"buildah", "buildah", machine.HasCommand("buildah")},
 		{"a static busybox", "busybox-static", machine.IsStatic("busybox")},
@@ -48,7 +48,7 @@ func checkDockerfile() error {
 			return err
 		}
 		binary := filepath.Join(work, arch)
-		if err := buildDriver("..", binary, arch, version); err != nil {
+		if err := BuildDriver("..", binary, arch, version); err != nil {
 			return err
 		}
 		wanted, err := os.ReadFile(binary)
@@ -71,11 +71,11 @@ const (
 
 // makeGolang makes an image with a shell, which the Go of this machine is mounted into.
 func (b builder) makeGolang() error {
-	rootfs, err := busyboxFiles()
+	rootfs, err := BusyboxFiles()
 	if err != nil {
 		return err
 	}
-	archive, err := tarball(rootfs)
+	archive, err := Tarball(rootfs)
 	if err != nil {
 		return err
 	}

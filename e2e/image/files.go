@@ -1,4 +1,4 @@
-package main
+package image
 
 import (
 	"os"
@@ -13,8 +13,8 @@ import (
 
 // What images are made of: programs of this machine.
 
-// busyboxFiles returns busybox with a link for each of its commands.
-func busyboxFiles() ([]file, error) {
+// BusyboxFiles returns busybox with a link for each of its commands.
+func BusyboxFiles() ([]File, error) {
 	path, err := exec.LookPath("busybox")
 	if err != nil {
 		return nil, err
@@ -27,17 +27,17 @@ func busyboxFiles() ([]file, error) {
 	if err != nil {
 		return nil, err
 	}
-	files := []file{{name: "bin/busybox", mode: 0o755, content: binary}, {name: "tmp/", mode: 0o1777}}
+	files := []File{{Name: "bin/busybox", Mode: 0o755, Content: binary}, {Name: "tmp/", Mode: 0o1777}}
 	for command := range strings.FieldsSeq(commands) {
 		if command != "busybox" {
-			files = append(files, file{name: "bin/" + command, link: "busybox"})
+			files = append(files, File{Name: "bin/" + command, Link: "busybox"})
 		}
 	}
 	return files, nil
 }
 
-// clientFiles returns this machine's curl, and its git with all it needs to clone over HTTP.
-func clientFiles() ([]file, error) {
+// ClientFiles returns this machine's curl, and its git with all it needs to clone over HTTP.
+func ClientFiles() ([]File, error) {
 	helpers, err := machine.Output("git", "--exec-path")
 	if err != nil {
 		return nil, err
@@ -50,17 +50,17 @@ func clientFiles() ([]file, error) {
 	if err != nil {
 		return nil, err
 	}
-	programs, err := linkedFiles(curl, git, path.Join(helpers, "git-remote-http"))
+	programs, err := LinkedFiles(curl, git, path.Join(helpers, "git-remote-http"))
 	return append(programs,
-		file{name: "etc/passwd", mode: 0o644, content: []byte("root:x:0:0::/root:/bin/sh\n")},
-		file{name: path.Join(helpers, "git")[1:], link: git}, // under this name git finds its own commands
-		file{name: path.Join(helpers, "git-remote-https")[1:], link: "git-remote-http"},
-		file{name: "usr/share/git-core/templates/", mode: 0o755},
+		File{Name: "etc/passwd", Mode: 0o644, Content: []byte("root:x:0:0::/root:/bin/sh\n")},
+		File{Name: path.Join(helpers, "git")[1:], Link: git}, // under this name git finds its own commands
+		File{Name: path.Join(helpers, "git-remote-https")[1:], Link: "git-remote-http"},
+		File{Name: "usr/share/git-core/templates/", Mode: 0o755},
 	), err
 }
 
-// linkedFiles returns programs of this machine, and the libraries that they need.
-func linkedFiles(programs ...string) (files []file, _ error) {
+// LinkedFiles returns programs of this machine, and the libraries that they need.
+func LinkedFiles(programs ...string) (files []File, _ error) {
 	seen := map[string]bool{}
 	for _, program := range programs {
 		// "\tlibz.so.1 => /lib/x86_64-linux-gnu/libz.so.1 (0x…)", "\t/lib64/ld-linux-x86-64.so.2 (0x…)"
@@ -77,7 +77,7 @@ func linkedFiles(programs ...string) (files []file, _ error) {
 			if err != nil {
 				return nil, err
 			}
-			files = append(files, file{name: name[1:], mode: 0o755, content: content})
+			files = append(files, File{Name: name[1:], Mode: 0o755, Content: content})
 		}
 	}
 	return files, nil

@@ -1,4 +1,4 @@
-package main
+package image
 
 import (
 	"errors"
@@ -17,20 +17,20 @@ import (
 var driverEntrypoint = []string{"/connectors-csi"} // as in the Dockerfile
 
 // driverFiles are those of the driver's image.
-func driverFiles(binary string) ([]file, error) {
+func driverFiles(binary string) ([]File, error) {
 	content, err := os.ReadFile(binary)
-	return []file{{name: "connectors-csi", mode: 0o755, content: content}}, err
+	return []File{{Name: "connectors-csi", Mode: 0o755, Content: content}}, err
 }
 
-// driverImage returns an image of the driver for this machine, which may have more files.
-func driverImage(name, binary string, more ...file) (image, error) {
+// OfDriver returns an image of the driver for this machine, which may have more files.
+func OfDriver(name, binary string, more ...File) (Image, error) {
 	files, err := driverFiles(binary)
-	return here(name, driverEntrypoint, append(files, more...)), err
+	return New(name, driverEntrypoint, append(files, more...)), err
 }
 
-// driverVersion is the tag that deploy.yaml gives the driver's image.
-func driverVersion() (string, error) {
-	name, err := imageIn("../deploy.yaml")
+// DriverVersion is the tag that deploy.yaml gives the driver's image.
+func DriverVersion() (string, error) {
+	name, err := NameIn("../deploy.yaml")
 	if err != nil {
 		return "", err
 	}
@@ -41,8 +41,8 @@ func driverVersion() (string, error) {
 	return version, nil
 }
 
-// buildDriver builds a static binary from the driver's sources in a directory, as its Dockerfile does.
-func buildDriver(sources, binary, arch, version string) error {
+// BuildDriver builds a static binary from the driver's sources in a directory, as its Dockerfile does.
+func BuildDriver(sources, binary, arch, version string) error {
 	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false",
 		"-ldflags", "-s -w -buildid= -X main.version="+version, "-o", binary, ".")
 	cmd.Dir = sources
@@ -53,15 +53,15 @@ func buildDriver(sources, binary, arch, version string) error {
 	return nil
 }
 
-// imageOptions are the flags of the command image.
-type imageOptions struct {
+// Options are the flags of the command image.
+type Options struct {
 	platforms []string
 	output    string
 }
 
-// parseImageOptions reads the flags, and ends the process if they are wrong.
-func parseImageOptions(arguments []string) imageOptions {
-	o := imageOptions{platforms: []string{"linux/amd64", "linux/arm64"}}
+// ParseOptions reads the flags, and ends the process if they are wrong.
+func ParseOptions(arguments []string) Options {
+	o := Options{platforms: []string{"linux/amd64", "linux/arm64"}}
 	flags := flag.NewFlagSet("image", flag.ExitOnError)
 	flags.Func("platform", "platforms of the image (default linux/amd64,linux/arm64)", func(value string) error {
 		o.platforms = strings.Split(value, ",")
@@ -84,13 +84,13 @@ func parseImageOptions(arguments []string) imageOptions {
 // bomTool writes what a binary is made of, as CycloneDX.
 const bomTool = "github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod@v1.10.0"
 
-// writeImage writes the driver's image as an OCI archive, and beside it a bill of materials for each platform.
-func writeImage(o imageOptions) error {
-	name, err := imageIn("../deploy.yaml")
+// Write writes the driver's image as an OCI archive, and beside it a bill of materials for each platform.
+func Write(o Options) error {
+	name, err := NameIn("../deploy.yaml")
 	if err != nil {
 		return err
 	}
-	version, err := driverVersion()
+	version, err := DriverVersion()
 	if err != nil {
 		return err
 	}
@@ -99,10 +99,10 @@ func writeImage(o imageOptions) error {
 		return err
 	}
 	defer os.RemoveAll(work)
-	driver := image{name: name, entrypoint: driverEntrypoint, files: map[string][]file{}}
+	driver := Image{Name: name, entrypoint: driverEntrypoint, files: map[string][]File{}}
 	for _, platform := range o.platforms {
 		binary := filepath.Join(work, strings.ReplaceAll(platform, "/", "-"))
-		if err := buildDriver("..", binary, strings.TrimPrefix(platform, "linux/"), version); err != nil {
+		if err := BuildDriver("..", binary, strings.TrimPrefix(platform, "linux/"), version); err != nil {
 			return err
 		}
 		if driver.files[platform], err = driverFiles(binary); err != nil {
