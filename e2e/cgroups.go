@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/machine"
 )
 
@@ -124,7 +125,7 @@ func removeCgroups(name string) {
 			return nil
 		})
 		for _, dir := range slices.Backward(dirs) {
-			err := await(5*time.Second, func() error {
+			err := cluster.Await(5*time.Second, func() error {
 				if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 					return err
 				}

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"connectors-csi/e2e/cluster"
 )
 
 // Changes of objects, and many Pods at once.
@@ -64,7 +66,7 @@ func TestChangesArriveWithoutKubelet(t *testing.T) {
 	ns.running("one", "two", "builder")
 	var dirs []string
 	for _, uid := range ns.uids() {
-		dirs = append(dirs, volumeDir(uid, "volume"))
+		dirs = append(dirs, cluster.VolumeDir(uid, "volume"))
 	}
 	for _, c := range []struct {
 		what, file, content string // the content has the change's number
@@ -123,7 +125,7 @@ func TestHundredPodsAtOnce(t *testing.T) {
 	}
 	for _, uid := range uids {
 		ns.wantOneMount(uid)
-		dir := volumeDir(uid, "volume")
+		dir := cluster.VolumeDir(uid, "volume")
 		if address := readFile(t, dir+"/address"); address != "https://one.example.com" {
 			t.Errorf("Pod %s has the address %q", uid, address)
 		}

@@ -26,6 +26,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/registry"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
@@ -232,12 +233,12 @@ func TestClientsReachTheirTargetsWithTheToken(t *testing.T) {
 	begin(t, "--builtin-files") // one of which is the token
 	ns := namespace{t, "default"}
 	ns.allow("default", ns)
-	t.Cleanup(func() { kubectl("delete", "rolebinding", "default-default") })
+	t.Cleanup(func() { cluster.Kubectl("delete", "rolebinding", "default-default") })
 	proxies := map[string]string{}
 	for _, c := range clients {
 		dir, connector := "../examples/"+c.name, c.name+"-connector"
 		ns.kubectl("apply", "-f", dir)
-		t.Cleanup(func() { kubectl("delete", "-f", dir, "--wait=false") })
+		t.Cleanup(func() { cluster.Kubectl("delete", "-f", dir, "--wait=false") })
 		proxies[c.name] = c.proxy(ns, behindPassword(t, c.target(t)), connector)
 		status, err := json.Marshal(map[string]any{"status": map[string]any{"proxy": map[string]any{
 			"httpAddress": map[string]any{"url": proxies[c.name], "CACerts": string(goproxy.CA_CERT)},
@@ -251,7 +252,7 @@ func TestClientsReachTheirTargetsWithTheToken(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			ns := namespace{t, ns.name}
 			ns.running(c.name + "-client")
-			volume := volumeDir(ns.uid(c.name+"-client"), c.name+"-config")
+			volume := cluster.VolumeDir(ns.uid(c.name+"-client"), c.name+"-config")
 			token := readFile(t, volume+"/context.token")
 			if output, err := c.run(t, c.copy(t, volume, token, token), proxies[c.name]); err != nil || !strings.Contains(output, c.prints) {
 				t.Errorf("with the token: %v:\n%s", err, output)

@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/machine"
 )
 
@@ -32,7 +33,7 @@ var theNode *Node
 
 func TestMain(m *testing.M) {
 	_, glabErr := glab()
-	if err := errors.Join(machine.Install(clientNeeds()), glabErr, buildOldDriver()); err != nil {
+	if err := errors.Join(machine.Install(clientNeeds()), glabErr, cluster.BuildOldDriver()); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		os.Exit(1)
 	}
@@ -66,11 +67,11 @@ func applyDriver(t *testing.T, args ...string) string {
 
 func applyManifest(t *testing.T, content string, args ...string) string {
 	t.Helper()
-	manifest, err := withArgs(content, args...)
+	manifest, err := cluster.WithArgs(content, args...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	applied, err := kubectlStdin(manifest, "apply", validation(), "-f", "-")
+	applied, err := cluster.KubectlStdin(manifest, "apply", cluster.Validation(), "-f", "-")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +137,7 @@ func saveState(t *testing.T) {
 		{"--namespace=connectors-system", "logs", driverPods, "--tail=-1", "--previous"}, // there is one if it was restarted
 		{"get", "connectorclasses,connectors", "--all-namespaces", "--output=yaml"},
 	} {
-		output, err := kubectl(args...)
+		output, err := cluster.Kubectl(args...)
 		fmt.Fprintf(&state, "$ kubectl %s\n%s\n", strings.Join(args, " "), output)
 		if err != nil {
 			fmt.Fprintln(&state, err)
@@ -158,7 +159,7 @@ type namespace struct {
 func newNamespace(t *testing.T) namespace {
 	t.Helper()
 	const manifest = "{apiVersion: v1, kind: Namespace, metadata: {generateName: test-}}"
-	created, err := kubectlStdin(manifest, "create", "-f", "-", "--output=jsonpath={.metadata.name}")
+	created, err := cluster.KubectlStdin(manifest, "create", "-f", "-", "--output=jsonpath={.metadata.name}")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -176,7 +177,7 @@ func newNamespace(t *testing.T) namespace {
 // kubectl runs kubectl in the namespace and returns what it printed.
 func (ns namespace) kubectl(args ...string) string {
 	ns.Helper()
-	output, err := kubectl(append([]string{"--namespace", ns.name}, args...)...)
+	output, err := cluster.Kubectl(append([]string{"--namespace", ns.name}, args...)...)
 	if err != nil {
 		ns.Fatal(err)
 	}
@@ -186,7 +187,7 @@ func (ns namespace) kubectl(args ...string) string {
 // apply applies manifests.
 func (ns namespace) apply(manifest string) {
 	ns.Helper()
-	if _, err := kubectlStdin(manifest, "--namespace", ns.name, "apply", "-f", "-"); err != nil {
+	if _, err := cluster.KubectlStdin(manifest, "--namespace", ns.name, "apply", "-f", "-"); err != nil {
 		ns.Fatalf("%v\n%s", err, manifest)
 	}
 }
@@ -252,7 +253,7 @@ const mountTarget = `{connector.name: target, configuration.names: config}`
 // fields of its spec.
 func (ns namespace) pod(name, attributes string, fields ...string) {
 	ns.Helper()
-	ns.apply(podManifest(name, attributes, fields...))
+	ns.apply(cluster.PodManifest(name, attributes, fields...))
 }
 
 // running waits until Pods are.
@@ -263,10 +264,10 @@ func (ns namespace) running(pods ...string) {
 	}
 }
 
-// deploy runs Pods like that of podManifest, as a Deployment, and returns how long it took until all were ready.
+// deploy runs Pods like that of cluster.PodManifest, as a Deployment, and returns how long it took until all were ready.
 func (ns namespace) deploy(name string, pods int, attributes string) time.Duration {
 	ns.Helper()
-	_, spec, _ := strings.Cut(podManifest(name, attributes), "\nspec:\n")
+	_, spec, _ := strings.Cut(cluster.PodManifest(name, attributes), "\nspec:\n")
 	began := time.Now()
 	ns.apply(fmt.Sprintf(`
 apiVersion: apps/v1
@@ -314,7 +315,7 @@ func (ns namespace) refused(pod string, reasons ...string) (message string) {
 	if phase := ns.kubectl("get", "pod", pod, "--output=jsonpath={.status.phase}"); phase != "Pending" {
 		ns.Errorf("Pod %s is %s, although its volume was refused", pod, phase)
 	}
-	if lines := mounts(ns.uid(pod)); len(lines) > 0 {
+	if lines := cluster.Mounts(ns.uid(pod)); len(lines) > 0 {
 		ns.Errorf("the volume of Pod %s was refused and is mounted: %s", pod, lines)
 	}
 	return message
@@ -366,7 +367,7 @@ func containsAll(text string, parts []string) bool {
 // eventually waits for a condition.
 func (ns namespace) eventually(condition func() error) {
 	ns.Helper()
-	if err := await(limit, condition); err != nil {
+	if err := cluster.Await(limit, condition); err != nil {
 		ns.Fatal(err)
 	}
 }
@@ -393,7 +394,7 @@ func (ns namespace) want(pod, file, content string) {
 
 // has compares a file as the Pod's container sees it.
 func (ns namespace) has(pod, file, content string) error {
-	got, err := kubectl("--namespace", ns.name, "exec", pod, "--", "cat", file)
+	got, err := cluster.Kubectl("--namespace", ns.name, "exec", pod, "--", "cat", file)
 	if err == nil && got != content {
 		err = fmt.Errorf("%s in Pod %s is %q, not %q", file, pod, got, content)
 	}
@@ -428,7 +429,7 @@ func (ns namespace) uid(pod string) string {
 // mount's ID.
 func (ns namespace) wantOneMount(uid string) string {
 	ns.Helper()
-	lines := mounts(uid)
+	lines := cluster.Mounts(uid)
 	if len(lines) != 1 {
 		ns.Fatalf("exactly one mount is expected for the volume, there are %d: %q", len(lines), lines)
 	}
@@ -451,11 +452,11 @@ func (ns namespace) wantSameMount(uid, mount string) {
 func (ns namespace) gone(uid string) {
 	ns.Helper()
 	ns.eventually(func() error {
-		if lines := mountsBelow(kubeletPods + uid + "/"); len(lines) > 0 {
+		if lines := cluster.MountsBelow(cluster.KubeletPods + uid + "/"); len(lines) > 0 {
 			return fmt.Errorf("of the deleted Pod %s are left: %s", uid, lines)
 		}
-		if machine.Exists(kubeletPods + uid) {
-			return fmt.Errorf("of the deleted Pod is left: %s", kubeletPods+uid)
+		if machine.Exists(cluster.KubeletPods + uid) {
+			return fmt.Errorf("of the deleted Pod is left: %s", cluster.KubeletPods+uid)
 		}
 		return nil
 	})
@@ -494,7 +495,7 @@ func restartKubelet(ns namespace) {
 	theNode.kubelet.stop()
 	theNode.kubelet = theNode.restart(theNode.kubelet)
 	ns.eventually(func() error {
-		_, err := kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/healthz")
+		_, err := cluster.Kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/healthz")
 		return err
 	})
 }
@@ -502,7 +503,7 @@ func restartKubelet(ns namespace) {
 // restartAPIServer restarts the API server with further flags, until the test ends.
 func restartAPIServer(ns namespace, flags ...string) {
 	ns.Helper()
-	ready := func() error { _, err := kubectl("get", "--raw", "/readyz"); return err }
+	ready := func() error { _, err := cluster.Kubectl("get", "--raw", "/readyz"); return err }
 	before := theNode.apiServer
 	ns.Cleanup(func() {
 		theNode.apiServer.stop()
@@ -563,7 +564,7 @@ func driverCgroup(t *testing.T, v1, v2 string) (value int64) {
 // metric returns the sum of the driver's metrics whose name and labels match a pattern.
 func metric(t *testing.T, pattern string) (sum float64) {
 	t.Helper()
-	page, err := httpGet(driverURL(t) + "/metrics")
+	page, err := cluster.HTTPGet(driverURL(t) + "/metrics")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -613,9 +614,9 @@ func percentile99(of []publish) time.Duration {
 	return sorted[(len(sorted)*99+99)/100-1].took
 }
 
-func (ns namespace) claims(token string) claims {
+func (ns namespace) claims(token string) cluster.Claims {
 	ns.Helper()
-	c, err := parseClaims(token)
+	c, err := cluster.ParseClaims(token)
 	if err != nil {
 		ns.Fatal(err)
 	}

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 )
 
@@ -34,7 +35,7 @@ plugins:
 	}
 	restartAPIServer(ns, "--admission-control-config-file="+configuration)
 	critical := func(in namespace) error {
-		_, err := kubectlStdin(fmt.Sprintf(`
+		_, err := cluster.KubectlStdin(fmt.Sprintf(`
 apiVersion: v1
 kind: Pod
 metadata: {name: critical}
@@ -63,7 +64,7 @@ func TestDriverStaysAwayFromVirtualNodes(t *testing.T) {
 	}
 	for name, label := range sorted(labels) {
 		ns.apply(fmt.Sprintf("{apiVersion: v1, kind: Node, metadata: {name: %s, labels: {kubernetes.io/os: linux, %s}}}", name, label))
-		t.Cleanup(func() { kubectl("delete", "node", name, "--ignore-not-found") })
+		t.Cleanup(func() { cluster.Kubectl("delete", "node", name, "--ignore-not-found") })
 	}
 	wantNodes := func(want ...string) {
 		t.Helper()
@@ -89,22 +90,22 @@ func TestDeployYAMLIsValidAndAppliesWithoutChange(t *testing.T) {
 	const manifest = "../deploy.yaml"
 	// An older API server drops this one field of the CSIDriver, so kubectl finds it missing each time.
 	const newField = `unknown field "spec.serviceAccountTokenInSecrets"`
-	_, err := kubectl("apply", "--validate=strict", "--dry-run=server", "-f", manifest)
-	if knowsAllFields() && err != nil {
+	_, err := cluster.Kubectl("apply", "--validate=strict", "--dry-run=server", "-f", manifest)
+	if cluster.KnowsAllFields() && err != nil {
 		t.Error(err)
 	}
-	if !knowsAllFields() && (err == nil || !strings.HasSuffix(err.Error(), "strict decoding error: "+newField)) {
+	if !cluster.KnowsAllFields() && (err == nil || !strings.HasSuffix(err.Error(), "strict decoding error: "+newField)) {
 		t.Errorf("%v; nothing but %s is expected", err, newField)
 	}
 	for line := range strings.Lines(installDriver(t)) {
-		drops := !knowsAllFields() && line == "csidriver.storage.k8s.io/connectors-csi configured\n"
+		drops := !cluster.KnowsAllFields() && line == "csidriver.storage.k8s.io/connectors-csi configured\n"
 		if !strings.HasSuffix(line, " unchanged\n") && !drops {
 			t.Errorf("applied again: %s", line)
 		}
 	}
 
 	names := func(selection ...string) []string {
-		output, err := kubectl(append([]string{"apply", "--dry-run=client", "--output=name", "-f", manifest}, selection...)...)
+		output, err := cluster.Kubectl(append([]string{"apply", "--dry-run=client", "--output=name", "-f", manifest}, selection...)...)
 		if err != nil {
 			t.Fatal(err)
 		}

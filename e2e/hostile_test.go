@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 )
 
@@ -87,7 +88,7 @@ func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
 		ns.allow("default", ns)
 		var pods []string
 		for j := range 50 {
-			pods = append(pods, podManifest(fmt.Sprintf("hostile-%d", j), withCount("until", 1000000000+100*i+j)))
+			pods = append(pods, cluster.PodManifest(fmt.Sprintf("hostile-%d", j), withCount("until", 1000000000+100*i+j)))
 		}
 		ns.apply(strings.Join(pods, "---"))
 	}
@@ -178,7 +179,7 @@ func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
 	honest.eventually(func() error {
 		mounted := 0
 		for _, uid := range tenant.uids() {
-			mounted += len(mounts(uid))
+			mounted += len(cluster.Mounts(uid))
 		}
 		if mounted < 2*full {
 			return fmt.Errorf("of %d volumes %d are mounted", 2*full, mounted)
@@ -188,7 +189,7 @@ func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
 	tenant.objects(8)
 	var pods []string
 	for i := range 8 {
-		pods = append(pods, podManifest(fmt.Sprintf("until-%d", i), withCount("until", 1000000000+i)),
+		pods = append(pods, cluster.PodManifest(fmt.Sprintf("until-%d", i), withCount("until", 1000000000+i)),
 			podOfVolumes(fmt.Sprintf("many-%d", i), 17, `{connector.name: target, configuration.names: many}`))
 	}
 	tenant.apply(strings.Join(pods, "---"))
@@ -228,7 +229,7 @@ func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
 	honest.kubectl("patch", "connector", "target", "--type=merge", "--patch", `{"spec": {"address": "https://two.example.com"}}`)
 	for _, uid := range honest.uids() {
 		honest.eventually(func() error {
-			if address := readFile(t, volumeDir(uid, "volume")+"/address"); address != "https://two.example.com" {
+			if address := readFile(t, cluster.VolumeDir(uid, "volume")+"/address"); address != "https://two.example.com" {
 				return fmt.Errorf("Pod %s has the address %q", uid, address)
 			}
 			return nil
@@ -286,7 +287,7 @@ func (ns namespace) objects(pods int) {
 // create creates an object that is too large for kubectl apply.
 func (ns namespace) create(manifest string) {
 	ns.Helper()
-	if _, err := kubectlStdin(manifest, "--namespace", ns.name, "create", "-f", "-"); err != nil {
+	if _, err := cluster.KubectlStdin(manifest, "--namespace", ns.name, "create", "-f", "-"); err != nil {
 		ns.Fatal(err)
 	}
 }
@@ -367,7 +368,7 @@ func scrape(url string, times int) (stop func()) {
 				case <-ended:
 					return
 				case <-time.After(time.Second):
-					httpGet(url)
+					cluster.HTTPGet(url)
 				}
 			}
 		})
@@ -391,13 +392,13 @@ func TestOneBadDeploymentAndItsOwnNamespace(t *testing.T) {
 	ns.connector("bad", "bad", "https://bad.example.com")
 	ns.pod("running", `{connector.name: target, configuration.names: config, token.expiration: 10m}`)
 	ns.running("running")
-	dir := volumeDir(ns.uid("running"), "volume")
+	dir := cluster.VolumeDir(ns.uid("running"), "volume")
 	token, issued := readFile(t, dir+"/token"), time.Now()
 
 	began, used := time.Now(), driverProcessorTime(t)
 	var bad []string
 	for i := range 10 {
-		bad = append(bad, podManifest(fmt.Sprintf("bad-%d", i), `{connector.name: bad, configuration.names: config}`))
+		bad = append(bad, cluster.PodManifest(fmt.Sprintf("bad-%d", i), `{connector.name: bad, configuration.names: config}`))
 	}
 	ns.apply(strings.Join(bad, "---"))
 	var slowest, latest time.Duration

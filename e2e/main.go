@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 )
 
@@ -36,9 +37,9 @@ func main() {
 	}
 	if command == "quickstart" || command == "up" {
 		flags := flag.NewFlagSet(command, flag.ExitOnError)
-		release := flags.String("kubernetes", os.Getenv(envKubernetes), "release of Kubernetes; the default is go.mod's")
+		release := flags.String("kubernetes", os.Getenv(cluster.EnvRelease), "release of Kubernetes; the default is go.mod's")
 		flags.Parse(os.Args[2:])
-		os.Setenv(envKubernetes, *release)
+		os.Setenv(cluster.EnvRelease, *release)
 	}
 	switch command {
 	case "quickstart":
@@ -52,7 +53,7 @@ func main() {
 		os.Exit(code)
 	case "soak":
 		duration, seed := parseSoakOptions(os.Args[2:])
-		if err := buildOldDriver(); err != nil {
+		if err := cluster.BuildOldDriver(); err != nil {
 			os.Exit(report(err))
 		}
 		os.Exit(onNode(func(n *Node) int { return report(runSoak(n, duration, seed)) }))

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
@@ -115,7 +116,7 @@ func TestToolsThatInsistOnOwnerAndMode(t *testing.T) {
 			"440 1000 2000 550 1000 2000 550 1000 2000", false, true},
 		"mode-of-group": {`file.mode: "0640"`, "", "fsGroup: 2000", "640 0 2000 550 0 2000 550 0 2000", false, true},
 	}
-	if release := os.Getenv(envKubernetes); release == "" || release >= "1.33" { // see TestPodsInAUserNamespaceOfTheirOwn
+	if release := os.Getenv(cluster.EnvRelease); release == "" || release >= "1.33" { // see TestPodsInAUserNamespaceOfTheirOwn
 		pods["user-namespace"] = pods["owner"]
 	}
 	for name, p := range sorted(pods) {
@@ -124,7 +125,7 @@ func TestToolsThatInsistOnOwnerAndMode(t *testing.T) {
 		}
 		ns.apply(ownerPod(name, fmt.Sprintf(mount, p.attributes), p.fields, p.securityContext))
 	}
-	ns.apply(podManifest("refused", fmt.Sprintf(mount, `file.mode: "0755"`)))
+	ns.apply(cluster.PodManifest("refused", fmt.Sprintf(mount, `file.mode: "0755"`)))
 	ns.refused("refused", "code = InvalidArgument desc = file.mode 0755 has execute, set-id or sticky bits", "use 0644")
 
 	in := func(pod, container, script string) (string, error) {

@@ -19,6 +19,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
@@ -330,13 +331,13 @@ func (n *Node) start() error {
 		"--service-account-signing-key-file", n.path("service-account.key"),
 		"--allow-privileged",
 		"--kubelet-preferred-address-types", "InternalIP") // the default asks DNS for the node's name first
-	if err := await(startLimit, func() error { return machine.Run("ctr", "version") }); err != nil {
+	if err := cluster.Await(startLimit, func() error { return machine.Run("ctr", "version") }); err != nil {
 		return fmt.Errorf("containerd is not ready: %w", err)
 	}
 	if err := n.importImages(); err != nil {
 		return err
 	}
-	if err := await(startLimit, func() error { _, err := kubectl("get", "--raw", "/readyz"); return err }); err != nil {
+	if err := cluster.Await(startLimit, func() error { _, err := cluster.Kubectl("get", "--raw", "/readyz"); return err }); err != nil {
 		return fmt.Errorf("kube-apiserver is not ready: %w", err)
 	}
 	n.run("kube-controller-manager",
@@ -358,7 +359,7 @@ func (n *Node) start() error {
 		{"--for=create", "node/" + nodeName},
 		{"--for=condition=Ready", "node/" + nodeName},
 	} {
-		if _, err := kubectl(append([]string{"wait", "--timeout=60s"}, wait...)...); err != nil {
+		if _, err := cluster.Kubectl(append([]string{"wait", "--timeout=60s"}, wait...)...); err != nil {
 			return err
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 )
 
@@ -20,7 +21,7 @@ import (
 // watcher creates a Pod that reads /volume/address over and over, and says so when it is not an address.
 func (ns namespace) watcher(name string) {
 	ns.Helper()
-	manifest := podManifest(name, mountTarget)
+	manifest := cluster.PodManifest(name, mountTarget)
 	ns.apply(strings.Replace(manifest, "[sleep, infinity]", `
     - sh
     - -c
@@ -116,17 +117,17 @@ func TestPodsKeepFilesWhileTheAPIServerIsDown(t *testing.T) {
 	uid, driver := ns.uid("pod"), driverURL(t)
 
 	theNode.apiServer.stop()
-	refreshed := await(limit, func() error { // kubelet goes on calling the driver, which can read nothing
-		metrics, err := httpGet(driver + "/metrics")
+	refreshed := cluster.Await(limit, func() error { // kubelet goes on calling the driver, which can read nothing
+		metrics, err := cluster.HTTPGet(driver + "/metrics")
 		if err == nil && !strings.Contains(metrics, `connectors_csi_publish_total{code="Unavailable"}`) {
 			err = fmt.Errorf("no publish has failed:\n%s", metrics)
 		}
 		return err
 	})
-	address, err := os.ReadFile(volumeDir(uid, "volume") + "/address")
+	address, err := os.ReadFile(cluster.VolumeDir(uid, "volume") + "/address")
 	theNode.apiServer = theNode.restart(theNode.apiServer) // before anything can end the test: the others need it
 	ns.eventually(func() error {
-		_, err := kubectl("get", "--raw", "/readyz")
+		_, err := cluster.Kubectl("get", "--raw", "/readyz")
 		return err
 	})
 	if refreshed != nil {
@@ -149,7 +150,7 @@ func TestChangesArriveAfterFiveMinutesWithoutTheAPIServer(t *testing.T) {
 	ns.target("away", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.watcher("pod")
 	uid := ns.uid("pod")
-	mount, file := ns.wantOneMount(uid), volumeDir(uid, "volume")+"/address"
+	mount, file := ns.wantOneMount(uid), cluster.VolumeDir(uid, "volume")+"/address"
 
 	theNode.apiServer.stop()
 	changed := changeInEtcd("/registry/connectors.alauda.io/connectors/"+ns.name+"/target", "https://one.", "https://two.")
@@ -157,12 +158,12 @@ func TestChangesArriveAfterFiveMinutesWithoutTheAPIServer(t *testing.T) {
 	kept, err := os.ReadFile(file)
 	theNode.kubelet.stop()
 	theNode.apiServer = theNode.restart(theNode.apiServer)
-	ready := await(limit, func() error {
-		_, err := kubectl("get", "--raw", "/readyz")
+	ready := cluster.Await(limit, func() error {
+		_, err := cluster.Kubectl("get", "--raw", "/readyz")
 		return err
 	})
 	returned := time.Now()
-	arrived := await(limit, func() error {
+	arrived := cluster.Await(limit, func() error {
 		address, err := os.ReadFile(file)
 		if err == nil && string(address) != "https://two.example.com" {
 			err = fmt.Errorf("the address is %q", address)
@@ -272,7 +273,7 @@ func TestDriverIsListedOnlyWhileItServes(t *testing.T) {
 	for path, content := range sorted(map[string]string{
 		"/healthz": "ok\n", "/readyz": "ok\n", "/metrics": "\nconnectors_csi_volumes ",
 	}) {
-		if page, err := httpGet(driverURL(t) + path); err != nil || !strings.Contains(page, content) {
+		if page, err := cluster.HTTPGet(driverURL(t) + path); err != nil || !strings.Contains(page, content) {
 			t.Errorf("%s: %v\n%s", path, err, page)
 		}
 	}

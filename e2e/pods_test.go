@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
@@ -66,7 +67,7 @@ func TestTokenIsThatOfThePod(t *testing.T) {
 		token := ns.read(pod, "/volume/token")
 		ns.wantTokenOf(token, ns.name, "default", pod)
 		c := ns.claims(token)
-		if got := c.lifetime(); got != lifetime {
+		if got := c.Lifetime(); got != lifetime {
 			t.Errorf("the token in Pod %s is made for %v, not for %v", pod, got, lifetime)
 		}
 		audiences[pod] = c.Audiences
@@ -108,7 +109,7 @@ func TestNonRootPodsInARestrictedNamespace(t *testing.T) {
 	ns := begin(t)
 	ns.target("restricted", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.kubectl("label", "namespace", ns.name, "pod-security.kubernetes.io/enforce=restricted")
-	if _, err := kubectl("--namespace", ns.name, "run", "root", "--image=root", "--dry-run=server"); err == nil {
+	if _, err := cluster.Kubectl("--namespace", ns.name, "run", "root", "--image=root", "--dry-run=server"); err == nil {
 		t.Fatal("the namespace does not enforce anything")
 	}
 	for _, pod := range []struct{ name, fsGroup, file, dir string }{
@@ -173,7 +174,7 @@ func TestEventsSayWhatIsWrong(t *testing.T) {
 			`code = FailedPrecondition desc = ConnectorClass "prints-nothing", configuration "config": file line 2: {{ .connector.spec.nothing }} has no value`},
 	}
 	for _, c := range cases {
-		manifest := podManifest(c.pod, c.attributes)
+		manifest := cluster.PodManifest(c.pod, c.attributes)
 		if c.pod == "writable" {
 			manifest = strings.Replace(manifest, "readOnly: true, ", "", 1)
 		}
@@ -207,7 +208,7 @@ func TestGitClonesThroughTheProxy(t *testing.T) {
 	}
 
 	// A restarted kubelet has no tokens and asks for new ones.
-	dir := volumeDir(ns.uid("pod"), "volume")
+	dir := cluster.VolumeDir(ns.uid("pod"), "volume")
 	before := readFile(t, dir+"/.gitconfig")
 	header := regexp.MustCompile("Basic (.*)").FindStringSubmatch(before)[1]
 	decoded, err := base64.StdEncoding.DecodeString(header)
@@ -246,7 +247,7 @@ func TestSubPathAndTwoVolumes(t *testing.T) {
 	ns.class("second", configurations{"config": {"text": "of the second volume"}})
 	ns.connector("second", "second", "https://second.example.com")
 	const mount = "mountPath: /volume}"
-	manifest := podManifest("pod", mountTarget,
+	manifest := cluster.PodManifest("pod", mountTarget,
 		"- {name: two, csi: {driver: connectors-csi, readOnly: true, volumeAttributes: {connector.name: second, configuration.names: config}}}")
 	ns.apply(strings.Replace(manifest, mount, mount+`
     - {name: volume, mountPath: /etc/address, subPath: address}
@@ -269,7 +270,7 @@ func TestSubPathAndTwoVolumes(t *testing.T) {
 // In a Pod with a user namespace of its own, the IDs of the container are others on the node. Kubelet has the
 // volume mounted so that the container sees the owners as they are.
 func TestPodsInAUserNamespaceOfTheirOwn(t *testing.T) {
-	if release := os.Getenv(envKubernetes); release != "" && release < "1.33" {
+	if release := os.Getenv(cluster.EnvRelease); release != "" && release < "1.33" {
 		t.Skip("before 1.33 the feature gate UserNamespacesSupport is off, and hostUsers has no effect")
 	}
 	ns := begin(t, quickRefresh)

@@ -22,6 +22,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
@@ -80,7 +81,7 @@ func admin(t *testing.T) *kubernetes.Clientset {
 // stolenToken is the driver's own, as root of the node can read it.
 func stolenToken(t *testing.T) string {
 	t.Helper()
-	tokens, err := filepath.Glob(kubeletPods + driverPod(t, ".metadata.uid") + "/volumes/kubernetes.io~projected/*/token")
+	tokens, err := filepath.Glob(cluster.KubeletPods + driverPod(t, ".metadata.uid") + "/volumes/kubernetes.io~projected/*/token")
 	if err != nil || len(tokens) != 1 {
 		t.Fatalf("the driver's token: %q, %v", tokens, err)
 	}
@@ -104,7 +105,7 @@ spec:
   %s
   containers: [{name: main, image: %s}]
 `, name, serviceAccount, where, image.Client))
-	ns.Cleanup(func() { kubectl("--namespace", ns.name, "delete", "pod", name, "--ignore-not-found") })
+	ns.Cleanup(func() { cluster.Kubectl("--namespace", ns.name, "delete", "pod", name, "--ignore-not-found") })
 	return ns.get(name)
 }
 
@@ -122,17 +123,17 @@ func (ns namespace) get(pod string) *core.Pod {
 func elsewhere(t *testing.T) (token string) {
 	t.Helper()
 	const manifest = "{apiVersion: v1, kind: Node, metadata: {name: elsewhere, labels: {type: virtual-kubelet}}}"
-	if _, err := kubectlStdin(manifest, "apply", "-f", "-"); err != nil {
+	if _, err := cluster.KubectlStdin(manifest, "apply", "-f", "-"); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { kubectl("delete", "node", "elsewhere", "--ignore-not-found") })
+	t.Cleanup(func() { cluster.Kubectl("delete", "node", "elsewhere", "--ignore-not-found") })
 	return boundToken(t, driverNamespace(t).barePod("connectors-csi-elsewhere", "connectors-csi", true))
 }
 
 // boundToken is what kubelet would have made for the Pod.
 func boundToken(t *testing.T, pod *core.Pod) string {
 	t.Helper()
-	status, err := requestBoundToken(context.Background(), admin(t), pod, time.Hour)
+	status, err := cluster.RequestBoundToken(context.Background(), admin(t), pod, time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -212,7 +213,7 @@ func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 		"stranger": boundToken(t, driver.barePod("stranger", "connectors-csi", true)),
 		"unbound":  driver.kubectl("create", "token", "connectors-csi"),
 	}
-	if token, err := kubectl("--namespace", driver.name, "create", "token", "connectors-csi", "--bound-object-kind=Node",
+	if token, err := cluster.Kubectl("--namespace", driver.name, "create", "token", "connectors-csi", "--bound-object-kind=Node",
 		"--bound-object-name="+nodeName); err == nil { // since 1.31
 		tokens["node"] = token
 	}
@@ -312,13 +313,13 @@ func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 	}
 	// The driver's token reads none of what names a uid. Kubelet's reads Endpoints, and before 1.32 all Pods.
 	may := func(kubeconfig, verb, resource string) bool {
-		_, err := kubectl("--kubeconfig", kubeconfig, "get", resource, "--all-namespaces="+fmt.Sprint(verb == "list"))
+		_, err := cluster.Kubectl("--kubeconfig", kubeconfig, "get", resource, "--all-namespaces="+fmt.Sprint(verb == "list"))
 		if err != nil && !strings.Contains(err.Error(), "forbidden") {
 			t.Error(err)
 		}
 		return err == nil
 	}
-	release := os.Getenv(envKubernetes)
+	release := os.Getenv(cluster.EnvRelease)
 	for _, c := range []struct {
 		verb, resource string
 		kubelets       bool
@@ -545,7 +546,7 @@ func TestTokenPoliciesAreAppliedByWhoMayReadPods(t *testing.T) {
 	grant := func(role, verbs, resources string) {
 		ns.kubectl("create", "clusterrole", role, "--verb="+verbs, "--resource="+resources)
 		ns.kubectl("create", "clusterrolebinding", role, "--clusterrole="+role, "--serviceaccount="+ns.name+":default")
-		t.Cleanup(func() { kubectl("delete", "clusterrole,clusterrolebinding", role, "--ignore-not-found") })
+		t.Cleanup(func() { cluster.Kubectl("delete", "clusterrole,clusterrolebinding", role, "--ignore-not-found") })
 	}
 	const group = ".admissionregistration.k8s.io"
 	grant(ns.name, "*", "validatingadmissionpolicies"+group+",validatingadmissionpolicybindings"+group)
@@ -555,18 +556,18 @@ func TestTokenPoliciesAreAppliedByWhoMayReadPods(t *testing.T) {
 		":connectors-csi'", ":nobody'").Replace(policiesOf(readFile(t, "../deploy.yaml")))
 	t.Cleanup(func() {
 		for _, kind := range []string{"validatingadmissionpolicy", "validatingadmissionpolicybinding"} {
-			kubectl("delete", kind, ns.name, ns.name+"-node", "--ignore-not-found")
+			cluster.Kubectl("delete", kind, ns.name, ns.name+"-node", "--ignore-not-found")
 		}
 	})
 	for _, c := range []struct{ verbs, refused string }{
 		{"", `must have "get" permission`}, {"get", `permission on the object referenced by paramRef`}, {"get,list", ""},
 	} {
-		kubectl("delete", "clusterrole,clusterrolebinding", ns.name+"-pods", "--ignore-not-found")
+		cluster.Kubectl("delete", "clusterrole,clusterrolebinding", ns.name+"-pods", "--ignore-not-found")
 		if c.verbs != "" {
 			grant(ns.name+"-pods", c.verbs, "pods")
 		}
 		ns.eventually(func() error { // the API server may not know of the rights yet
-			_, err := kubectlStdin(policies, "--kubeconfig", agent, "apply", "-f", "-")
+			_, err := cluster.KubectlStdin(policies, "--kubeconfig", agent, "apply", "-f", "-")
 			return answered(err, c.refused)
 		})
 	}
@@ -575,7 +576,7 @@ func TestTokenPoliciesAreAppliedByWhoMayReadPods(t *testing.T) {
 // Where tokens name no node, volumes that need a token request are refused, with the reason. An API server of 1.30 and
 // 1.31 can be told to make such tokens.
 func TestTokensWithoutANodeAreRefused(t *testing.T) {
-	if release := os.Getenv(envKubernetes); release != "1.30" {
+	if release := os.Getenv(cluster.EnvRelease); release != "1.30" {
 		t.Skip("from 1.32 on no API server can leave it out; the tests above have a token of a Pod that is on no node")
 	}
 	ns := begin(t)
@@ -675,7 +676,7 @@ func TestOthersDoNotPayForTheTokenPolicies(t *testing.T) {
 // its selectors let pass, and for each of its parameters.
 func passedOver(t *testing.T, policy string) (count int) {
 	t.Helper()
-	page, err := kubectl("get", "--raw", "/metrics")
+	page, err := cluster.Kubectl("get", "--raw", "/metrics")
 	if err != nil {
 		t.Fatal(err)
 	}

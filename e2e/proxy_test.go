@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	"github.com/elazarl/goproxy"
+
+	"connectors-csi/e2e/cluster"
 )
 
 // What the driver's files are for: proxies that ask the API server who a token's bearer is, and whether he may
@@ -190,7 +192,7 @@ func createReview(apiVersion, kind string, spec, answer any) error {
 	if err != nil {
 		return err
 	}
-	output, err := kubectlStdin(string(question), "create", "-f", "-", "--output=json")
+	output, err := cluster.KubectlStdin(string(question), "create", "-f", "-", "--output=json")
 	if err != nil {
 		return err
 	}
@@ -217,7 +219,7 @@ func (ns namespace) wantTokenOf(token, namespace, serviceAccount, pod string) {
 	if want := "system:serviceaccount:" + namespace + ":" + serviceAccount; u.Username != want {
 		ns.Errorf("the token is that of %s, not of %s", u.Username, want)
 	}
-	uid, err := kubectl("--namespace", namespace, "get", "pod", pod, "--output=jsonpath={.metadata.uid}")
+	uid, err := cluster.Kubectl("--namespace", namespace, "get", "pod", pod, "--output=jsonpath={.metadata.uid}")
 	if err != nil {
 		ns.Fatal(err)
 	}

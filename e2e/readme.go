@@ -6,6 +6,8 @@ import (
 	"os/exec"
 	"strings"
 	"time"
+
+	"connectors-csi/e2e/cluster"
 )
 
 // What README.md and docs show is what is run: here it is read.
@@ -29,7 +31,7 @@ func readmeSteps(page, section string) ([]step, error) {
 	if len(steps) == 0 {
 		return nil, fmt.Errorf("%s has no section %q with a code block fenced as sh", page, section)
 	}
-	if section == "Install" && !knowsAllFields() {
+	if section == "Install" && !cluster.KnowsAllFields() {
 		steps[0].text = strings.Replace(steps[0].text, "apply -f", "apply --validate=warn -f", 1)
 	}
 	return steps, nil
@@ -87,7 +89,7 @@ func (s step) run() (output string, err error) {
 		err = runOnce()
 		return output, err
 	}
-	err = await(2*time.Minute, func() error {
+	err = cluster.Await(2*time.Minute, func() error {
 		if err := runOnce(); err != nil {
 			return err
 		}

@@ -6,6 +6,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"connectors-csi/e2e/cluster"
 )
 
 // The examples of docs/templates.md on a real node: the classes, the volumes, and what their
@@ -14,7 +16,7 @@ func TestExamplesOfSeveral(t *testing.T) {
 	begin(t, "--builtin-files")
 	ns, team := namespace{t, "default"}, namespace{t, "team-a"} // as the section has them
 	ns.kubectl("create", "namespace", team.name)
-	t.Cleanup(func() { kubectl("delete", "namespace", team.name, "--wait=false") })
+	t.Cleanup(func() { cluster.Kubectl("delete", "namespace", team.name, "--wait=false") })
 	examples, err := readmeExamples("docs/templates.md", "More than one")
 	if err != nil {
 		t.Fatal(err)
@@ -30,11 +32,11 @@ func TestExamplesOfSeveral(t *testing.T) {
 	}{{team, "git-internal", "git-multi"}, {ns, "git-public", "git-multi"}, {ns, "npm", "npm-params"}} {
 		c.ns.connector(c.name, c.class, "https://"+c.name+".example.com")
 		c.ns.proxy("connector", c.name, fmt.Sprintf("http://c-%s.%s.svc.cluster.local", c.name, c.ns.name))
-		t.Cleanup(func() { kubectl("delete", "connector", c.name, "--namespace", c.ns.name) })
+		t.Cleanup(func() { cluster.Kubectl("delete", "connector", c.name, "--namespace", c.ns.name) })
 	}
 	ns.allow("default", ns)
 	team.allow("default", ns)
-	t.Cleanup(func() { kubectl("delete", "rolebinding", "default-default") })
+	t.Cleanup(func() { cluster.Kubectl("delete", "rolebinding", "default-default") })
 
 	for title, want := range sorted(map[string]struct{ pod, file string }{
 		"Several Connectors":            {"several-connectors", ".gitconfig"},
@@ -77,10 +79,10 @@ func (ns namespace) exampleHolds(pod, file string, e *example) {
 	if e == nil || e.content == "" || !volumeName.MatchString(e.volumes) {
 		ns.Fatalf("docs/templates.md has no example with a volume and the content of %s", file)
 	}
-	manifest := podManifest(pod, "{}")
+	manifest := cluster.PodManifest(pod, "{}")
 	manifest = manifest[:strings.Index(manifest, "  volumes:")] + "  " + strings.ReplaceAll(strings.TrimSpace(e.volumes), "\n", "\n  ") + "\n"
 	ns.apply(strings.Replace(manifest, "name: volume,", "name: "+volumeName.FindStringSubmatch(e.volumes)[1]+",", 1))
-	ns.Cleanup(func() { kubectl("delete", "pod", pod, "--wait=false") })
+	ns.Cleanup(func() { cluster.Kubectl("delete", "pod", pod, "--wait=false") })
 	ns.running(pod)
 	pattern := strings.ReplaceAll(regexp.QuoteMeta(strings.TrimSpace(e.content)), "…", `[-_.=a-zA-Z0-9]+`)
 	if got := ns.read(pod, "/volume/"+file); !regexp.MustCompile(`^` + pattern + `\s*$`).MatchString(got) {
@@ -91,9 +93,9 @@ func (ns namespace) exampleHolds(pod, file string, e *example) {
 func TestQuickStart(t *testing.T) {
 	ns := begin(t)
 	t.Cleanup(func() {
-		kubectl("delete", "--grace-period=1", "--timeout=2m", "pod/git-client", "rolebinding/git-client-connectors", "connector/git-connector")
-		kubectl("delete", "--wait=false", "--ignore-not-found", "-f", "../examples/proxy/client.yaml")
-		kubectl("delete", "--wait=false", "-k", "../examples/proxy")
+		cluster.Kubectl("delete", "--grace-period=1", "--timeout=2m", "pod/git-client", "rolebinding/git-client-connectors", "connector/git-connector")
+		cluster.Kubectl("delete", "--wait=false", "--ignore-not-found", "-f", "../examples/proxy/client.yaml")
+		cluster.Kubectl("delete", "--wait=false", "-k", "../examples/proxy")
 	})
 	steps, err := readmeSteps("README.md", "Quick start")
 	more, moreErr := readmeSteps("docs/proxy.md", "Reach the target")
@@ -103,7 +105,7 @@ func TestQuickStart(t *testing.T) {
 	var shown []string // what the reader sees
 	for _, step := range append(steps, more...) {
 		if strings.Contains(step.text, "rolebinding.yaml") {
-			phase, err := kubectl("get", "pod", "git-client", "--output=jsonpath={.status.phase}")
+			phase, err := cluster.Kubectl("get", "pod", "git-client", "--output=jsonpath={.status.phase}")
 			if err != nil || phase != "Pending" {
 				t.Errorf("before the RoleBinding the Pod is %q (%v)", phase, err)
 			}

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"connectors-csi/e2e/cluster"
 )
 
 // refusesMalformedTokens sends what is no token, or has more in it than one. None of it may reach the API server.
@@ -150,7 +152,7 @@ func (p standardProxy) saysThatItCannotAsk() {
 	theNode.apiServer.stop()
 	start := sync.OnceFunc(func() {
 		theNode.apiServer = theNode.restart(theNode.apiServer)
-		p.eventually(func() error { _, err := kubectl("get", "--raw", "/readyz"); return err })
+		p.eventually(func() error { _, err := cluster.Kubectl("get", "--raw", "/readyz"); return err })
 	})
 	defer start()
 	if got := p.get(gitPort, fetchPath, bearer(known)); got.status != 200 {

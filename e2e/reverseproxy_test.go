@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 )
 
@@ -115,7 +116,7 @@ spec: {connectorClassName: curl-reverse-proxy, address: "https://%s.example.com"
 	writeFile(t, dir+"/test/kustomization.yaml", component)
 	writeFile(t, dir+"/test/connectors.yaml", connectors)
 	p.kubectl("apply", "--validate=strict", "-k", dir)
-	t.Cleanup(func() { kubectl("delete", "-k", dir, "--wait=false") })
+	t.Cleanup(func() { cluster.Kubectl("delete", "-k", dir, "--wait=false") })
 
 	p.apply(`
 apiVersion: rbac.authorization.k8s.io/v1
@@ -378,7 +379,7 @@ func (p standardProxy) servesClients() {
 	}
 	for _, c := range proxiedClients {
 		p.running(c.name)
-		volume := volumeDir(p.uid(c.name), "volume")
+		volume := cluster.VolumeDir(p.uid(c.name), "volume")
 		token := readFile(p.T, volume+"/context.token")
 		*p.seen = append(*p.seen, token)
 		if output, err := c.run(p.T, c.copy(p.T, volume, token, token), p.host(c.name)); err != nil ||
@@ -407,7 +408,7 @@ func (p standardProxy) servesTLS() {
 	writeFile(p.T, dir+"/tls/class.yaml", class+"        "+strings.ReplaceAll(authority, "\n", "\n        ")+"\n")
 	p.kubectl("apply", "-k", dir)
 	p.rolledOut()
-	p.apply(strings.Replace(podManifest("tls", `{connector.name: git, configuration.names: config}`), "/volume",
+	p.apply(strings.Replace(cluster.PodManifest("tls", `{connector.name: git, configuration.names: config}`), "/volume",
 		"/etc/git", 1))
 	p.running("tls")
 	clone := "export GIT_CONFIG_GLOBAL=/etc/git/.gitconfig; cd /tmp && rm -rf app && " +

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"connectors-csi/e2e/cluster"
 )
 
 // What the driver's process may not: use the capabilities that it gives up. What the API server refuses is tried in
@@ -16,7 +18,7 @@ func TestDriverKeepsFewCapabilities(t *testing.T) {
 	ns.target("rights", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.pod("pod", mountTarget)
 	ns.running("pod")
-	driver, err := containerProcess(driverContainer(t))
+	driver, err := cluster.ContainerProcess(driverContainer(t))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/machine"
 )
 
@@ -62,7 +63,7 @@ func TestCSISanity(t *testing.T) {
 
 	config := sanity.NewTestConfig()
 	config.Address = "unix:/var/lib/kubelet/plugins_registry/connectors-csi-reg.sock"
-	config.TargetPath = filepath.Dir(volumeDir(uid, "sanity"))
+	config.TargetPath = filepath.Dir(cluster.VolumeDir(uid, "sanity"))
 	config.StagingPath = ""
 	config.CheckPath = func(path string) (sanity.PathKind, error) {
 		if machine.Exists(targetPath(path)) {

@@ -24,6 +24,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 )
@@ -212,13 +213,13 @@ func newScaleRun(n *Node, o scaleOptions) (*scaleRun, error) {
 		manifest += fmt.Sprintf(scaleAccount, i, i%2)
 	}
 	// Everything of the driver but the DaemonSet, whose place the processes take that run here.
-	if _, err := kubectl("apply", "-f", "../deploy.yaml"); err != nil {
+	if _, err := cluster.Kubectl("apply", "-f", "../deploy.yaml"); err != nil {
 		return nil, err
 	}
-	if _, err := kubectl("delete", "--namespace=connectors-system", "daemonset/connectors-csi"); err != nil {
+	if _, err := cluster.Kubectl("delete", "--namespace=connectors-system", "daemonset/connectors-csi"); err != nil {
 		return nil, err
 	}
-	if _, err := kubectlStdin(manifest, "apply", "-f", "-"); err != nil {
+	if _, err := cluster.KubectlStdin(manifest, "apply", "-f", "-"); err != nil {
 		return nil, err
 	}
 	s.say("the API server alone, for %v", o.duration)
@@ -288,7 +289,7 @@ func (s *scaleRun) prepare(drivers int) error {
 		if err != nil {
 			return err
 		}
-		token, err := requestBoundToken(context.Background(), s.client, pod, 24*time.Hour) // which kubelet would renew
+		token, err := cluster.RequestBoundToken(context.Background(), s.client, pod, 24*time.Hour) // which kubelet would renew
 		if err != nil {
 			return err
 		}
@@ -366,7 +367,7 @@ func (s *scaleRun) publishAll(f *scaleFigures) error {
 
 // awaitCalls waits until kubelet has called for every volume since.
 func (s *scaleRun) awaitCalls(since time.Time) error {
-	return await(5*time.Minute, func() error {
+	return cluster.Await(5*time.Minute, func() error {
 		for _, v := range s.volumes {
 			if !v.calledSince(since) {
 				return fmt.Errorf("no successful call for Pod %s yet: %w", v.pod.Name, v.lastFailure())
@@ -378,7 +379,7 @@ func (s *scaleRun) awaitCalls(since time.Time) error {
 
 // awaitStreams waits until the drivers have so many watches open.
 func (s *scaleRun) awaitStreams(want int) error {
-	return await(2*time.Minute, func() error {
+	return cluster.Await(2*time.Minute, func() error {
 		all, err := s.openStreams()
 		if err == nil && all != want {
 			err = fmt.Errorf("%d streams are open, not %d", all, want)
@@ -507,7 +508,7 @@ func (s *scaleRun) changeOnce(limit time.Duration, file string, volumes []*scale
 	if err := patch(line); err != nil {
 		return nil, err
 	}
-	err = await(limit, func() error {
+	err = cluster.Await(limit, func() error {
 		took = took[:0]
 		for _, v := range volumes {
 			if when, ok := v.has(file, line); ok {
@@ -536,7 +537,7 @@ func (s *scaleRun) restartServer(f *scaleFigures) error {
 	began := time.Now()
 	s.node.apiServer = s.node.restart(s.node.apiServer)
 	last, lastTime := before.requests.total(), began
-	err = await(2*time.Minute, func() error {
+	err = cluster.Await(2*time.Minute, func() error {
 		open, err := s.openStreams()
 		if err != nil {
 			return err
@@ -563,7 +564,7 @@ func (s *scaleRun) restartServer(f *scaleFigures) error {
 	}
 	f.Restart.StreamsSeconds = time.Since(began).Seconds()
 	s.say("  all streams are back after %.1f s, at most %.0f requests a second", f.Restart.StreamsSeconds, f.Restart.PeakPerSecond)
-	return await(startLimit, func() error {
+	return cluster.Await(startLimit, func() error {
 		if !s.serverReady() {
 			return errors.New("the API server is not ready")
 		}

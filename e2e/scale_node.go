@@ -27,6 +27,8 @@ import (
 	core "k8s.io/api/core/v1"
 	"k8s.io/client-go/kubernetes"
 	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
+
+	"connectors-csi/e2e/cluster"
 )
 
 // scaleDir holds a directory for each of the many nodes, as they are seen from here.
@@ -93,7 +95,7 @@ func (s *scaleNode) start(n *Node) error {
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "NODE_NAME=" + s.name, "GOMEMLIMIT=48MiB", // as in deploy.yaml
 		"KUBERNETES_SERVICE_HOST=" + apiServiceIP, "KUBERNETES_SERVICE_PORT=443"}
 	s.driver = n.supervise(s.name, cmd)
-	return await(startLimit, s.register)
+	return cluster.Await(startLimit, s.register)
 }
 
 func (s *scaleNode) dial() (*grpc.ClientConn, error) {
@@ -149,7 +151,7 @@ func processorTime(c *component) (time.Duration, error) {
 }
 
 func (s *scaleNode) metrics() (map[string]*dto.MetricFamily, error) {
-	text, err := httpGet(fmt.Sprintf("http://127.0.0.1:%d/metrics", s.port))
+	text, err := cluster.HTTPGet(fmt.Sprintf("http://127.0.0.1:%d/metrics", s.port))
 	if err != nil {
 		return nil, err
 	}
@@ -325,7 +327,7 @@ func (v *scaleVolume) podToken(ctx context.Context) (*authentication.TokenReques
 		return v.token, nil
 	}
 	began := time.Now()
-	token, err := requestBoundToken(ctx, v.client, v.pod, 30*time.Minute) // as tokenRequests in deploy.yaml has it
+	token, err := cluster.RequestBoundToken(ctx, v.client, v.pod, 30*time.Minute) // as tokenRequests in deploy.yaml has it
 	switch {
 	case err == nil:
 		v.token, v.renew = token, began.Add(time.Until(token.ExpirationTimestamp.Time)*8/10)

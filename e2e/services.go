@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"connectors-csi/e2e/cluster"
 )
 
 // Services and their names, as a cluster has them: kube-proxy and CoreDNS.
@@ -21,14 +23,14 @@ func (n *Node) startServices() error {
 		return err
 	}
 	n.run("coredns", "-conf", n.path("Corefile"))
-	if _, err := kubectlStdin(fmt.Sprintf(dnsServiceFormat, dnsServiceIP, nodeIP), "apply", "-f", "-"); err != nil {
+	if _, err := cluster.KubectlStdin(fmt.Sprintf(dnsServiceFormat, dnsServiceIP, nodeIP), "apply", "-f", "-"); err != nil {
 		return err
 	}
 	// This process's and its children's, in their own mount namespace.
 	if err := unix.Mount(n.path("resolv.conf"), "/etc/resolv.conf", "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("/etc/resolv.conf: %w", err)
 	}
-	return await(startLimit, func() error {
+	return cluster.Await(startLimit, func() error {
 		conn, err := net.DialTimeout("tcp", dnsServiceIP+":53", time.Second)
 		if err != nil {
 			return fmt.Errorf("the DNS's Service: %w", err)

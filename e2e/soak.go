@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"connectors-csi/e2e/cluster"
 )
 
 // A soak is a stretch of bad days on the real node:
@@ -68,7 +70,7 @@ func (p pod) manifest() string {
 	for _, name := range p.connectors {
 		connectors = append(connectors, soakNamespaces[0]+"/"+name)
 	}
-	manifest := podManifest(p.name, fmt.Sprintf(`{connectors: "%s", configuration.names: config%s}`,
+	manifest := cluster.PodManifest(p.name, fmt.Sprintf(`{connectors: "%s", configuration.names: config%s}`,
 		strings.Join(connectors, ","), shape.attributes), shape.fields)
 	const name, mount = "metadata: {", "mountPath: /volume}"
 	return strings.NewReplacer(name, name+"namespace: "+p.namespace+", ", mount, mount+shape.mount).Replace(manifest)
@@ -163,7 +165,7 @@ func plan(seed uint64, duration time.Duration) (changes, faults []event) {
 	for at := between(0, 2*time.Second); at < duration; at += between(time.Second, 4*time.Second) {
 		if !rolledBack && at > duration/3 {
 			rolledBack = true
-			add(at, "roll the driver back", oldCommit, (*soak).rollback)
+			add(at, "roll the driver back", cluster.OldCommit, (*soak).rollback)
 		} else if !upgraded && at > duration/2 {
 			upgraded = true
 			add(at, "upgrade the driver", "", (*soak).install)
@@ -297,8 +299,8 @@ const soakDriver = "--selector=app.kubernetes.io/name=connectors-csi"
 
 // change asks the API server again and again, since it may be away.
 func change(manifest string, args ...string) error {
-	return await(limitOfChange, func() error {
-		_, err := kubectlStdin(manifest, append(args, "--request-timeout=10s")...)
+	return cluster.Await(limitOfChange, func() error {
+		_, err := cluster.KubectlStdin(manifest, append(args, "--request-timeout=10s")...)
 		return err
 	})
 }
@@ -310,7 +312,7 @@ func (s *soak) prepare() error {
 		if err := change("", "create", "namespace", namespace); err != nil {
 			return err
 		}
-		if _, err := kubectl("--namespace", namespace, "wait", "--for=create", "serviceaccount/default", "--timeout=60s"); err != nil {
+		if _, err := cluster.Kubectl("--namespace", namespace, "wait", "--for=create", "serviceaccount/default", "--timeout=60s"); err != nil {
 			return err
 		}
 	}
@@ -337,7 +339,7 @@ func (s *soak) install() error {
 	if err != nil {
 		return err
 	}
-	manifest, err := withArgs(string(content), "--volumes-budget="+soakBudget)
+	manifest, err := cluster.WithArgs(string(content), "--volumes-budget="+soakBudget)
 	if err != nil {
 		return err
 	}
@@ -345,7 +347,7 @@ func (s *soak) install() error {
 	if smaller == manifest {
 		return errors.New("deploy.yaml has another memory limit than this was written for")
 	}
-	return change(smaller, "apply", validation(), "-f", "-")
+	return change(smaller, "apply", cluster.Validation(), "-f", "-")
 }
 
 // rollback installs the old driver, which has no renderers: what they need would kill it.
@@ -354,11 +356,11 @@ func (s *soak) rollback() error {
 	s.ballast = false
 	revision := s.revisions["large"]
 	s.mu.Unlock()
-	manifest, err := oldManifest()
-	if err := errors.Join(err, s.setClass("large", revision), change("", forgetPolicy...)); err != nil {
+	manifest, err := cluster.OldManifest()
+	if err := errors.Join(err, s.setClass("large", revision), change("", cluster.ForgetPolicy...)); err != nil {
 		return err
 	}
-	return change(manifest, "apply", validation(), "-f", "-")
+	return change(manifest, "apply", cluster.Validation(), "-f", "-")
 }
 
 func (s *soak) create(pods ...pod) error {
@@ -471,7 +473,7 @@ func (s *soak) fault(target string, kill bool, lasts time.Duration) error {
 		}
 	}
 	began := time.Now()
-	err := await(soakBack, ready)
+	err := cluster.Await(soakBack, ready)
 	s.took("until it serves again: "+target, time.Since(began))
 	return err
 }
@@ -490,12 +492,12 @@ func (s *soak) interrupt(c *component, kill bool, lasts time.Duration) *componen
 }
 
 func kubeletReady() error {
-	_, err := kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/healthz", "--request-timeout=5s")
+	_, err := cluster.Kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/healthz", "--request-timeout=5s")
 	return err
 }
 
 func apiServerReady() error {
-	_, err := kubectl("get", "--raw", "/readyz", "--request-timeout=5s")
+	_, err := cluster.Kubectl("get", "--raw", "/readyz", "--request-timeout=5s")
 	return err
 }
 
@@ -508,10 +510,10 @@ func (s *soak) took(what string, time time.Duration) {
 // back waits until all components serve, and the driver of deploy.yaml is the one that runs.
 func (s *soak) back() error {
 	for _, ready := range []func() error{apiServerReady, kubeletReady, func() error {
-		_, err := kubectl("--namespace=connectors-system", "rollout", "status", "daemonset/connectors-csi", "--timeout=5m")
+		_, err := cluster.Kubectl("--namespace=connectors-system", "rollout", "status", "daemonset/connectors-csi", "--timeout=5m")
 		return err
 	}} {
-		if err := await(soakBack, ready); err != nil {
+		if err := cluster.Await(soakBack, ready); err != nil {
 			return err
 		}
 	}
@@ -526,7 +528,7 @@ func (s *soak) settled() {
 		for _, connector := range p.connectors {
 			want += " " + s.addresses[connector]
 		}
-		err := await(time.Until(began.Add(soakSettle)), func() error {
+		err := cluster.Await(time.Until(began.Add(soakSettle)), func() error {
 			if got := s.watch.latest(name); got != want {
 				return fmt.Errorf("in Pod %s is %q, instead of %q", name, got, want)
 			}
@@ -547,7 +549,7 @@ func (s *soak) empty() {
 			s.watch.wrong("%v", err)
 		}
 	}
-	if err := await(soakGone, s.watch.nothingLeft); err != nil {
+	if err := cluster.Await(soakGone, s.watch.nothingLeft); err != nil {
 		s.watch.wrong("after all Pods were deleted: %v", err)
 	}
 	s.took("until nothing was left of the Pods", time.Since(began))
@@ -555,7 +557,7 @@ func (s *soak) empty() {
 		s.watch.wrong("%v", err)
 	}
 	for _, namespace := range soakNamespaces {
-		kubectl("delete", "namespace", namespace, "--timeout=1m")
+		cluster.Kubectl("delete", "namespace", namespace, "--timeout=1m")
 	}
 }
 
@@ -570,7 +572,7 @@ func (s *soak) compareDrivers() error {
 	if err := errors.Join(s.back(), s.create(p)); err != nil {
 		return err
 	}
-	if err := await(soakSettle, func() error {
+	if err := cluster.Await(soakSettle, func() error {
 		if s.watch.latest(p.namespace+"/"+p.name) == "" {
 			return errors.New("a Pod does not run with a fresh driver")
 		}
@@ -578,7 +580,7 @@ func (s *soak) compareDrivers() error {
 	}); err != nil {
 		return err
 	}
-	if err := errors.Join(s.remove(p), await(soakGone, s.watch.nothingLeft)); err != nil {
+	if err := errors.Join(s.remove(p), cluster.Await(soakGone, s.watch.nothingLeft)); err != nil {
 		return err
 	}
 	fresh, err := s.watch.measureDriver()

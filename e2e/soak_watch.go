@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"connectors-csi/e2e/cluster"
 )
 
 // watch looks, without the API server, at what runs on the node. It has a reader for each container of the soak's Pods.
@@ -57,7 +59,7 @@ func newWatch(n *Node) *watch {
 		node: n, before: map[string]bool{}, containers: map[string]container{}, lines: map[string]seen{},
 		expected: map[string]int{}, offsets: map[string]int64{},
 	}
-	entries, _ := os.ReadDir(kubeletPods)
+	entries, _ := os.ReadDir(cluster.KubeletPods)
 	for _, e := range entries {
 		w.before[e.Name()] = true
 	}
@@ -137,16 +139,16 @@ func (w *watch) look() {
 
 // running returns the containers of the driver and of the soak's Pods whose processes live.
 func running() (found []container) {
-	dirs, _ := os.ReadDir(bundles)
+	dirs, _ := os.ReadDir(cluster.Bundles)
 	for _, dir := range dirs {
 		var spec struct{ Annotations map[string]string }
-		content, err := os.ReadFile(filepath.Join(bundles, dir.Name(), "config.json"))
+		content, err := os.ReadFile(filepath.Join(cluster.Bundles, dir.Name(), "config.json"))
 		if err != nil || json.Unmarshal(content, &spec) != nil {
 			continue // it is being made or removed
 		}
 		of := func(key string) string { return spec.Annotations["io.kubernetes.cri."+key] }
 		namespace, name := of("sandbox-namespace"), of("container-name")
-		pid, err := containerProcess(dir.Name())
+		pid, err := cluster.ContainerProcess(dir.Name())
 		c := container{id: dir.Name(), pod: namespace + "/" + of("sandbox-name"), uid: of("sandbox-uid"), name: name, pid: pid}
 		if name != "" && err == nil && c.lives() && (slices.Contains(soakNamespaces, namespace) || name == "csi-driver") {
 			found = append(found, c)
@@ -226,7 +228,7 @@ func readVolume(volume, uid string) (string, error) {
 	case first != second:
 		return "", errors.New("a mixed generation: its files begin with different lines")
 	}
-	token, err := parseClaims(words[len(words)-1])
+	token, err := cluster.ParseClaims(words[len(words)-1])
 	if err != nil || token.Kubernetes.Pod.UID != uid || time.Now().Unix() > token.Expires {
 		return "", fmt.Errorf("the token is none, or not that of this Pod, or expired: %v", err)
 	}
@@ -378,14 +380,14 @@ func (w *watch) driverReady() error {
 }
 
 func (w *watch) driverPage(page string) (string, error) {
-	ip, err := kubectl("--namespace=connectors-system", "get", "pods", soakDriver, "--output=jsonpath={.items[*].status.podIP}", "--request-timeout=5s")
+	ip, err := cluster.Kubectl("--namespace=connectors-system", "get", "pods", soakDriver, "--output=jsonpath={.items[*].status.podIP}", "--request-timeout=5s")
 	if err != nil {
 		return "", err
 	}
 	if len(strings.Fields(ip)) != 1 {
 		return "", fmt.Errorf("the driver's addresses are %q", ip)
 	}
-	return httpGet("http://" + ip + ":9808" + page)
+	return cluster.HTTPGet("http://" + ip + ":9808" + page)
 }
 
 // nothingLeft looks for what deleted Pods may leave: directories, mounts on the node and in the driver, streams,
@@ -395,7 +397,7 @@ func (w *watch) nothingLeft() error {
 	if err != nil {
 		return err
 	}
-	entries, err := os.ReadDir(kubeletPods)
+	entries, err := os.ReadDir(cluster.KubeletPods)
 	if err != nil {
 		return err
 	}
@@ -468,7 +470,7 @@ func (w *watch) measureDriver() (held, error) {
 		return held{}, err
 	}
 	h := held{len(descriptors), len(threads), 0}
-	err = await(soakBack, func() error {
+	err = cluster.Await(soakBack, func() error {
 		next, err := w.driver()
 		if err == nil && next.id == c.id {
 			err = errors.New("the driver has not ended")

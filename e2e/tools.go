@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/machine"
 )
 
@@ -32,7 +33,7 @@ func nodeNeeds() []machine.Need {
 
 // releaseModule returns the directory of the module that builds the release, or "" for go.mod's own.
 func releaseModule() (string, error) {
-	release := os.Getenv(envKubernetes)
+	release := os.Getenv(cluster.EnvRelease)
 	if release == "" {
 		return "", nil
 	}

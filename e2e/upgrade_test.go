@@ -5,21 +5,23 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"connectors-csi/e2e/cluster"
 )
 
 // installOldDriver applies the old deploy.yaml, as docs/operations.md says how to go back.
 func installOldDriver(t *testing.T, args ...string) {
 	t.Helper()
-	manifest, err := oldManifest()
+	manifest, err := cluster.OldManifest()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := kubectl(forgetPolicy...); err != nil {
+	if _, err := cluster.Kubectl(cluster.ForgetPolicy...); err != nil {
 		t.Fatal(err)
 	}
 	applyManifest(t, manifest, args...)
 	awaitDriver(t)
-	if used := driverPod(t, ".spec.containers[0].image"); used != oldImage {
+	if used := driverPod(t, ".spec.containers[0].image"); used != cluster.OldImage {
 		t.Fatalf("the old driver is not installed, the image is %s", used)
 	}
 }
@@ -77,7 +79,7 @@ func TestUpgradeAndRollback(t *testing.T) {
 	follow("https://two.example.com")
 
 	installDriver(t, quickRefresh)
-	if used := driverPod(t, ".spec.containers[0].image"); used == oldImage {
+	if used := driverPod(t, ".spec.containers[0].image"); used == cluster.OldImage {
 		t.Fatal("the driver was not upgraded")
 	}
 	follow("https://three.example.com")
@@ -105,9 +107,9 @@ func TestUpgradeAndRollback(t *testing.T) {
 	}
 }
 
-// podOfVolumes returns a Pod like that of podManifest with several volumes of the same attributes.
+// podOfVolumes returns a Pod like that of cluster.PodManifest with several volumes of the same attributes.
 func podOfVolumes(name string, volumes int, attributes string) string {
-	manifest, _, _ := strings.Cut(podManifest(name, attributes), "  volumes:")
+	manifest, _, _ := strings.Cut(cluster.PodManifest(name, attributes), "  volumes:")
 	manifest, _, _ = strings.Cut(manifest, "    volumeMounts:")
 	mounts, list := "    volumeMounts:\n", "  volumes:\n"
 	for i := range volumes {
@@ -121,7 +123,7 @@ func podOfVolumes(name string, volumes int, attributes string) string {
 func (ns namespace) volumes(uids map[string]string) (dirs []string) {
 	ns.Helper()
 	for pod, uid := range uids {
-		lines := mounts(uid)
+		lines := cluster.Mounts(uid)
 		if len(lines) == 0 {
 			ns.Fatal(errors.New("no volume is mounted for Pod " + pod))
 		}

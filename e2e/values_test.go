@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 )
 
@@ -41,7 +42,7 @@ func TestAddressesOfOneWordOnly(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			_, err = kubectl("--namespace", ns.name, "patch", f.kind, f.object, "--subresource="+f.subresource,
+			_, err = cluster.Kubectl("--namespace", ns.name, "patch", f.kind, f.object, "--subresource="+f.subresource,
 				"--type=merge", "--dry-run=server", "--patch", string(text))
 			return err
 		}

@@ -1,4 +1,4 @@
-package main
+package cluster
 
 import (
 	"context"
@@ -14,8 +14,8 @@ import (
 	"k8s.io/client-go/kubernetes"
 )
 
-// claims are those of a ServiceAccount's token that the tests look at.
-type claims struct {
+// Claims are those of a ServiceAccount's token that the tests look at.
+type Claims struct {
 	Audiences  []string `json:"aud"`
 	Expires    int64    `json:"exp"`
 	IssuedAt   int64    `json:"iat"`
@@ -26,11 +26,11 @@ type claims struct {
 	} `json:"kubernetes.io"`
 }
 
-// lifetime is what the token is issued for.
-func (c claims) lifetime() time.Duration { return time.Duration(c.Expires-c.IssuedAt) * time.Second }
+// Lifetime is what the token is issued for.
+func (c Claims) Lifetime() time.Duration { return time.Duration(c.Expires-c.IssuedAt) * time.Second }
 
-// parseClaims returns the claims of a token, which it does not verify.
-func parseClaims(token string) (c claims, err error) {
+// ParseClaims returns the claims of a token, which it does not verify.
+func ParseClaims(token string) (c Claims, err error) {
 	parts := strings.Split(token, ".")
 	if len(parts) != 3 {
 		return c, errors.New("this is not a token") // which must not be printed, should it be one
@@ -43,8 +43,8 @@ func parseClaims(token string) (c claims, err error) {
 	return c, err
 }
 
-// requestBoundToken requests a token of a Pod's ServiceAccount that ends with the Pod, as kubelet does.
-func requestBoundToken(ctx context.Context, client kubernetes.Interface, pod *core.Pod,
+// RequestBoundToken requests a token of a Pod's ServiceAccount that ends with the Pod, as kubelet does.
+func RequestBoundToken(ctx context.Context, client kubernetes.Interface, pod *core.Pod,
 	lifetime time.Duration) (*authentication.TokenRequestStatus, error) {
 	seconds := int64(lifetime.Seconds())
 	request := &authentication.TokenRequest{Spec: authentication.TokenRequestSpec{

@@ -1,4 +1,4 @@
-package main
+package cluster
 
 import (
 	"errors"
@@ -17,19 +17,19 @@ import (
 // The driver and the deploy.yaml from which clusters are upgraded: those of the last commit before volumes and
 // addresses had the limits of today.
 const (
-	oldCommit = "0427f7a"
-	oldImage  = "localhost/connectors-csi:" + oldCommit
+	OldCommit = "0427f7a"
+	OldImage  = "localhost/connectors-csi:" + OldCommit
 )
 
 // oldDriver is where the old driver is kept.
 func oldDriver() (binary string, err error) {
 	cache, err := machine.CacheDir()
-	return filepath.Join(cache, "connectors-csi-"+oldCommit), err
+	return filepath.Join(cache, "connectors-csi-"+OldCommit), err
 }
 
-// buildOldDriver builds the old driver from git's history, unless an earlier run did. The command calls it, since
+// BuildOldDriver builds the old driver from git's history, unless an earlier run did. The command calls it, since
 // the node has no network.
-func buildOldDriver() error {
+func BuildOldDriver() error {
 	binary, err := oldDriver()
 	if err != nil || machine.Exists(binary) {
 		return err
@@ -40,40 +40,40 @@ func buildOldDriver() error {
 	}
 	defer os.RemoveAll(sources)
 	archive := sources + "/driver.tar"
-	if err := machine.Run("git", "-C", "..", "archive", "--output="+archive, oldCommit); err != nil {
+	if err := machine.Run("git", "-C", "..", "archive", "--output="+archive, OldCommit); err != nil {
 		return fmt.Errorf("the upgrade's test needs git's history: %w", err)
 	}
 	if err := machine.Run("tar", "-xf", archive, "-C", sources); err != nil {
 		return err
 	}
-	return image.BuildDriver(sources, binary, runtime.GOARCH, oldCommit)
+	return image.BuildDriver(sources, binary, runtime.GOARCH, OldCommit)
 }
 
-// forgetPolicy is what goes before the old deploy.yaml: the old driver's token requests have no label, and its deploy.yaml
+// ForgetPolicy is what goes before the old deploy.yaml: the old driver's token requests have no label, and its deploy.yaml
 // no policy that would take the place of the one that demands it.
-var forgetPolicy = []string{"delete", "validatingadmissionpolicybinding", "connectors-csi-token", "--ignore-not-found"}
+var ForgetPolicy = []string{"delete", "validatingadmissionpolicybinding", "connectors-csi-token", "--ignore-not-found"}
 
-// oldManifest is the old deploy.yaml, with the old driver's image, which it imports.
-func oldManifest() (string, error) {
+// OldManifest is the old deploy.yaml, with the old driver's image, which it imports.
+func OldManifest() (string, error) {
 	path, err := oldDriver()
 	if err != nil {
 		return "", err
 	}
-	driver, err := image.OfDriver(oldImage, path)
+	driver, err := image.OfDriver(OldImage, path)
 	if err != nil {
 		return "", err
 	}
 	if err := image.Import(driver); err != nil {
 		return "", err
 	}
-	manifest, err := machine.Output("git", "-C", "..", "show", oldCommit+":deploy.yaml")
-	return image.Field.ReplaceAllString(manifest+"\n", "        image: "+oldImage), err
+	manifest, err := machine.Output("git", "-C", "..", "show", OldCommit+":deploy.yaml")
+	return image.Field.ReplaceAllString(manifest+"\n", "        image: "+OldImage), err
 }
 
 var driverArgsList = regexp.MustCompile(`\n( *)args:\n(?: *- --.*\n)+`)
 
-// withArgs adds arguments for the driver to a deploy.yaml.
-func withArgs(content string, args ...string) (string, error) {
+// WithArgs adds arguments for the driver to a deploy.yaml.
+func WithArgs(content string, args ...string) (string, error) {
 	manifest := driverArgsList.ReplaceAllStringFunc(content, func(list string) string {
 		indent := driverArgsList.FindStringSubmatch(list)[1]
 		for _, arg := range args {

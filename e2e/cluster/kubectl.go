@@ -1,4 +1,6 @@
-package main
+// Package cluster has what is said to the node's cluster, and what the driver leaves on the node, for the tests as for the
+// commands.
+package cluster
 
 import (
 	"fmt"
@@ -9,12 +11,12 @@ import (
 	"time"
 )
 
-// kubectl runs kubectl as the cluster's administrator and returns what it printed. The error ends with
+// Kubectl runs kubectl as the cluster's administrator and returns what it printed. The error ends with
 // kubectl's own message.
-func kubectl(args ...string) (string, error) { return kubectlStdin("", args...) }
+func Kubectl(args ...string) (string, error) { return KubectlStdin("", args...) }
 
-// kubectlStdin is kubectl with something to read.
-func kubectlStdin(stdin string, args ...string) (string, error) {
+// KubectlStdin is kubectl with something to read.
+func KubectlStdin(stdin string, args ...string) (string, error) {
 	var stdout, stderr strings.Builder
 	cmd := exec.Command("kubectl", args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
@@ -24,8 +26,8 @@ func kubectlStdin(stdin string, args ...string) (string, error) {
 	return stdout.String(), nil
 }
 
-// await calls condition until it returns nil, and after limit returns its last error.
-func await(limit time.Duration, condition func() error) error {
+// Await calls condition until it returns nil, and after limit returns its last error.
+func Await(limit time.Duration, condition func() error) error {
 	deadline := time.Now().Add(limit)
 	for {
 		err := condition()
@@ -39,9 +41,9 @@ func await(limit time.Duration, condition func() error) error {
 	}
 }
 
-// httpGet returns the body of an answer that is a success. It does not wait long: a server may have gone without a word,
+// HTTPGet returns the body of an answer that is a success. It does not wait long: a server may have gone without a word,
 // as a Pod that is replaced does.
-func httpGet(url string) (string, error) {
+func HTTPGet(url string) (string, error) {
 	client := http.Client{Timeout: 10 * time.Second}
 	response, err := client.Get(url)
 	if err != nil {
