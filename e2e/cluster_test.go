@@ -21,6 +21,7 @@ import (
 
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/machine"
+	"connectors-csi/e2e/node"
 )
 
 // The words in which the tests speak about the cluster.
@@ -29,7 +30,7 @@ import (
 const limit = 3 * time.Minute
 
 // theNode is the one that all tests run on.
-var theNode *Node
+var theNode *node.Node
 
 func TestMain(m *testing.M) {
 	_, glabErr := glab()
@@ -37,7 +38,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		os.Exit(1)
 	}
-	os.Exit(onNode(func(n *Node) int {
+	os.Exit(node.On(func(n *node.Node) int {
 		theNode = n
 		return m.Run()
 	}))
@@ -125,7 +126,7 @@ func driverURL(t *testing.T) string {
 // saveState writes what there is to know about the cluster after a failure, and the driver's log, beside the
 // logs of the components.
 func saveState(t *testing.T) {
-	path := theNode.path(strings.ReplaceAll(t.Name(), "/", "-") + ".txt")
+	path := theNode.Path(strings.ReplaceAll(t.Name(), "/", "-") + ".txt")
 	if machine.Exists(path) {
 		return
 	}
@@ -492,10 +493,10 @@ func filesBelow(t *testing.T, dir string) map[string]string {
 // restartKubelet kills kubelet, starts it again and waits until it serves.
 func restartKubelet(ns namespace) {
 	ns.Helper()
-	theNode.kubelet.stop()
-	theNode.kubelet = theNode.restart(theNode.kubelet)
+	theNode.Kubelet.Stop()
+	theNode.Kubelet = theNode.Restart(theNode.Kubelet)
 	ns.eventually(func() error {
-		_, err := cluster.Kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/healthz")
+		_, err := cluster.Kubectl("get", "--raw", "/api/v1/nodes/"+node.Name+"/proxy/healthz")
 		return err
 	})
 }
@@ -504,14 +505,14 @@ func restartKubelet(ns namespace) {
 func restartAPIServer(ns namespace, flags ...string) {
 	ns.Helper()
 	ready := func() error { _, err := cluster.Kubectl("get", "--raw", "/readyz"); return err }
-	before := theNode.apiServer
+	before := theNode.APIServer
 	ns.Cleanup(func() {
-		theNode.apiServer.stop()
-		theNode.apiServer = theNode.restart(before)
+		theNode.APIServer.Stop()
+		theNode.APIServer = theNode.Restart(before)
 		ns.eventually(ready)
 	})
-	theNode.apiServer.stop()
-	theNode.apiServer = theNode.run(filepath.Base(before.cmd.Path), append(slices.Clone(before.cmd.Args[1:]), flags...)...)
+	theNode.APIServer.Stop()
+	theNode.APIServer = theNode.Run(filepath.Base(before.Cmd.Path), append(slices.Clone(before.Cmd.Args[1:]), flags...)...)
 	ns.eventually(ready)
 }
 
@@ -539,7 +540,7 @@ func driverMemory(t *testing.T) (peak, most int64) {
 // driverProcessorTime returns the processor time that the processes of the driver's container have used.
 func driverProcessorTime(t *testing.T) time.Duration {
 	t.Helper()
-	if v2, _ := isCgroup2(); v2 {
+	if v2, _ := node.IsCgroup2(); v2 {
 		return time.Duration(driverCgroup(t, "", "cpu.stat")) * time.Microsecond
 	}
 	return time.Duration(driverCgroup(t, "cpuacct/cpuacct.usage", ""))
@@ -551,10 +552,10 @@ func driverContainer(t *testing.T) string {
 	return strings.TrimPrefix(driverPod(t, ".status.containerStatuses[0].containerID"), "containerd://")
 }
 
-// driverCgroup is cgroupValue of the driver's container.
+// driverCgroup is CgroupValue of the driver's container.
 func driverCgroup(t *testing.T, v1, v2 string) (value int64) {
 	t.Helper()
-	value, err := theNode.cgroupValue(driverContainer(t), v1, v2)
+	value, err := theNode.CgroupValue(driverContainer(t), v1, v2)
 	if err != nil {
 		t.Fatal(err)
 	}

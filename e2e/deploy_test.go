@@ -9,6 +9,7 @@ import (
 
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
+	"connectors-csi/e2e/node"
 )
 
 // deploy.yaml on clusters that are made otherwise than this one.
@@ -17,7 +18,7 @@ import (
 func TestDriverRunsWhereItsPriorityNeedsAQuota(t *testing.T) {
 	ns := begin(t)
 	driver := driverNamespace(t)
-	configuration := theNode.path("admission.yaml")
+	configuration := theNode.Path("admission.yaml")
 	if err := os.WriteFile(configuration, []byte(`
 apiVersion: apiserver.config.k8s.io/v1
 kind: AdmissionConfiguration
@@ -78,11 +79,11 @@ func TestDriverStaysAwayFromVirtualNodes(t *testing.T) {
 			return nil
 		})
 	}
-	wantNodes("auto", "hybrid", nodeName)
+	wantNodes("auto", "hybrid", node.Name)
 	ns.kubectl("delete", "node", "auto", "hybrid")
 	driver.kubectl("rollout", "restart", "daemonset/connectors-csi")
 	awaitDriver(t) // with the two that are left
-	wantNodes(nodeName)
+	wantNodes(node.Name)
 }
 
 func TestDeployYAMLIsValidAndAppliesWithoutChange(t *testing.T) {

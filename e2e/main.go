@@ -11,6 +11,7 @@ import (
 
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
+	"connectors-csi/e2e/node"
 )
 
 const usage = `usage, from the repository's root, as root:
@@ -43,10 +44,10 @@ func main() {
 	}
 	switch command {
 	case "quickstart":
-		os.Exit(onNode(func(*Node) int { return report(quickstart()) }))
+		os.Exit(node.On(func(*node.Node) int { return report(quickstart()) }))
 	case "up":
-		code := onNode(func(n *Node) int { return report(up(n)) })
-		if code == interrupted {
+		code := node.On(func(n *node.Node) int { return report(up(n)) })
+		if code == node.Interrupted {
 			fmt.Println("The node has ended; nothing is left of it.")
 			code = 0
 		}
@@ -56,16 +57,16 @@ func main() {
 		if err := cluster.BuildOldDriver(); err != nil {
 			os.Exit(report(err))
 		}
-		os.Exit(onNode(func(n *Node) int { return report(runSoak(n, duration, seed)) }))
+		os.Exit(node.On(func(n *node.Node) int { return report(runSoak(n, duration, seed)) }))
 	case "scale":
 		options := parseScaleOptions(os.Args[2:])
-		os.Exit(onNode(func(n *Node) int { return report(scale(n, options)) }))
+		os.Exit(node.On(func(n *node.Node) int { return report(scale(n, options)) }))
 	case "image":
 		os.Exit(report(image.Write(image.ParseOptions(os.Args[2:]))))
 	case "dockerfile":
 		os.Exit(report(image.CheckDockerfile()))
 	case "kubectl":
-		os.Exit(report(execKubectl(os.Args[2:])))
+		os.Exit(report(node.ExecKubectl(os.Args[2:])))
 	default:
 		fmt.Fprint(os.Stderr, usage)
 		os.Exit(2)
@@ -103,7 +104,7 @@ func quickstart() error {
 }
 
 // up installs the driver and waits to be ended.
-func up(n *Node) error {
+func up(n *node.Node) error {
 	steps, err := readmeSteps("README.md", "Install")
 	if err != nil {
 		return err
@@ -118,6 +119,6 @@ func up(n *Node) error {
   go -C e2e run . kubectl get pods -A     (paths of files are relative to e2e)
 
 Logs are in %s. Ctrl-C ends the node.
-`, n.dir)
+`, n.Dir)
 	select {}
 }

@@ -15,6 +15,7 @@ import (
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
+	"connectors-csi/e2e/node"
 )
 
 // Tools that refuse a file for its mode or its owner. They run in Pods, as the users that the Pods say.
@@ -219,7 +220,7 @@ func (p postgres) password() string {
 // https://www.postgresql.org/docs/current/protocol-message-formats.html
 func newPostgres(t *testing.T) postgres {
 	t.Helper()
-	listener, err := net.Listen("tcp", nodeIP+":0")
+	listener, err := net.Listen("tcp", node.IP+":0")
 	if err != nil {
 		t.Fatal(err)
 	}

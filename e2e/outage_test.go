@@ -14,6 +14,7 @@ import (
 
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
+	"connectors-csi/e2e/node"
 )
 
 // What Pods see while the driver, kubelet or the API server is away, or a refresh fails.
@@ -116,7 +117,7 @@ func TestPodsKeepFilesWhileTheAPIServerIsDown(t *testing.T) {
 	ns.watcher("pod")
 	uid, driver := ns.uid("pod"), driverURL(t)
 
-	theNode.apiServer.stop()
+	theNode.APIServer.Stop()
 	refreshed := cluster.Await(limit, func() error { // kubelet goes on calling the driver, which can read nothing
 		metrics, err := cluster.HTTPGet(driver + "/metrics")
 		if err == nil && !strings.Contains(metrics, `connectors_csi_publish_total{code="Unavailable"}`) {
@@ -125,7 +126,7 @@ func TestPodsKeepFilesWhileTheAPIServerIsDown(t *testing.T) {
 		return err
 	})
 	address, err := os.ReadFile(cluster.VolumeDir(uid, "volume") + "/address")
-	theNode.apiServer = theNode.restart(theNode.apiServer) // before anything can end the test: the others need it
+	theNode.APIServer = theNode.Restart(theNode.APIServer) // before anything can end the test: the others need it
 	ns.eventually(func() error {
 		_, err := cluster.Kubectl("get", "--raw", "/readyz")
 		return err
@@ -152,12 +153,12 @@ func TestChangesArriveAfterFiveMinutesWithoutTheAPIServer(t *testing.T) {
 	uid := ns.uid("pod")
 	mount, file := ns.wantOneMount(uid), cluster.VolumeDir(uid, "volume")+"/address"
 
-	theNode.apiServer.stop()
+	theNode.APIServer.Stop()
 	changed := changeInEtcd("/registry/connectors.alauda.io/connectors/"+ns.name+"/target", "https://one.", "https://two.")
 	time.Sleep(away) // what is tried
 	kept, err := os.ReadFile(file)
-	theNode.kubelet.stop()
-	theNode.apiServer = theNode.restart(theNode.apiServer)
+	theNode.Kubelet.Stop()
+	theNode.APIServer = theNode.Restart(theNode.APIServer)
 	ready := cluster.Await(limit, func() error {
 		_, err := cluster.Kubectl("get", "--raw", "/readyz")
 		return err
@@ -171,7 +172,7 @@ func TestChangesArriveAfterFiveMinutesWithoutTheAPIServer(t *testing.T) {
 		return err
 	})
 	took := time.Since(returned)
-	theNode.kubelet = theNode.restart(theNode.kubelet) // before anything can end the test: the others need it
+	theNode.Kubelet = theNode.Restart(theNode.Kubelet) // before anything can end the test: the others need it
 	if err := errors.Join(changed, err, ready, arrived); err != nil {
 		t.Fatal(err)
 	}
@@ -254,7 +255,7 @@ func TestDeletedPodsLeaveNothing(t *testing.T) {
 
 // kubeletFailedToUnmount looks in kubelet's log for a Pod's volume that could not be unmounted.
 func kubeletFailedToUnmount(t *testing.T, uid string) error {
-	for line := range strings.Lines(readFile(t, theNode.kubelet.log)) {
+	for line := range strings.Lines(readFile(t, theNode.Kubelet.Log)) {
 		if strings.Contains(line, uid) && strings.Contains(line, "UnmountVolume.TearDown failed") {
 			return nil
 		}
@@ -265,7 +266,7 @@ func kubeletFailedToUnmount(t *testing.T, uid string) error {
 func TestDriverIsListedOnlyWhileItServes(t *testing.T) {
 	ns := begin(t)
 	listed := func() string {
-		return ns.kubectl("get", "csinode", nodeName, "--output=jsonpath={.spec.drivers[*].name}")
+		return ns.kubectl("get", "csinode", node.Name, "--output=jsonpath={.spec.drivers[*].name}")
 	}
 	if drivers := listed(); drivers != "connectors-csi" {
 		t.Errorf("the driver is ready, and CSINode lists %q", drivers)

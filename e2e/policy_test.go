@@ -25,6 +25,7 @@ import (
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
+	"connectors-csi/e2e/node"
 )
 
 // The two policies of deploy.yaml, against somebody who has taken over a node: who has the driver's token there, and
@@ -59,8 +60,8 @@ func denialBy(policy string) string {
 func clientWith(t *testing.T, token, contentType string) *kubernetes.Clientset {
 	t.Helper()
 	client, err := kubernetes.NewForConfig(&rest.Config{
-		Host: "https://" + nodeIP, BearerToken: token, QPS: -1,
-		TLSClientConfig: rest.TLSClientConfig{CAFile: theNode.path("apiserver.crt")},
+		Host: "https://" + node.IP, BearerToken: token, QPS: -1,
+		TLSClientConfig: rest.TLSClientConfig{CAFile: theNode.Path("apiserver.crt")},
 		ContentConfig:   rest.ContentConfig{ContentType: contentType},
 	})
 	if err != nil {
@@ -71,7 +72,7 @@ func clientWith(t *testing.T, token, contentType string) *kubernetes.Clientset {
 
 func admin(t *testing.T) *kubernetes.Clientset {
 	t.Helper()
-	found := regexp.MustCompile(`token: "(.*)"`).FindStringSubmatch(readFile(t, theNode.path("admin.kubeconfig")))
+	found := regexp.MustCompile(`token: "(.*)"`).FindStringSubmatch(readFile(t, theNode.Path("admin.kubeconfig")))
 	if found == nil {
 		t.Fatal("the administrator has no token")
 	}
@@ -202,7 +203,7 @@ func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 	again := ns.barePod("again", "default", true)
 	ns.kubectl("create", "secret", "generic", "secret")
 	secretUID := ns.kubectl("get", "secret", "secret", "--output=jsonpath={.metadata.uid}")
-	nodeUID := ns.kubectl("get", "node", nodeName, "--output=jsonpath={.metadata.uid}")
+	nodeUID := ns.kubectl("get", "node", node.Name, "--output=jsonpath={.metadata.uid}")
 	ownDriver := driver.get(driverPod(t, ".metadata.name"))
 
 	tokens := map[string]string{
@@ -214,7 +215,7 @@ func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 		"unbound":  driver.kubectl("create", "token", "connectors-csi"),
 	}
 	if token, err := cluster.Kubectl("--namespace", driver.name, "create", "token", "connectors-csi", "--bound-object-kind=Node",
-		"--bound-object-name="+nodeName); err == nil { // since 1.31
+		"--bound-object-name="+node.Name); err == nil { // since 1.31
 		tokens["node"] = token
 	}
 	const (
@@ -262,7 +263,7 @@ func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 		{"stolen", own, deniedBound, boundTo("v1", "pod", "own", string(own.UID))},
 		{"stolen", own, deniedBound, boundTo("v1", "", "own", string(own.UID))},
 		{"stolen", own, deniedBound, boundTo("v1", "Secret", "secret", secretUID)},
-		{"stolen", own, deniedBound, boundTo("v1", "Node", nodeName, nodeUID)},
+		{"stolen", own, deniedBound, boundTo("v1", "Node", node.Name, nodeUID)},
 		{"stolen", own, deniedBound, func(r *request) {
 			boundTo("admissionregistration.k8s.io/v1", "ValidatingWebhookConfiguration", "hook", string(own.UID))(r)
 			r.Spec.Audiences = []string{"hook"}
@@ -328,7 +329,7 @@ func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 		if may(kubeconfig(t, "stolen", stolen), c.verb, c.resource) {
 			t.Errorf("the driver's token lets one %s %s", c.verb, c.resource)
 		}
-		if may(theNode.path("kubelet.kubeconfig"), c.verb, c.resource) != c.kubelets {
+		if may(theNode.Path("kubelet.kubeconfig"), c.verb, c.resource) != c.kubelets {
 			t.Errorf("kubelet's token lets one %s %s: %v", c.verb, c.resource, !c.kubelets)
 		}
 	}
@@ -338,7 +339,7 @@ func TestDriversTokenIsGoodForThePodsOfItsNodeOnly(t *testing.T) {
 func TestTokenPoliciesSeeWhatTheAPIServerReads(t *testing.T) {
 	ns := begin(t)
 	ns.pod("own", mountTarget) // it never runs, but is on the node
-	ns.kubectl("wait", "--for=jsonpath={.spec.nodeName}="+nodeName, "pod/own", "--timeout=60s")
+	ns.kubectl("wait", "--for=jsonpath={.spec.nodeName}="+node.Name, "pod/own", "--timeout=60s")
 	elsewhere(t)
 	own, away := ns.get("own"), ns.barePod("away", "default", true)
 	client := clientWith(t, stolenToken(t), "").CoreV1().RESTClient()
@@ -411,7 +412,7 @@ func TestTokenPoliciesFailClosedForTheDriverAlone(t *testing.T) {
 	ns := begin(t)
 	empty := newNamespace(t)
 	ns.pod("own", mountTarget)
-	ns.kubectl("wait", "--for=jsonpath={.spec.nodeName}="+nodeName, "pod/own", "--timeout=60s")
+	ns.kubectl("wait", "--for=jsonpath={.spec.nodeName}="+node.Name, "pod/own", "--timeout=60s")
 	elsewhere(t)
 	own, away := ns.get("own"), ns.barePod("away", "default", true)
 	thief := clientWith(t, stolenToken(t), "")

@@ -15,6 +15,7 @@ import (
 	"github.com/elazarl/goproxy"
 
 	"connectors-csi/e2e/cluster"
+	"connectors-csi/e2e/node"
 )
 
 // What the driver's files are for: proxies that ask the API server who a token's bearer is, and whether he may
@@ -23,7 +24,7 @@ import (
 // gitServer serves the repository team/app.git to those who know its password.
 func gitServer(t *testing.T) *url.URL {
 	t.Helper()
-	backend, err := gitBackend(t.TempDir())
+	backend, err := node.GitBackend(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,7 +129,7 @@ func authorize(header string, connectors []string) (userName string, err error) 
 // serveToPods serves HTTP at an address that Pods can reach, and returns it.
 func serveToPods(t *testing.T, handler http.HandlerFunc) string {
 	t.Helper()
-	listener, err := net.Listen("tcp", nodeIP+":0")
+	listener, err := net.Listen("tcp", node.IP+":0")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -149,9 +149,9 @@ func (p standardProxy) saysThatItCannotAsk() {
 	if got := p.get(gitPort, fetchPath, bearer(known)); got.status != 200 {
 		p.Fatalf("%d %s", got.status, got.body)
 	}
-	theNode.apiServer.stop()
+	theNode.APIServer.Stop()
 	start := sync.OnceFunc(func() {
-		theNode.apiServer = theNode.restart(theNode.apiServer)
+		theNode.APIServer = theNode.Restart(theNode.APIServer)
 		p.eventually(func() error { _, err := cluster.Kubectl("get", "--raw", "/readyz"); return err })
 	})
 	defer start()

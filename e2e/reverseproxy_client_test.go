@@ -19,6 +19,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"connectors-csi/e2e/node"
 )
 
 // What the tests of examples/proxy send to it, and what reaches its targets.
@@ -59,7 +61,7 @@ func (p standardProxy) signed(token string, change func(claims map[string]any)) 
 	if payload, err = json.Marshal(claims); err != nil {
 		p.Fatal(err)
 	}
-	block, _ := pem.Decode([]byte(readFile(p.T, theNode.path("service-account.key"))))
+	block, _ := pem.Decode([]byte(readFile(p.T, theNode.Path("service-account.key"))))
 	key, err := x509.ParseECPrivateKey(block.Bytes)
 	if err != nil {
 		p.Fatal(err)
@@ -85,16 +87,16 @@ type recordingTarget struct {
 
 func newRecordingTarget(t *testing.T) *recordingTarget {
 	t.Helper()
-	backend, err := gitBackend(t.TempDir())
+	backend, err := node.GitBackend(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	target := &recordingTarget{handlers: map[string]http.Handler{"/team/": withPassword("bot", "change-me", backend)}}
-	before := theNode.targets.handlers["git.example.com"]
+	target := &recordingTarget{handlers: map[string]http.Handler{"/team/": node.WithPassword("bot", "change-me", backend)}}
+	before := theNode.Targets.Handlers["git.example.com"]
 	for _, name := range []string{"git", "npm", "untrusted", "misnamed"} {
-		theNode.targets.serve(name+".example.com", target)
+		theNode.Targets.Serve(name+".example.com", target)
 	}
-	t.Cleanup(func() { theNode.targets.serve("git.example.com", before) })
+	t.Cleanup(func() { theNode.Targets.Serve("git.example.com", before) })
 	return target
 }
 

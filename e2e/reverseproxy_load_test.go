@@ -18,6 +18,7 @@ import (
 
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
+	"connectors-csi/e2e/node"
 )
 
 // changesUnderLoad replaces the Secret, moves the target to another address, and rolls out another target, while new
@@ -104,14 +105,14 @@ func (p standardProxy) changesUnderLoad() {
 	}
 	p.kubectl("patch", "secret", "connectors-proxy-git", "--patch", `{"stringData": {"password": "changed"}}`)
 	wait("changed")
-	if err := theNode.leadTo("git.example.com", movedIP); err != nil {
+	if err := theNode.LeadTo("git.example.com", node.MovedIP); err != nil {
 		p.Fatal(err)
 	}
-	wait(movedIP + ":443")
-	if err := theNode.leadTo("", ""); err != nil {
+	wait(node.MovedIP + ":443")
+	if err := theNode.LeadTo("", ""); err != nil {
 		p.Fatal(err)
 	}
-	theNode.targets.serve("git2.example.com", p.target)
+	theNode.Targets.Serve("git2.example.com", p.target)
 	dir := p.copyExample("more")
 	kustomization := readFile(p.T, dir+"/kustomization.yaml")
 	writeFile(p.T, dir+"/kustomization.yaml", strings.Replace(kustomization, "git.example.com", "git2.example.com", 1))
@@ -147,7 +148,7 @@ func (p standardProxy) atOnce(times int, script string, env ...string) time.Dura
 		all.Go(func() {
 			cmd := exec.Command("timeout", "60", "sh", "-euc", script)
 			cmd.Dir = filepath.Join(dir, fmt.Sprint(i))
-			cmd.Env = append(append(os.Environ(), "HOME="+cmd.Dir, "CA="+theNode.path(targetCA)), env...)
+			cmd.Env = append(append(os.Environ(), "HOME="+cmd.Dir, "CA="+theNode.Path(node.TargetCA)), env...)
 			if err := os.Mkdir(cmd.Dir, 0o755); err != nil {
 				p.Error(err)
 				return
@@ -168,7 +169,7 @@ func (p standardProxy) carriesClones() {
 		p.Fatal(err)
 	}
 	p.Cleanup(func() { os.RemoveAll(dir) })
-	backend, err := gitBackend(dir)
+	backend, err := node.GitBackend(dir)
 	if err != nil {
 		p.Fatal(err)
 	}
@@ -181,7 +182,7 @@ func (p standardProxy) carriesClones() {
 		git -C ../repositories/team/app.git repack -adbq`, dir); err != nil {
 		p.Fatal(err)
 	}
-	p.target.handle("/big/", withPassword("bot", "change-me", http.StripPrefix("/big", backend)).ServeHTTP)
+	p.target.handle("/big/", node.WithPassword("bot", "change-me", http.StripPrefix("/big", backend)).ServeHTTP)
 	direct := p.atOnce(50,
 		`GIT_SSL_CAINFO="$CA" git -c http.extraHeader="$HEADER" clone --quiet --bare https://git.example.com/big/team/app.git`,
 		"HEADER="+basic("bot", "change-me"))
@@ -230,12 +231,12 @@ func (p standardProxy) carriesPackages() {
 	if err != nil {
 		p.Fatal(err)
 	}
-	theNode.targets.serve("npm.example.com", withToken("change-me", serve(files)))
+	theNode.Targets.Serve("npm.example.com", withToken("change-me", serve(files)))
 	const install = `printf '%s' "$MANIFEST" >package.json; printf '%b' "$CONFIG" >.npmrc
 		npm install --silent --no-audit --no-fund --cache cache >log 2>&1 || { cat log; exit 1; }
 		test "$(ls node_modules | wc -l)" = 100`
 	direct := p.atOnce(1, install, "MANIFEST="+string(manifest),
-		`CONFIG=registry=https://npm.example.com/\n//npm.example.com/:_authToken=change-me\ncafile=`+theNode.path(targetCA)+`\n`)
+		`CONFIG=registry=https://npm.example.com/\n//npm.example.com/:_authToken=change-me\ncafile=`+theNode.Path(node.TargetCA)+`\n`)
 	before := p.asked()
 	proxied := p.atOnce(1, install, "MANIFEST="+string(manifest), fmt.Sprintf(
 		`CONFIG=registry=http://%[1]s/\n//%[1]s/:_authToken=%[2]s\nreplace-registry-host=always\n`, p.host("npm"),

@@ -15,6 +15,7 @@ import (
 
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
+	"connectors-csi/e2e/node"
 )
 
 // examples/proxy: nginx, as a platform engineer applies it, with the real API server and targets behind TLS. Attacks
@@ -363,16 +364,16 @@ var proxiedClients = []client{
 func (p standardProxy) servesClients() {
 	// A registry's blobs may be elsewhere: there the client goes by itself.
 	const blob = "https://blobs.example.com/x?signature=1"
-	theNode.targets.serve("registry.example.com", http.RedirectHandler(blob, http.StatusTemporaryRedirect))
+	theNode.Targets.Serve("registry.example.com", http.RedirectHandler(blob, http.StatusTemporaryRedirect))
 	if got := p.get("8085", "/v2/x/blobs/y", bearer(p.tokens["viewer"])); got.status != 307 ||
 		got.header.Get("Location") != blob {
 		p.Errorf("a redirect of the registry: %d, %v", got.status, got.header)
 	}
-	theNode.targets.serve("npm.example.com", withToken("change-me", npmRegistry(p.T)))
-	theNode.targets.serve("pip.example.com", withPassword("bot", "change-me", pythonIndex(p.T)))
-	theNode.targets.serve("curl.example.com", withPassword("bot", "change-me",
+	theNode.Targets.Serve("npm.example.com", withToken("change-me", npmRegistry(p.T)))
+	theNode.Targets.Serve("pip.example.com", node.WithPassword("bot", "change-me", pythonIndex(p.T)))
+	theNode.Targets.Serve("curl.example.com", node.WithPassword("bot", "change-me",
 		serve(map[string]string{"greeting": "hello from curl"})))
-	theNode.targets.serve("registry.example.com", withPassword("bot", "change-me", containerRegistry(p.T)))
+	theNode.Targets.Serve("registry.example.com", node.WithPassword("bot", "change-me", containerRegistry(p.T)))
 	configuration := map[string]string{"npm": "npmrc", "pip": "pipconf", "curl": "curlrc", "registry": "registry-config"}
 	for _, c := range proxiedClients {
 		p.pod(c.name, fmt.Sprintf("{connector.name: %s, configuration.names: %s}", c.name, configuration[c.name]))
@@ -395,7 +396,7 @@ func (p standardProxy) servesClients() {
 
 // servesTLS rolls the component "tls" out, with a certificate of the targets' authority, and clones in a Pod.
 func (p standardProxy) servesTLS() {
-	certificate, key, err := theNode.targets.renew(p.host("git"))
+	certificate, key, err := theNode.Targets.Renew(p.host("git"))
 	if err != nil {
 		p.Fatal(err)
 	}
@@ -404,7 +405,7 @@ func (p standardProxy) servesTLS() {
 	writeFile(p.T, dir+"/tls.key", key)
 	p.kubectl("create", "secret", "tls", "connectors-proxy-tls", "--cert="+dir+"/tls.crt", "--key="+dir+"/tls.key")
 	class, _, _ := strings.Cut(readFile(p.T, dir+"/tls/class.yaml"), "        -----BEGIN")
-	authority := strings.TrimSpace(readFile(p.T, theNode.path(targetCA)))
+	authority := strings.TrimSpace(readFile(p.T, theNode.Path(node.TargetCA)))
 	writeFile(p.T, dir+"/tls/class.yaml", class+"        "+strings.ReplaceAll(authority, "\n", "\n        ")+"\n")
 	p.kubectl("apply", "-k", dir)
 	p.rolledOut()
@@ -428,7 +429,7 @@ func (p standardProxy) servesTLS() {
 	p.settle()
 	p.pods = p.podIPs()
 	first := serial()
-	if certificate, key, err = theNode.targets.renew(p.host("git")); err != nil {
+	if certificate, key, err = theNode.Targets.Renew(p.host("git")); err != nil {
 		p.Fatal(err)
 	}
 	encode := base64.StdEncoding.EncodeToString
@@ -448,7 +449,7 @@ func (p standardProxy) servesTLS() {
 
 // verifiesAPIServer gives the proxy another authority than the API server's: no token may go to what it cannot trust.
 func (p standardProxy) verifiesAPIServer() {
-	p.kubectl("create", "configmap", "wrong", "--from-file=ca.crt="+theNode.path(targetCA))
+	p.kubectl("create", "configmap", "wrong", "--from-file=ca.crt="+theNode.Path(node.TargetCA))
 	p.kubectl("patch", "deployment", "connectors-proxy", "--patch",
 		`{"spec": {"template": {"spec": {"volumes": [{"name": "kubernetes", "configMap": {"name": "wrong"}}]}}}}`)
 	p.rolledOut()

@@ -42,7 +42,7 @@ func TestDriverKeepsFewCapabilities(t *testing.T) {
 func kubeconfig(t *testing.T, name, token string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), name)
-	if err := os.WriteFile(path, theNode.kubeconfig(token), 0o600); err != nil {
+	if err := os.WriteFile(path, theNode.Kubeconfig(token), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return path

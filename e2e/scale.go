@@ -27,6 +27,7 @@ import (
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
+	"connectors-csi/e2e/node"
 )
 
 // The command scale measures many drivers at one API server. The API server is the node's; each driver has a node
@@ -140,7 +141,7 @@ func parseScaleOptions(arguments []string) scaleOptions {
 // scaleRun is the command at work.
 type scaleRun struct {
 	scaleOptions
-	node     *Node
+	node     *node.Node
 	began    time.Time
 	client   *kubernetes.Clientset
 	objects  dynamic.Interface
@@ -157,7 +158,7 @@ type scaleRun struct {
 }
 
 // scale measures for each number of drivers, and reports.
-func scale(n *Node, o scaleOptions) error {
+func scale(n *node.Node, o scaleOptions) error {
 	s, err := newScaleRun(n, o)
 	if err != nil {
 		return err
@@ -182,9 +183,9 @@ func scale(n *Node, o scaleOptions) error {
 }
 
 // newScaleRun prepares what all numbers of drivers have in common.
-func newScaleRun(n *Node, o scaleOptions) (*scaleRun, error) {
+func newScaleRun(n *node.Node, o scaleOptions) (*scaleRun, error) {
 	s := &scaleRun{scaleOptions: o, node: n, began: time.Now()}
-	config, err := clientcmd.BuildConfigFromFlags("", n.path("admin.kubeconfig"))
+	config, err := clientcmd.BuildConfigFromFlags("", n.Path("admin.kubeconfig"))
 	if err != nil {
 		return nil, err
 	}
@@ -195,7 +196,7 @@ func newScaleRun(n *Node, o scaleOptions) (*scaleRun, error) {
 	if s.objects, err = dynamic.NewForConfig(config); err != nil {
 		return nil, err
 	}
-	if s.ca, err = os.ReadFile(n.path("apiserver.crt")); err != nil {
+	if s.ca, err = os.ReadFile(n.Path("apiserver.crt")); err != nil {
 		return nil, err
 	}
 	if s.watcher, err = fsnotify.NewBufferedWatcher(1 << 16); err != nil {
@@ -223,12 +224,12 @@ func newScaleRun(n *Node, o scaleOptions) (*scaleRun, error) {
 		return nil, err
 	}
 	s.say("the API server alone, for %v", o.duration)
-	before, err := processorTime(n.apiServer)
+	before, err := processorTime(n.APIServer)
 	if err != nil {
 		return nil, err
 	}
 	time.Sleep(o.duration) // over which is measured
-	after, err := processorTime(n.apiServer)
+	after, err := processorTime(n.APIServer)
 	s.idleCPU = perHour(after-before, o.duration)
 	return s, err
 }
@@ -526,7 +527,7 @@ func (s *scaleRun) changeOnce(limit time.Duration, file string, volumes []*scale
 // restartServer kills the API server, and starts it again when all drivers have noticed.
 func (s *scaleRun) restartServer(f *scaleFigures) error {
 	s.say("the API server restarts")
-	s.node.apiServer.stop()
+	s.node.APIServer.Stop()
 	if err := s.awaitStreams(0); err != nil {
 		return err
 	}
@@ -535,7 +536,7 @@ func (s *scaleRun) restartServer(f *scaleFigures) error {
 		return err
 	}
 	began := time.Now()
-	s.node.apiServer = s.node.restart(s.node.apiServer)
+	s.node.APIServer = s.node.Restart(s.node.APIServer)
 	last, lastTime := before.requests.total(), began
 	err = cluster.Await(2*time.Minute, func() error {
 		open, err := s.openStreams()
@@ -564,7 +565,7 @@ func (s *scaleRun) restartServer(f *scaleFigures) error {
 	}
 	f.Restart.StreamsSeconds = time.Since(began).Seconds()
 	s.say("  all streams are back after %.1f s, at most %.0f requests a second", f.Restart.StreamsSeconds, f.Restart.PeakPerSecond)
-	return cluster.Await(startLimit, func() error {
+	return cluster.Await(node.StartLimit, func() error {
 		if !s.serverReady() {
 			return errors.New("the API server is not ready")
 		}
@@ -638,11 +639,11 @@ func (s *scaleRun) polling() (p *pollingFigures, err error) {
 			return nil, err
 		}
 	}
-	s.node.apiServer.stop() // ends the streams
+	s.node.APIServer.Stop() // ends the streams
 	if err := s.awaitStreams(0); err != nil {
 		return nil, err
 	}
-	s.node.apiServer = s.node.restart(s.node.apiServer)
+	s.node.APIServer = s.node.Restart(s.node.APIServer)
 	began := time.Now()
 	s.streams = 0
 	if err := s.awaitCalls(began); err != nil { // from then on everything is in its rhythm
@@ -661,7 +662,7 @@ func (s *scaleRun) polling() (p *pollingFigures, err error) {
 func (s *scaleRun) clear() error {
 	s.stop()
 	for _, node := range s.nodes {
-		node.driver.stop()
+		node.driver.Stop()
 		if err := machine.Run("umount", "--lazy", node.dir); err != nil {
 			return err
 		}

@@ -29,6 +29,7 @@ import (
 	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 
 	"connectors-csi/e2e/cluster"
+	"connectors-csi/e2e/node"
 )
 
 // scaleDir holds a directory for each of the many nodes, as they are seen from here.
@@ -40,7 +41,7 @@ type scaleNode struct {
 	name    string
 	dir     string // kubelet's --root-dir; the driver's process has it at the usual place
 	port    int    // of the driver's --http-address
-	driver  *component
+	driver  *node.Component
 	volumes []*scaleVolume
 	ended   spent // of the processes that have ended
 }
@@ -89,13 +90,13 @@ func newScaleNode(name string, port int, token string, ca []byte) (*scaleNode, e
 }
 
 // start starts the driver and registers it, as kubelet does with a socket that appears.
-func (s *scaleNode) start(n *Node) error {
+func (s *scaleNode) start(n *node.Node) error {
 	cmd := exec.Command("unshare", "--mount", "--propagation", "unchanged", "sh", "-euc", driverScript, "sh",
-		filepath.Dir(s.dir), n.path("connectors-csi"), fmt.Sprintf("127.0.0.1:%d", s.port))
+		filepath.Dir(s.dir), n.Path("connectors-csi"), fmt.Sprintf("127.0.0.1:%d", s.port))
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "NODE_NAME=" + s.name, "GOMEMLIMIT=48MiB", // as in deploy.yaml
-		"KUBERNETES_SERVICE_HOST=" + apiServiceIP, "KUBERNETES_SERVICE_PORT=443"}
-	s.driver = n.supervise(s.name, cmd)
-	return cluster.Await(startLimit, s.register)
+		"KUBERNETES_SERVICE_HOST=" + node.APIServiceIP, "KUBERNETES_SERVICE_PORT=443"}
+	s.driver = n.Supervise(s.name, cmd)
+	return cluster.Await(node.StartLimit, s.register)
 }
 
 func (s *scaleNode) dial() (*grpc.ClientConn, error) {
@@ -123,8 +124,8 @@ func (s *scaleNode) stop(signal unix.Signal) error {
 	if err != nil {
 		return err
 	}
-	s.driver.end(signal)
-	state := s.driver.cmd.ProcessState
+	s.driver.End(signal)
+	state := s.driver.Cmd.ProcessState
 	s.ended = spent{used.requests, s.ended.cpu + state.UserTime() + state.SystemTime()}
 	return nil
 }
@@ -140,8 +141,8 @@ func (s *scaleNode) usage() (spent, error) {
 }
 
 // processorTime is what a process has used, and its children that have ended.
-func processorTime(c *component) (time.Duration, error) {
-	process, err := procfs.NewProc(c.cmd.Process.Pid)
+func processorTime(c *node.Component) (time.Duration, error) {
+	process, err := procfs.NewProc(c.Cmd.Process.Pid)
 	if err != nil {
 		return 0, err
 	}
@@ -191,7 +192,7 @@ func (f footprint) String() string {
 }
 
 func (s *scaleNode) footprint() (footprint, error) {
-	process, err := procfs.NewProc(s.driver.cmd.Process.Pid)
+	process, err := procfs.NewProc(s.driver.Cmd.Process.Pid)
 	if err != nil {
 		return footprint{}, err
 	}
@@ -213,12 +214,12 @@ var goroutineLine = regexp.MustCompile(`(?m)^goroutine \d+ `)
 
 // quit ends the driver in the way that makes Go's runtime print all goroutines, and counts them.
 func (s *scaleNode) quit() (goroutines int, err error) {
-	before, err := os.ReadFile(s.driver.log)
+	before, err := os.ReadFile(s.driver.Log)
 	if err != nil {
 		return 0, err
 	}
-	s.driver.end(unix.SIGQUIT)
-	after, err := os.ReadFile(s.driver.log)
+	s.driver.End(unix.SIGQUIT)
+	after, err := os.ReadFile(s.driver.Log)
 	if err != nil {
 		return 0, err
 	}

@@ -33,7 +33,7 @@ func (s *scaleRun) usageOfAll() (drivers, server spent, err error) {
 	if drivers, err = s.usage(); err != nil {
 		return drivers, server, err
 	}
-	if server.cpu, err = processorTime(s.node.apiServer); err != nil {
+	if server.cpu, err = processorTime(s.node.APIServer); err != nil {
 		return drivers, server, err
 	}
 	families, err := s.serverMetrics()

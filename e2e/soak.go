@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"connectors-csi/e2e/cluster"
+	"connectors-csi/e2e/node"
 )
 
 // A soak is a stretch of bad days on the real node:
@@ -27,7 +28,7 @@ import (
 //
 // From 1 to 4 a watch (soak_watch.go) reads all volumes and logs, and keeps whatever is wrong.
 type soak struct {
-	node  *Node
+	node  *node.Node
 	watch *watch
 
 	mu        sync.Mutex
@@ -234,7 +235,7 @@ func plan(seed uint64, duration time.Duration) (changes, faults []event) {
 }
 
 // runSoak is the command.
-func runSoak(n *Node, duration time.Duration, seed uint64) error {
+func runSoak(n *node.Node, duration time.Duration, seed uint64) error {
 	if seed == 0 {
 		seed = rand.Uint64()
 	}
@@ -440,10 +441,10 @@ func (s *soak) fault(target string, kill bool, lasts time.Duration) error {
 		if kill {
 			s.watch.kubeletIsKilled()
 		}
-		s.node.kubelet = s.interrupt(s.node.kubelet, kill, lasts)
+		s.node.Kubelet = s.interrupt(s.node.Kubelet, kill, lasts)
 	case "API server":
 		ready = apiServerReady
-		s.node.apiServer = s.interrupt(s.node.apiServer, kill, lasts)
+		s.node.APIServer = s.interrupt(s.node.APIServer, kill, lasts)
 	default:
 		// A driver that has not come back from the last fault is left alone, or it never would on a busy machine.
 		pid := s.watch.driverProcess(target)
@@ -479,20 +480,20 @@ func (s *soak) fault(target string, kill bool, lasts time.Duration) error {
 }
 
 // interrupt kills or stops a component, and has it go on after some time.
-func (s *soak) interrupt(c *component, kill bool, lasts time.Duration) *component {
+func (s *soak) interrupt(c *node.Component, kill bool, lasts time.Duration) *node.Component {
 	if kill {
-		c.stop()
+		c.Stop()
 		time.Sleep(lasts) // what the fault is
-		return s.node.restart(c)
+		return s.node.Restart(c)
 	}
-	c.cmd.Process.Signal(syscall.SIGSTOP)
+	c.Cmd.Process.Signal(syscall.SIGSTOP)
 	time.Sleep(lasts)
-	c.cmd.Process.Signal(syscall.SIGCONT)
+	c.Cmd.Process.Signal(syscall.SIGCONT)
 	return c
 }
 
 func kubeletReady() error {
-	_, err := cluster.Kubectl("get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/healthz", "--request-timeout=5s")
+	_, err := cluster.Kubectl("get", "--raw", "/api/v1/nodes/"+node.Name+"/proxy/healthz", "--request-timeout=5s")
 	return err
 }
 

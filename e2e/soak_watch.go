@@ -19,11 +19,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"connectors-csi/e2e/cluster"
+	"connectors-csi/e2e/node"
 )
 
 // watch looks, without the API server, at what runs on the node. It has a reader for each container of the soak's Pods.
 type watch struct {
-	node   *Node
+	node   *node.Node
 	before map[string]bool // directories of Pods that were there before
 
 	mu         sync.Mutex
@@ -54,7 +55,7 @@ type seen struct {
 // startOfContainer is how long containerd may take to start a container, on a busy machine.
 const startOfContainer = 10 * time.Second
 
-func newWatch(n *Node) *watch {
+func newWatch(n *node.Node) *watch {
 	w := &watch{
 		node: n, before: map[string]bool{}, containers: map[string]container{}, lines: map[string]seen{},
 		expected: map[string]int{}, offsets: map[string]int64{},
@@ -125,8 +126,8 @@ func (w *watch) look() {
 			go w.follow(c)
 		}
 		if isDriver {
-			peak, err := w.node.cgroupValue(c.id, "memory/memory.max_usage_in_bytes", "memory.peak")
-			most, _ := w.node.cgroupValue(c.id, "memory/memory.limit_in_bytes", "memory.max")
+			peak, err := w.node.CgroupValue(c.id, "memory/memory.max_usage_in_bytes", "memory.peak")
+			most, _ := w.node.CgroupValue(c.id, "memory/memory.limit_in_bytes", "memory.max")
 			w.mu.Lock()
 			// A share of the limit is compared, since the old driver has another.
 			if err == nil && most > 0 && (w.most == 0 || float64(peak)/float64(most) > float64(w.peak)/float64(w.most)) {
@@ -284,8 +285,8 @@ var secrets = regexp.MustCompile(`eyJ[\w-]{20,}|ZXlK[\w+/]{20,}|x{64}`)
 
 // readLogs looks for secrets in what was added to the logs of the components and of all containers.
 func (w *watch) readLogs() {
-	logs, _ := filepath.Glob(w.node.path("*.log"))
-	pods, _ := filepath.Glob(w.node.path("pods/*/*/*.log"))
+	logs, _ := filepath.Glob(w.node.Path("*.log"))
+	pods, _ := filepath.Glob(w.node.Path("pods/*/*/*.log"))
 	for _, path := range append(logs, pods...) {
 		file, err := os.Open(path)
 		if err != nil {
@@ -458,7 +459,7 @@ func (w *watch) measureDriver() (held, error) {
 	if err != nil {
 		return held{}, err
 	}
-	logs, err := filepath.Glob(w.node.path("pods/*_" + c.uid + "/csi-driver/*.log"))
+	logs, err := filepath.Glob(w.node.Path("pods/*_" + c.uid + "/csi-driver/*.log"))
 	if err != nil || len(logs) == 0 {
 		return held{}, fmt.Errorf("the driver's logs are %q (%v)", logs, err)
 	}

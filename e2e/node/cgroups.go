@@ -1,4 +1,4 @@
-package main
+package node
 
 import (
 	"errors"
@@ -25,7 +25,7 @@ const cgroupRoot = "/sys/fs/cgroup"
 // cgroupHierarchies returns where cgroups are made: one place with cgroup v2, one for each controller
 // with v1.
 func cgroupHierarchies() ([]string, error) {
-	v2, err := isCgroup2()
+	v2, err := IsCgroup2()
 	if err != nil {
 		return nil, err
 	}
@@ -35,8 +35,8 @@ func cgroupHierarchies() ([]string, error) {
 	return filepath.Glob(cgroupRoot + "/*")
 }
 
-// isCgroup2 reports whether the machine has cgroup v2.
-func isCgroup2() (bool, error) {
+// IsCgroup2 reports whether the machine has cgroup v2.
+func IsCgroup2() (bool, error) {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(cgroupRoot, &fs); err != nil {
 		return false, fmt.Errorf("%s: %w", cgroupRoot, err)
@@ -63,7 +63,7 @@ func createCgroups(name string) error {
 // as the kernel has them. The command calls it: from the node's PID namespace the processes that it may have
 // to move cannot be seen.
 func enableControllers() error {
-	if v2, err := isCgroup2(); err != nil || !v2 {
+	if v2, err := IsCgroup2(); err != nil || !v2 {
 		return err
 	}
 	available, err := os.ReadFile(cgroupRoot + "/cgroup.controllers")
@@ -152,16 +152,16 @@ func removeStaleCgroups() {
 	}
 }
 
-// cgroupValue returns the first number in a file of a container's cgroup: one below a controller's hierarchy with
+// CgroupValue returns the first number in a file of a container's cgroup: one below a controller's hierarchy with
 // cgroup v1, or one of v2.
-func (n *Node) cgroupValue(id, v1, v2 string) (int64, error) {
+func (n *Node) CgroupValue(id, v1, v2 string) (int64, error) {
 	root, file := filepath.Join(cgroupRoot, filepath.Dir(v1)), filepath.Base(v1)
-	if isV2, err := isCgroup2(); err != nil {
+	if isV2, err := IsCgroup2(); err != nil {
 		return 0, err
 	} else if isV2 {
 		root, file = cgroupRoot, v2
 	}
-	paths, _ := filepath.Glob(filepath.Join(root, filepath.Base(n.dir), "kubepods/*/*", id, file))
+	paths, _ := filepath.Glob(filepath.Join(root, filepath.Base(n.Dir), "kubepods/*/*", id, file))
 	if len(paths) != 1 {
 		return 0, fmt.Errorf("the cgroup of container %s: %q", id, paths)
 	}

@@ -1,4 +1,4 @@
-package main
+package node
 
 import (
 	"crypto/ecdsa"
@@ -25,37 +25,37 @@ func (n *Node) writeConfiguration() error {
 		{"admin", "admin", "system:masters"},
 		{"controller-manager", "system:kube-controller-manager", ""},
 		{"scheduler", "system:kube-scheduler", ""},
-		{"kubelet", "system:node:" + nodeName, "system:nodes"},
+		{"kubelet", "system:node:" + Name, "system:nodes"},
 		{"kube-proxy", "system:kube-proxy", ""},
 	} {
 		token := rand.Text()
 		fmt.Fprintf(&tokens, "%s,%s,%s,%q\n", token, user.name, user.name, user.groups)
-		if err := os.WriteFile(n.path(user.file+".kubeconfig"), n.kubeconfig(token), 0o600); err != nil {
+		if err := os.WriteFile(n.Path(user.file+".kubeconfig"), n.Kubeconfig(token), 0o600); err != nil {
 			return err
 		}
 	}
 	for _, file := range []struct{ name, content string }{
 		{"tokens.csv", tokens.String()},
 		{"service-account.key", key},
-		{"kubelet.yaml", fmt.Sprintf(kubeletFormat, filepath.Base(n.dir), n.path("pods"), dnsServiceIP)},
-		{"Corefile", fmt.Sprintf(corefileFormat, nodeIP, n.path("admin.kubeconfig"), n.path("zone"))},
+		{"kubelet.yaml", fmt.Sprintf(kubeletFormat, filepath.Base(n.Dir), n.Path("pods"), dnsServiceIP)},
+		{"Corefile", fmt.Sprintf(corefileFormat, IP, n.Path("admin.kubeconfig"), n.Path("zone"))},
 		{"resolv.conf", "nameserver " + dnsServiceIP + "\n"},
-		{"containerd.toml", fmt.Sprintf(containerdFormat, image.Pause, n.path("bin"), n.path("cni"), n.path("bin"))},
+		{"containerd.toml", fmt.Sprintf(containerdFormat, image.Pause, n.Path("bin"), n.Path("cni"), n.Path("bin"))},
 		{"cni/node.conflist", fmt.Sprintf(cniFormat, bridge, podNetwork, firstPodIP)},
 	} {
-		if err := os.MkdirAll(filepath.Dir(n.path(file.name)), 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Dir(n.Path(file.name)), 0o755); err != nil {
 			return err
 		}
-		if err := os.WriteFile(n.path(file.name), []byte(file.content), 0o600); err != nil {
+		if err := os.WriteFile(n.Path(file.name), []byte(file.content), 0o600); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// kubeconfig is one for the bearer of a token.
-func (n *Node) kubeconfig(token string) []byte {
-	return fmt.Appendf(nil, kubeconfigFormat, nodeIP, n.path("apiserver.crt"), token)
+// Kubeconfig is one for the bearer of a token.
+func (n *Node) Kubeconfig(token string) []byte {
+	return fmt.Appendf(nil, kubeconfigFormat, IP, n.Path("apiserver.crt"), token)
 }
 
 // newKey returns a new private key, PEM-encoded, to sign ServiceAccounts' tokens with.

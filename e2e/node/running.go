@@ -1,4 +1,4 @@
-package main
+package node
 
 import (
 	"errors"
@@ -11,7 +11,7 @@ import (
 	"connectors-csi/e2e/machine"
 )
 
-// pointTo makes a node the one that execKubectl finds.
+// pointTo makes a node the one that ExecKubectl finds.
 func pointTo(dir string, init int) error {
 	link, err := runningNode()
 	if err != nil {
@@ -32,8 +32,8 @@ func runningNode() (string, error) {
 	return filepath.Join(cache, "node"), err
 }
 
-// execKubectl becomes kubectl in the running node's network.
-func execKubectl(args []string) error {
+// ExecKubectl becomes kubectl in the running node's network.
+func ExecKubectl(args []string) error {
 	dir, err := runningNode()
 	if err != nil {
 		return err

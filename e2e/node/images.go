@@ -1,4 +1,4 @@
-package main
+package node
 
 import (
 	"fmt"
@@ -17,11 +17,11 @@ func (n *Node) importImages() error {
 	if err != nil {
 		return err
 	}
-	driver, err := image.OfDriver(driverName, n.path("connectors-csi"))
+	driver, err := image.OfDriver(driverName, n.Path("connectors-csi"))
 	if err != nil {
 		return err
 	}
-	upgraded, err := image.OfDriver(image.Upgrade, n.path("connectors-csi"), image.File{Name: "2", Mode: 0o444})
+	upgraded, err := image.OfDriver(image.Upgrade, n.Path("connectors-csi"), image.File{Name: "2", Mode: 0o444})
 	if err != nil {
 		return err
 	}
@@ -41,7 +41,7 @@ func (n *Node) importImages() error {
 	if err != nil {
 		return err
 	}
-	proxyFiles, err := image.NginxFiles(n.path(targetCA))
+	proxyFiles, err := image.NginxFiles(n.Path(TargetCA))
 	if err != nil {
 		return err
 	}

@@ -1,4 +1,6 @@
-package main
+// Package node runs a real single-node Kubernetes on this machine, from programs that Go modules provide, and without a
+// container engine.
+package node
 
 import (
 	"errors"
@@ -33,32 +35,34 @@ import (
 //	         from a pipe that the command holds), it ends all processes and removes the node's cgroups.
 //	work     starts Kubernetes in the namespaces, then does what the command is about.
 //
-// So everything between onNode's call and its return happens inside the namespaces: plain exec, plain
+// So everything between On's call and its return happens inside the namespaces: plain exec, plain
 // connections, plain paths.
 const (
 	envProcess = "E2E_PROCESS" // "init" or "work"; not set: command
 	envDir     = "E2E_DIR"     // the node's directory on the host: logs, kubeconfig files, bin (links to the programs)
 )
 
-// interrupted is the exit code after Ctrl-C, as shells have it.
-const interrupted = 130
+// Interrupted is the exit code after Ctrl-C, as shells have it.
+const Interrupted = 130
+
+// Name is that of the node's object.
+const Name = "node"
 
 // Addresses from the range for benchmarks (RFC 2544). They exist in the node's network namespace only.
 const (
-	nodeName     = "node"
 	bridge       = "node0"
-	nodeIP       = "198.18.0.1"
+	IP           = "198.18.0.1"
 	podNetwork   = "198.18.0.0/24"
 	firstPodIP   = "198.18.0.10"
 	targetIP     = "198.18.0.2" // what every name below example.com leads to
-	movedIP      = "198.18.0.3" // what a test may make it lead to
+	MovedIP      = "198.18.0.3" // what a test may make it lead to
 	serviceRange = "198.19.0.0/24"
-	apiServiceIP = "198.19.0.1" // the first of serviceRange is always the Service "kubernetes"
+	APIServiceIP = "198.19.0.1" // the first of serviceRange is always the Service "kubernetes"
 	dnsServiceIP = "198.19.0.10"
 )
 
-// onNode starts a node, calls work inside it and returns the exit code for the process.
-func onNode(work func(*Node) int) int {
+// On starts a node, calls work inside it and returns the exit code for the process.
+func On(work func(*Node) int) int {
 	code, err := 0, error(nil)
 	switch os.Getenv(envProcess) {
 	case "":
@@ -105,7 +109,7 @@ func runCommand() (code int, err error) {
 	if err := linkTools(filepath.Join(dir, "bin"), module); err != nil {
 		return 0, errors.Join(err, os.RemoveAll(dir))
 	}
-	if code, err = runNode(dir); err == nil && (code == 0 || code == interrupted) {
+	if code, err = runNode(dir); err == nil && (code == 0 || code == Interrupted) {
 		return code, os.RemoveAll(dir)
 	}
 	fmt.Fprintln(os.Stderr, "e2e: the logs of all components are in", dir)
@@ -134,7 +138,7 @@ func runNode(dir string) (code int, err error) {
 	case <-signals:
 		release.Close()
 		<-ended
-		return interrupted, nil
+		return Interrupted, nil
 	}
 	removeCgroups(filepath.Base(dir)) // has work to do only if init itself was killed
 	var exit *exec.ExitError
@@ -275,9 +279,9 @@ func setUpNetwork() error {
 	return errors.Join(
 		netlink.LinkSetUp(lo),
 		netlink.LinkAdd(br),
-		netlink.AddrAdd(br, address(nodeIP+"/24")),
+		netlink.AddrAdd(br, address(IP+"/24")),
 		netlink.AddrAdd(br, address(targetIP+"/32")),
-		netlink.AddrAdd(br, address(movedIP+"/32")),
+		netlink.AddrAdd(br, address(MovedIP+"/32")),
 		netlink.LinkSetUp(br),
 		// Kubernetes' components take the address of the interface with the default route for the node's.
 		netlink.RouteAdd(&netlink.Route{LinkIndex: br.Attrs().Index, Dst: address("0.0.0.0/0").IPNet}),
@@ -286,18 +290,18 @@ func setUpNetwork() error {
 
 // Node is the running Kubernetes, as seen from inside its namespaces.
 type Node struct {
-	dir string // on the host; kept if something fails
+	Dir string // on the host; kept if something fails
 
-	apiServer, kubelet *component // tests stop and restart them
+	APIServer, Kubelet *Component // tests stop and restart them
 
-	targets *targets
+	Targets *Targets
 }
 
 // runWork starts Kubernetes and calls work.
 func runWork(work func(*Node) int) (int, error) {
-	n := &Node{dir: os.Getenv(envDir)}
-	os.Setenv("PATH", n.path("bin")+":"+os.Getenv("PATH"))
-	os.Setenv("KUBECONFIG", n.path("admin.kubeconfig"))
+	n := &Node{Dir: os.Getenv(envDir)}
+	os.Setenv("PATH", n.Path("bin")+":"+os.Getenv("PATH"))
+	os.Setenv("KUBECONFIG", n.Path("admin.kubeconfig"))
 	began := time.Now()
 	if err := n.start(); err != nil {
 		return 0, err
@@ -306,8 +310,8 @@ func runWork(work func(*Node) int) (int, error) {
 	return work(n), nil
 }
 
-// path names a file in the node's directory.
-func (n *Node) path(name string) string { return filepath.Join(n.dir, name) }
+// Path names a file in the node's directory.
+func (n *Node) Path(name string) string { return filepath.Join(n.Dir, name) }
 
 // start starts all components and returns when the node can run Pods.
 func (n *Node) start() error {
@@ -317,47 +321,47 @@ func (n *Node) start() error {
 	if err := n.startTargets(); err != nil {
 		return err
 	}
-	n.run("containerd", "--config", n.path("containerd.toml"))
-	n.run("server", // etcd's main package is called that
+	n.Run("containerd", "--config", n.Path("containerd.toml"))
+	n.Run("server", // etcd's main package is called that
 		"--data-dir", "/run/etcd", "--unsafe-no-fsync", "--log-level", "warn")
-	n.apiServer = n.run("kube-apiserver",
+	n.APIServer = n.Run("kube-apiserver",
 		"--etcd-servers", "http://127.0.0.1:2379",
-		"--advertise-address", nodeIP, "--bind-address", nodeIP, "--secure-port", "443", "--cert-dir", n.dir,
+		"--advertise-address", IP, "--bind-address", IP, "--secure-port", "443", "--cert-dir", n.Dir,
 		"--service-cluster-ip-range", serviceRange,
-		"--token-auth-file", n.path("tokens.csv"),
+		"--token-auth-file", n.Path("tokens.csv"),
 		"--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction",
 		"--service-account-issuer", "https://kubernetes.default.svc",
-		"--service-account-key-file", n.path("service-account.key"),
-		"--service-account-signing-key-file", n.path("service-account.key"),
+		"--service-account-key-file", n.Path("service-account.key"),
+		"--service-account-signing-key-file", n.Path("service-account.key"),
 		"--allow-privileged",
 		"--kubelet-preferred-address-types", "InternalIP") // the default asks DNS for the node's name first
-	if err := cluster.Await(startLimit, func() error { return machine.Run("ctr", "version") }); err != nil {
+	if err := cluster.Await(StartLimit, func() error { return machine.Run("ctr", "version") }); err != nil {
 		return fmt.Errorf("containerd is not ready: %w", err)
 	}
 	if err := n.importImages(); err != nil {
 		return err
 	}
-	if err := cluster.Await(startLimit, func() error { _, err := cluster.Kubectl("get", "--raw", "/readyz"); return err }); err != nil {
+	if err := cluster.Await(StartLimit, func() error { _, err := cluster.Kubectl("get", "--raw", "/readyz"); return err }); err != nil {
 		return fmt.Errorf("kube-apiserver is not ready: %w", err)
 	}
-	n.run("kube-controller-manager",
-		"--kubeconfig", n.path("controller-manager.kubeconfig"), "--leader-elect=false",
+	n.Run("kube-controller-manager",
+		"--kubeconfig", n.Path("controller-manager.kubeconfig"), "--leader-elect=false",
 		"--use-service-account-credentials",
-		"--service-account-private-key-file", n.path("service-account.key"),
-		"--root-ca-file", n.path("apiserver.crt"))
-	n.run("kube-scheduler",
-		"--kubeconfig", n.path("scheduler.kubeconfig"), "--leader-elect=false")
-	n.kubelet = n.run("kubelet",
-		"--kubeconfig", n.path("kubelet.kubeconfig"), "--config", n.path("kubelet.yaml"),
-		"--hostname-override", nodeName, "--node-ip", nodeIP)
+		"--service-account-private-key-file", n.Path("service-account.key"),
+		"--root-ca-file", n.Path("apiserver.crt"))
+	n.Run("kube-scheduler",
+		"--kubeconfig", n.Path("scheduler.kubeconfig"), "--leader-elect=false")
+	n.Kubelet = n.Run("kubelet",
+		"--kubeconfig", n.Path("kubelet.kubeconfig"), "--config", n.Path("kubelet.yaml"),
+		"--hostname-override", Name, "--node-ip", IP)
 	if err := n.startServices(); err != nil {
 		return err
 	}
 
 	for _, wait := range [][]string{
 		{"--for=create", "serviceaccount/default"},
-		{"--for=create", "node/" + nodeName},
-		{"--for=condition=Ready", "node/" + nodeName},
+		{"--for=create", "node/" + Name},
+		{"--for=condition=Ready", "node/" + Name},
 	} {
 		if _, err := cluster.Kubectl(append([]string{"wait", "--timeout=60s"}, wait...)...); err != nil {
 			return err

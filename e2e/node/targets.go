@@ -1,4 +1,4 @@
-package main
+package node
 
 import (
 	"crypto/ecdsa"
@@ -25,36 +25,36 @@ import (
 // The world outside the cluster: HTTPS servers whose names are below example.com, with certificates of an authority
 // that examples/proxy's image trusts.
 
-// targetCA is the file with the authority's certificate, in the node's directory.
-const targetCA = "target-ca.crt"
+// TargetCA is the file with the authority's certificate, in the node's directory.
+const TargetCA = "target-ca.crt"
 
-// targets are the servers by name.
-type targets struct {
+// Targets are the servers by name.
+type Targets struct {
 	key       *ecdsa.PrivateKey
 	authority *x509.Certificate
 
 	mu       sync.Mutex
-	handlers map[string]http.Handler
+	Handlers map[string]http.Handler
 	issued   map[string]*tls.Certificate
 }
 
 // startTargets serves them, and the git server of the quick start.
 func (n *Node) startTargets() error {
-	n.targets = &targets{handlers: map[string]http.Handler{}, issued: map[string]*tls.Certificate{}}
-	if err := n.targets.makeAuthority(n.path(targetCA)); err != nil {
+	n.Targets = &Targets{Handlers: map[string]http.Handler{}, issued: map[string]*tls.Certificate{}}
+	if err := n.Targets.makeAuthority(n.Path(TargetCA)); err != nil {
 		return err
 	}
-	backend, err := gitBackend(n.path("repositories"))
+	backend, err := GitBackend(n.Path("repositories"))
 	if err != nil {
 		return err
 	}
-	n.targets.serve("git.example.com", withPassword("bot", "change-me", backend)) // examples/proxy/git.yaml has them
-	log, err := os.Create(n.path("targets.log"))
+	n.Targets.Serve("git.example.com", WithPassword("bot", "change-me", backend)) // examples/proxy/git.yaml has them
+	log, err := os.Create(n.Path("targets.log"))
 	if err != nil {
 		return err
 	}
-	server := n.targets.server(log)
-	for _, ip := range []string{targetIP, movedIP} {
+	server := n.Targets.server(log)
+	for _, ip := range []string{targetIP, MovedIP} {
 		listener, err := net.Listen("tcp", ip+":443")
 		if err != nil {
 			return err
@@ -64,7 +64,7 @@ func (n *Node) startTargets() error {
 	return nil
 }
 
-func (t *targets) server(errors io.Writer) *http.Server {
+func (t *Targets) server(errors io.Writer) *http.Server {
 	return &http.Server{
 		Handler:   t,
 		TLSConfig: &tls.Config{GetCertificate: t.certificate},
@@ -72,17 +72,17 @@ func (t *targets) server(errors io.Writer) *http.Server {
 	}
 }
 
-// serve makes a handler that of a name.
-func (t *targets) serve(name string, handler http.Handler) {
+// Serve makes a handler that of a name.
+func (t *Targets) Serve(name string, handler http.Handler) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.handlers[name] = handler
+	t.Handlers[name] = handler
 }
 
 // ServeHTTP has the handler of the name answer.
-func (t *targets) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (t *Targets) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	t.mu.Lock()
-	handler := t.handlers[r.Host]
+	handler := t.Handlers[r.Host]
 	t.mu.Unlock()
 	if handler == nil || r.TLS.ServerName != r.Host {
 		http.Error(w, "no such server: "+r.Host, http.StatusMisdirectedRequest)
@@ -92,7 +92,7 @@ func (t *targets) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // makeAuthority makes the authority and writes its certificate.
-func (t *targets) makeAuthority(path string) (err error) {
+func (t *Targets) makeAuthority(path string) (err error) {
 	if t.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		return err
 	}
@@ -110,7 +110,7 @@ func (t *targets) makeAuthority(path string) (err error) {
 
 // certificate issues that of the name which the client asks for. Two impostors have another one: untrusted, of
 // another authority, and misnamed, of another name.
-func (t *targets) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+func (t *Targets) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	name := hello.ServerName
@@ -136,8 +136,8 @@ func (t *targets) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, err
 	return t.issued[name], nil
 }
 
-// renew issues a new certificate for a name and returns it with its key.
-func (t *targets) renew(name string) (certificate, key string, err error) {
+// Renew issues a new certificate for a name and returns it with its key.
+func (t *Targets) Renew(name string) (certificate, key string, err error) {
 	t.mu.Lock()
 	delete(t.issued, name)
 	t.mu.Unlock()
@@ -155,8 +155,8 @@ func (t *targets) renew(name string) (certificate, key string, err error) {
 	return encode("CERTIFICATE", issued.Certificate[0]), encode("PRIVATE KEY", der), nil
 }
 
-// withPassword serves to those who know the password, and tells the others that it wants one.
-func withPassword(user, password string, handler http.Handler) http.Handler {
+// WithPassword serves to those who know the password, and tells the others that it wants one.
+func WithPassword(user, password string, handler http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if u, p, _ := r.BasicAuth(); u != user || p != password {
 			w.Header().Set("WWW-Authenticate", `Basic realm="target"`)
@@ -167,8 +167,8 @@ func withPassword(user, password string, handler http.Handler) http.Handler {
 	})
 }
 
-// gitBackend serves, from a directory that it makes, the repository team/app.git to fetch from and to push to.
-func gitBackend(dir string) (http.Handler, error) {
+// GitBackend serves, from a directory that it makes, the repository team/app.git to fetch from and to push to.
+func GitBackend(dir string) (http.Handler, error) {
 	helpers, err := machine.Output("git", "--exec-path")
 	if err != nil {
 		return nil, err

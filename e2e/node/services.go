@@ -1,4 +1,4 @@
-package main
+package node
 
 import (
 	"fmt"
@@ -15,22 +15,22 @@ import (
 
 // startServices starts both and returns when names of Services are resolved through the Service of the DNS.
 func (n *Node) startServices() error {
-	n.run("kube-proxy",
-		"--kubeconfig", n.path("kube-proxy.kubeconfig"), "--proxy-mode", "nftables",
-		"--hostname-override", nodeName, "--cluster-cidr", podNetwork,
+	n.Run("kube-proxy",
+		"--kubeconfig", n.Path("kube-proxy.kubeconfig"), "--proxy-mode", "nftables",
+		"--hostname-override", Name, "--cluster-cidr", podNetwork,
 		"--conntrack-max-per-core", "0", "--conntrack-min", "0") // the kernel's limits are not the namespace's to set
-	if err := n.leadTo("", ""); err != nil {
+	if err := n.LeadTo("", ""); err != nil {
 		return err
 	}
-	n.run("coredns", "-conf", n.path("Corefile"))
-	if _, err := cluster.KubectlStdin(fmt.Sprintf(dnsServiceFormat, dnsServiceIP, nodeIP), "apply", "-f", "-"); err != nil {
+	n.Run("coredns", "-conf", n.Path("Corefile"))
+	if _, err := cluster.KubectlStdin(fmt.Sprintf(dnsServiceFormat, dnsServiceIP, IP), "apply", "-f", "-"); err != nil {
 		return err
 	}
 	// This process's and its children's, in their own mount namespace.
-	if err := unix.Mount(n.path("resolv.conf"), "/etc/resolv.conf", "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount(n.Path("resolv.conf"), "/etc/resolv.conf", "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("/etc/resolv.conf: %w", err)
 	}
-	return cluster.Await(startLimit, func() error {
+	return cluster.Await(StartLimit, func() error {
 		conn, err := net.DialTimeout("tcp", dnsServiceIP+":53", time.Second)
 		if err != nil {
 			return fmt.Errorf("the DNS's Service: %w", err)
@@ -60,7 +60,7 @@ ports:
 - {name: dns-tcp, port: 53, protocol: TCP}
 `
 
-// Names below example.com stand for the world outside, which leadTo can change; there is nothing else.
+// Names below example.com stand for the world outside, which LeadTo can change; there is nothing else.
 const corefileFormat = `cluster.local in-addr.arpa {
     bind %[1]s
     errors
@@ -85,12 +85,12 @@ example.com {
 }
 `
 
-// leadTo makes a name below example.com lead to an address, within a second or two; without one all lead to targetIP.
-func (n *Node) leadTo(name, ip string) error {
+// LeadTo makes a name below example.com lead to an address, within a second or two; without one all lead to targetIP.
+func (n *Node) LeadTo(name, ip string) error {
 	serial := time.Now().UnixMilli() / 100 % (1 << 31)
 	zone := fmt.Sprintf("example.com. 1 IN SOA ns root %d 1 1 1 1\n*.example.com. 1 IN A %s\n", serial, targetIP)
 	if name != "" {
 		zone += fmt.Sprintf("%s. 1 IN A %s\n", name, ip)
 	}
-	return os.WriteFile(n.path("zone"), []byte(zone), 0o644)
+	return os.WriteFile(n.Path("zone"), []byte(zone), 0o644)
 }
