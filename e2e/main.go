@@ -12,6 +12,7 @@ import (
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/node"
+	"connectors-csi/e2e/readme"
 )
 
 const usage = `usage, from the repository's root, as root:
@@ -87,13 +88,13 @@ func quickstart() error {
 	for _, at := range []struct{ page, section string }{
 		{"README.md", "Install"}, {"README.md", "Quick start"}, {"docs/proxy.md", "Reach the target"},
 	} {
-		steps, err := readmeSteps(at.page, at.section)
+		steps, err := readme.Steps(at.page, at.section)
 		if err != nil {
 			return err
 		}
 		for _, step := range steps {
-			fmt.Printf("\n=== %s ===\n$ %s\n", step.title, strings.ReplaceAll(step.text, "\n", "\n  "))
-			output, err := step.run()
+			fmt.Printf("\n=== %s ===\n$ %s\n", step.Title, strings.ReplaceAll(step.Text, "\n", "\n  "))
+			output, err := step.Run()
 			fmt.Println(output)
 			if err != nil {
 				return err
@@ -105,12 +106,12 @@ func quickstart() error {
 
 // up installs the driver and waits to be ended.
 func up(n *node.Node) error {
-	steps, err := readmeSteps("README.md", "Install")
+	steps, err := readme.Steps("README.md", "Install")
 	if err != nil {
 		return err
 	}
 	for _, step := range steps {
-		if output, err := step.run(); err != nil {
+		if output, err := step.Run(); err != nil {
 			return fmt.Errorf("%w\n%s", err, output)
 		}
 	}

@@ -26,6 +26,7 @@ import (
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 	"connectors-csi/e2e/node"
+	"connectors-csi/e2e/readme"
 )
 
 // The two policies of deploy.yaml, against somebody who has taken over a node: who has the driver's token there, and
@@ -513,14 +514,14 @@ func TestTokenRightInSingleNamespaces(t *testing.T) {
 	ns.target("narrow", map[string]string{"token": "{{ .context.token }}"})
 	other.connector("target", "narrow", "https://one.example.com")
 	other.allow("default", other)
-	blocks, err := readmeBlocks("docs/operations.md", "Variants")
+	blocks, err := readme.Blocks("docs/operations.md", "Variants")
 	if err != nil {
 		t.Fatal(err)
 	}
 	commands := ""
 	for _, b := range blocks {
-		if strings.Contains(b.text, "rolebinding connectors-csi-token") {
-			commands = strings.ReplaceAll(b.text, "team-a", ns.name)
+		if strings.Contains(b.Text, "rolebinding connectors-csi-token") {
+			commands = strings.ReplaceAll(b.Text, "team-a", ns.name)
 		}
 	}
 	if err := machine.Run("bash", "-euc", commands); err != nil || commands == "" {

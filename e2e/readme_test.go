@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"connectors-csi/e2e/cluster"
+	"connectors-csi/e2e/readme"
 )
 
 // The examples of docs/templates.md on a real node: the classes, the volumes, and what their
@@ -51,21 +52,21 @@ func TestExamplesOfSeveral(t *testing.T) {
 type example struct{ class, volumes, content string }
 
 func readmeExamples(page, section string) (map[string]*example, error) {
-	blocks, err := readmeBlocks(page, section)
+	blocks, err := readme.Blocks(page, section)
 	examples := map[string]*example{}
 	for _, b := range blocks {
-		e := examples[b.title]
+		e := examples[b.Title]
 		if e == nil {
 			e = new(example)
-			examples[b.title] = e
+			examples[b.Title] = e
 		}
 		switch {
-		case b.language == "text":
-			e.content = b.text
-		case strings.HasPrefix(b.text, "volumes:"):
-			e.volumes = b.text
+		case b.Language == "text":
+			e.content = b.Text
+		case strings.HasPrefix(b.Text, "volumes:"):
+			e.volumes = b.Text
 		default:
-			e.class = b.text
+			e.class = b.Text
 		}
 	}
 	return examples, err
@@ -97,20 +98,20 @@ func TestQuickStart(t *testing.T) {
 		cluster.Kubectl("delete", "--wait=false", "--ignore-not-found", "-f", "../examples/proxy/client.yaml")
 		cluster.Kubectl("delete", "--wait=false", "-k", "../examples/proxy")
 	})
-	steps, err := readmeSteps("README.md", "Quick start")
-	more, moreErr := readmeSteps("docs/proxy.md", "Reach the target")
+	steps, err := readme.Steps("README.md", "Quick start")
+	more, moreErr := readme.Steps("docs/proxy.md", "Reach the target")
 	if err = errors.Join(err, moreErr); err != nil {
 		t.Fatal(err)
 	}
 	var shown []string // what the reader sees
 	for _, step := range append(steps, more...) {
-		if strings.Contains(step.text, "rolebinding.yaml") {
+		if strings.Contains(step.Text, "rolebinding.yaml") {
 			phase, err := cluster.Kubectl("get", "pod", "git-client", "--output=jsonpath={.status.phase}")
 			if err != nil || phase != "Pending" {
 				t.Errorf("before the RoleBinding the Pod is %q (%v)", phase, err)
 			}
 		}
-		output, err := step.run()
+		output, err := step.Run()
 		if err != nil {
 			t.Fatal(err)
 		}
