@@ -13,6 +13,7 @@ import (
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/node"
 	"connectors-csi/e2e/readme"
+	"connectors-csi/e2e/soak"
 )
 
 const usage = `usage, from the repository's root, as root:
@@ -54,11 +55,11 @@ func main() {
 		}
 		os.Exit(code)
 	case "soak":
-		duration, seed := parseSoakOptions(os.Args[2:])
+		duration, seed := soak.ParseOptions(os.Args[2:])
 		if err := cluster.BuildOldDriver(); err != nil {
 			os.Exit(report(err))
 		}
-		os.Exit(node.On(func(n *node.Node) int { return report(runSoak(n, duration, seed)) }))
+		os.Exit(node.On(func(n *node.Node) int { return report(soak.Run(n, duration, seed)) }))
 	case "scale":
 		options := parseScaleOptions(os.Args[2:])
 		os.Exit(node.On(func(n *node.Node) int { return report(scale(n, options)) }))

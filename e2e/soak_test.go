@@ -3,11 +3,13 @@ package main
 import (
 	"testing"
 	"time"
+
+	"connectors-csi/e2e/soak"
 )
 
 // Two minutes of bad days: see soak.go. The next test installs the driver with its own limits again.
 func TestSoakOfTwoMinutes(t *testing.T) {
-	if err := runSoak(theNode, 2*time.Minute, 1); err != nil {
+	if err := soak.Run(theNode, 2*time.Minute, 1); err != nil {
 		t.Error(err)
 	}
 }

@@ -1,4 +1,5 @@
-package main
+// Package soak is a stretch of bad days on the real node: the command soak, and a test.
+package soak
 
 import (
 	"errors"
@@ -19,14 +20,14 @@ import (
 	"connectors-csi/e2e/node"
 )
 
-// A soak is a stretch of bad days on the real node:
+// A soak has four steps:
 //
 //  1. install the driver with a small budget for volumes, then what Pods mount
 //  2. let Pods, Connectors, classes and RoleBindings change while processes are killed and stopped, as the plan says
 //  3. wait until everything is back: then every Pod has to run with the newest files
 //  4. delete all Pods: nothing of them may be left
 //
-// From 1 to 4 a watch (soak_watch.go) reads all volumes and logs, and keeps whatever is wrong.
+// From 1 to 4 a watch (watch.go) reads all volumes and logs, and keeps whatever is wrong.
 type soak struct {
 	node  *node.Node
 	watch *watch
@@ -41,13 +42,13 @@ type soak struct {
 }
 
 const (
-	soakSettle = 2 * time.Minute // until files are the newest
-	soakGone   = time.Minute     // until nothing is left of a deleted Pod
-	soakBack   = 6 * time.Minute // kubelet waits up to five minutes before it starts a container again
-	soakBudget = "10"            // in MiB: about ten of the large Pods
+	settleLimit   = 2 * time.Minute // until files are the newest
+	goneLimit     = time.Minute     // until nothing is left of a deleted Pod
+	backLimit     = 6 * time.Minute // kubelet waits up to five minutes before it starts a container again
+	volumesBudget = "10"            // in MiB: about ten of the large Pods
 )
 
-var soakNamespaces = []string{"soak-1", "soak-2"} // the Connectors are in the first
+var podNamespaces = []string{"soak-1", "soak-2"} // the Connectors are in the first
 
 // pod is one of the soak's. Its shape says what is special about it.
 type pod struct {
@@ -69,7 +70,7 @@ func (p pod) manifest() string {
 	shape := podShapes[p.shape]
 	var connectors []string
 	for _, name := range p.connectors {
-		connectors = append(connectors, soakNamespaces[0]+"/"+name)
+		connectors = append(connectors, podNamespaces[0]+"/"+name)
 	}
 	manifest := cluster.PodManifest(p.name, fmt.Sprintf(`{connectors: "%s", configuration.names: config%s}`,
 		strings.Join(connectors, ","), shape.attributes), shape.fields)
@@ -105,11 +106,11 @@ apiVersion: connectors.alauda.io/v1alpha1
 kind: Connector
 metadata: {name: %s, namespace: %s}
 spec: {connectorClassName: soak-%s, address: %q}
-`, name, soakNamespaces[0], class, address)
+`, name, podNamespaces[0], class, address)
 }
 
-// soakConnectors has the class of each.
-var soakConnectors = map[string]string{"a-1": "a", "a-2": "a", "b-1": "b", "large": "large"}
+// classOfConnector has the class of each.
+var classOfConnector = map[string]string{"a-1": "a", "a-2": "a", "b-1": "b", "large": "large"}
 
 // event is something that the plan does at a time.
 type event struct {
@@ -127,14 +128,14 @@ func plan(seed uint64, duration time.Duration) (changes, faults []event) {
 	between := func(least, most time.Duration) time.Duration {
 		return least + time.Duration(random.Int64N(int64(most-least)))
 	}
-	connectors := slices.Sorted(maps.Keys(soakConnectors))
+	connectors := slices.Sorted(maps.Keys(classOfConnector))
 	shapes := slices.DeleteFunc(slices.Sorted(maps.Keys(podShapes)), func(shape string) bool { return shape == "large" })
 
 	var pods []pod
 	number, revision := 0, map[string]int{}
 	next := func(shape string) pod {
 		number++
-		p := pod{pick(soakNamespaces), fmt.Sprintf("%s-%d", shape, number), shape, "a", []string{"a-1", "a-2"}}
+		p := pod{pick(podNamespaces), fmt.Sprintf("%s-%d", shape, number), shape, "a", []string{"a-1", "a-2"}}
 		switch {
 		case shape == "large":
 			p.class, p.connectors = "large", []string{"large"}
@@ -190,12 +191,12 @@ func plan(seed uint64, duration time.Duration) (changes, faults []event) {
 			address := fmt.Sprintf("https://address-%d.example.com", number)
 			add(at, "replace a Connector", connector, func(s *soak) error { return s.setAddress(connector, address, true) })
 		case choice < 17:
-			class := soakConnectors[pick(connectors)]
+			class := classOfConnector[pick(connectors)]
 			revision[class]++
 			r := revision[class] + 1
 			add(at, "change a class", class, func(s *soak) error { return s.setClass(class, r) })
 		case choice < 19:
-			namespace := pick(soakNamespaces)
+			namespace := pick(podNamespaces)
 			add(at, "withdraw a RoleBinding", namespace, func(s *soak) error { return s.withdraw(namespace) })
 			add(at+between(time.Second, 10*time.Second), "grant it again", namespace, func(s *soak) error { return s.grant(namespace) })
 		default:
@@ -203,7 +204,7 @@ func plan(seed uint64, duration time.Duration) (changes, faults []event) {
 		}
 	}
 	flood(duration, 6) // which the budget has room for
-	for _, namespace := range soakNamespaces {
+	for _, namespace := range podNamespaces {
 		add(duration+10*time.Second, "grant it again", namespace, func(s *soak) error { return s.grant(namespace) })
 	}
 	slices.SortStableFunc(changes, func(a, b event) int { return int(a.at - b.at) })
@@ -221,7 +222,7 @@ func plan(seed uint64, duration time.Duration) (changes, faults []event) {
 			if deaths++; deaths > 2 {
 				deaths = 0
 				faults = append(faults, event{at, "replace the driver's Pod", "", func(*soak) error {
-					return change("", "--namespace=connectors-system", "delete", "pods", soakDriver, "--wait=false")
+					return change("", "--namespace=connectors-system", "delete", "pods", driverPods, "--wait=false")
 				}})
 				continue
 			}
@@ -234,8 +235,8 @@ func plan(seed uint64, duration time.Duration) (changes, faults []event) {
 	return changes, faults
 }
 
-// runSoak is the command.
-func runSoak(n *node.Node, duration time.Duration, seed uint64) error {
+// Run is the command. The seed 0 stands for a random one.
+func Run(n *node.Node, duration time.Duration, seed uint64) error {
 	if seed == 0 {
 		seed = rand.Uint64()
 	}
@@ -296,7 +297,7 @@ func (s *soak) perform(began time.Time, e event) {
 	s.counts[e.what]++
 }
 
-const soakDriver = "--selector=app.kubernetes.io/name=connectors-csi"
+const driverPods = "--selector=app.kubernetes.io/name=connectors-csi"
 
 // change asks the API server again and again, since it may be away.
 func change(manifest string, args ...string) error {
@@ -309,7 +310,7 @@ func change(manifest string, args ...string) error {
 const limitOfChange = time.Minute
 
 func (s *soak) prepare() error {
-	for _, namespace := range soakNamespaces {
+	for _, namespace := range podNamespaces {
 		if err := change("", "create", "namespace", namespace); err != nil {
 			return err
 		}
@@ -320,12 +321,12 @@ func (s *soak) prepare() error {
 	if err := s.install(); err != nil {
 		return err
 	}
-	for connector, class := range soakConnectors {
+	for connector, class := range classOfConnector {
 		if err := errors.Join(s.setClass(class, 1), s.setAddress(connector, "https://"+connector+".example.com", true)); err != nil {
 			return err
 		}
 	}
-	for _, namespace := range soakNamespaces {
+	for _, namespace := range podNamespaces {
 		if err := s.grant(namespace); err != nil {
 			return err
 		}
@@ -340,7 +341,7 @@ func (s *soak) install() error {
 	if err != nil {
 		return err
 	}
-	manifest, err := cluster.WithArgs(string(content), "--volumes-budget="+soakBudget)
+	manifest, err := cluster.WithArgs(string(content), "--volumes-budget="+volumesBudget)
 	if err != nil {
 		return err
 	}
@@ -403,11 +404,11 @@ func (s *soak) setAddress(connector, address string, anew bool) error {
 	s.addresses[connector] = address
 	s.mu.Unlock()
 	if anew {
-		if err := change("", "--namespace", soakNamespaces[0], "delete", "connector", connector, "--ignore-not-found"); err != nil {
+		if err := change("", "--namespace", podNamespaces[0], "delete", "connector", connector, "--ignore-not-found"); err != nil {
 			return err
 		}
 	}
-	return change(connectorManifest(connector, soakConnectors[connector], address), "apply", "-f", "-")
+	return change(connectorManifest(connector, classOfConnector[connector], address), "apply", "-f", "-")
 }
 
 func (s *soak) setClass(class string, revision int) error {
@@ -419,7 +420,7 @@ func (s *soak) setClass(class string, revision int) error {
 }
 
 func (s *soak) withdraw(namespace string) error {
-	return change("", "--namespace", soakNamespaces[0], "delete", "rolebinding", namespace, "--ignore-not-found")
+	return change("", "--namespace", podNamespaces[0], "delete", "rolebinding", namespace, "--ignore-not-found")
 }
 
 func (s *soak) grant(namespace string) error {
@@ -429,7 +430,7 @@ kind: RoleBinding
 metadata: {name: %s, namespace: %s}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: connectors-connector-viewer-role}
 subjects: [{kind: ServiceAccount, name: default, namespace: %s}]
-`, namespace, soakNamespaces[0], namespace), "apply", "-f", "-")
+`, namespace, podNamespaces[0], namespace), "apply", "-f", "-")
 }
 
 // fault kills a process, or stops it for some time, and measures how long it takes from its end until it serves.
@@ -474,7 +475,7 @@ func (s *soak) fault(target string, kill bool, lasts time.Duration) error {
 		}
 	}
 	began := time.Now()
-	err := cluster.Await(soakBack, ready)
+	err := cluster.Await(backLimit, ready)
 	s.took("until it serves again: "+target, time.Since(began))
 	return err
 }
@@ -514,7 +515,7 @@ func (s *soak) back() error {
 		_, err := cluster.Kubectl("--namespace=connectors-system", "rollout", "status", "daemonset/connectors-csi", "--timeout=5m")
 		return err
 	}} {
-		if err := cluster.Await(soakBack, ready); err != nil {
+		if err := cluster.Await(backLimit, ready); err != nil {
 			return err
 		}
 	}
@@ -529,7 +530,7 @@ func (s *soak) settled() {
 		for _, connector := range p.connectors {
 			want += " " + s.addresses[connector]
 		}
-		err := cluster.Await(time.Until(began.Add(soakSettle)), func() error {
+		err := cluster.Await(time.Until(began.Add(settleLimit)), func() error {
 			if got := s.watch.latest(name); got != want {
 				return fmt.Errorf("in Pod %s is %q, instead of %q", name, got, want)
 			}
@@ -545,19 +546,19 @@ func (s *soak) settled() {
 // empty deletes all Pods and waits until nothing is left of them, in the node and in the driver.
 func (s *soak) empty() {
 	began := time.Now()
-	for _, namespace := range soakNamespaces {
+	for _, namespace := range podNamespaces {
 		if err := change("", "--namespace", namespace, "delete", "pods", "--all", "--wait=false"); err != nil {
 			s.watch.wrong("%v", err)
 		}
 	}
-	if err := cluster.Await(soakGone, s.watch.nothingLeft); err != nil {
+	if err := cluster.Await(goneLimit, s.watch.nothingLeft); err != nil {
 		s.watch.wrong("after all Pods were deleted: %v", err)
 	}
 	s.took("until nothing was left of the Pods", time.Since(began))
 	if err := s.compareDrivers(); err != nil {
 		s.watch.wrong("%v", err)
 	}
-	for _, namespace := range soakNamespaces {
+	for _, namespace := range podNamespaces {
 		cluster.Kubectl("delete", "namespace", namespace, "--timeout=1m")
 	}
 }
@@ -569,11 +570,11 @@ func (s *soak) compareDrivers() error {
 	if err != nil {
 		return err
 	}
-	p := pod{soakNamespaces[0], "fresh", "plain", "b", []string{"b-1"}}
+	p := pod{podNamespaces[0], "fresh", "plain", "b", []string{"b-1"}}
 	if err := errors.Join(s.back(), s.create(p)); err != nil {
 		return err
 	}
-	if err := cluster.Await(soakSettle, func() error {
+	if err := cluster.Await(settleLimit, func() error {
 		if s.watch.latest(p.namespace+"/"+p.name) == "" {
 			return errors.New("a Pod does not run with a fresh driver")
 		}
@@ -581,7 +582,7 @@ func (s *soak) compareDrivers() error {
 	}); err != nil {
 		return err
 	}
-	if err := errors.Join(s.remove(p), cluster.Await(soakGone, s.watch.nothingLeft)); err != nil {
+	if err := errors.Join(s.remove(p), cluster.Await(goneLimit, s.watch.nothingLeft)); err != nil {
 		return err
 	}
 	fresh, err := s.watch.measureDriver()
@@ -607,8 +608,8 @@ func (s *soak) summary(seed uint64) error {
 	return s.watch.summary()
 }
 
-// parseSoakOptions returns the command's options.
-func parseSoakOptions(args []string) (duration time.Duration, seed uint64) {
+// ParseOptions returns the command's options, and ends the process if they are wrong.
+func ParseOptions(args []string) (duration time.Duration, seed uint64) {
 	flags := flag.NewFlagSet("soak", flag.ExitOnError)
 	flags.DurationVar(&duration, "duration", 10*time.Minute, "how long things change")
 	flags.Uint64Var(&seed, "seed", 0, "repeats the events of an earlier run (default: a random one, which is printed)")

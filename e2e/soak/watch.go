@@ -1,4 +1,4 @@
-package main
+package soak
 
 import (
 	"cmp"
@@ -151,7 +151,7 @@ func running() (found []container) {
 		namespace, name := of("sandbox-namespace"), of("container-name")
 		pid, err := cluster.ContainerProcess(dir.Name())
 		c := container{id: dir.Name(), pod: namespace + "/" + of("sandbox-name"), uid: of("sandbox-uid"), name: name, pid: pid}
-		if name != "" && err == nil && c.lives() && (slices.Contains(soakNamespaces, namespace) || name == "csi-driver") {
+		if name != "" && err == nil && c.lives() && (slices.Contains(podNamespaces, namespace) || name == "csi-driver") {
 			found = append(found, c)
 		}
 	}
@@ -381,7 +381,7 @@ func (w *watch) driverReady() error {
 }
 
 func (w *watch) driverPage(page string) (string, error) {
-	ip, err := cluster.Kubectl("--namespace=connectors-system", "get", "pods", soakDriver, "--output=jsonpath={.items[*].status.podIP}", "--request-timeout=5s")
+	ip, err := cluster.Kubectl("--namespace=connectors-system", "get", "pods", driverPods, "--output=jsonpath={.items[*].status.podIP}", "--request-timeout=5s")
 	if err != nil {
 		return "", err
 	}
@@ -471,7 +471,7 @@ func (w *watch) measureDriver() (held, error) {
 		return held{}, err
 	}
 	h := held{len(descriptors), len(threads), 0}
-	err = cluster.Await(soakBack, func() error {
+	err = cluster.Await(backLimit, func() error {
 		next, err := w.driver()
 		if err == nil && next.id == c.id {
 			err = errors.New("the driver has not ended")
