@@ -13,6 +13,7 @@ import (
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/node"
 	"connectors-csi/e2e/readme"
+	"connectors-csi/e2e/scale"
 	"connectors-csi/e2e/soak"
 )
 
@@ -61,8 +62,8 @@ func main() {
 		}
 		os.Exit(node.On(func(n *node.Node) int { return report(soak.Run(n, duration, seed)) }))
 	case "scale":
-		options := parseScaleOptions(os.Args[2:])
-		os.Exit(node.On(func(n *node.Node) int { return report(scale(n, options)) }))
+		options := scale.ParseOptions(os.Args[2:])
+		os.Exit(node.On(func(n *node.Node) int { return report(scale.Run(n, options)) }))
 	case "image":
 		os.Exit(report(image.Write(image.ParseOptions(os.Args[2:]))))
 	case "dockerfile":

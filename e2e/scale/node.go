@@ -1,4 +1,4 @@
-package main
+package scale
 
 import (
 	"context"
@@ -32,8 +32,8 @@ import (
 	"connectors-csi/e2e/node"
 )
 
-// scaleDir holds a directory for each of the many nodes, as they are seen from here.
-const scaleDir = "/run/scale"
+// nodesDir holds a directory for each of the many nodes, as they are seen from here.
+const nodesDir = "/run/scale"
 
 // scaleNode is one of the many nodes: a process of the driver, in a mount namespace of its own, and what kubelet
 // has and does for it.
@@ -42,7 +42,7 @@ type scaleNode struct {
 	dir     string // kubelet's --root-dir; the driver's process has it at the usual place
 	port    int    // of the driver's --http-address
 	driver  *node.Component
-	volumes []*scaleVolume
+	volumes []*volume
 	ended   spent // of the processes that have ended
 }
 
@@ -59,13 +59,13 @@ const driverScript = `
 mount --make-private /var/lib/kubelet
 mount --rbind "$1/kubelet" /var/lib/kubelet
 mount --bind "$1/serviceaccount" /run/secrets/kubernetes.io/serviceaccount
-mount --make-rprivate ` + scaleDir + `
-umount --lazy ` + scaleDir + `
+mount --make-rprivate ` + nodesDir + `
+umount --lazy ` + nodesDir + `
 exec "$2" --http-address="$3"`
 
 // newScaleNode makes the directories of a node. The token is that of a Pod of the driver's DaemonSet.
 func newScaleNode(name string, port int, token string, ca []byte) (*scaleNode, error) {
-	dir := filepath.Join(scaleDir, name)
+	dir := filepath.Join(nodesDir, name)
 	s := &scaleNode{name: name, dir: dir + "/kubelet", port: port}
 	for _, d := range []string{s.dir, dir + "/serviceaccount", "/run/secrets/kubernetes.io/serviceaccount"} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
@@ -226,8 +226,8 @@ func (s *scaleNode) quit() (goroutines int, err error) {
 	return len(goroutineLine.FindAll(after[len(before):], -1)), nil
 }
 
-// scaleVolume is a volume of a Pod that exists in the API server only.
-type scaleVolume struct {
+// volume is a volume of a Pod that exists in the API server only.
+type volume struct {
 	node    *scaleNode
 	client  kubernetes.Interface
 	pod     *core.Pod
@@ -253,7 +253,7 @@ const targetFormat = "%s/pods/%s/volumes/kubernetes.io~csi/config/mount"
 
 // keep calls the driver for the volume, as kubelet does: 60 to 90 seconds after a call, or sooner if it failed, at
 // growing intervals.
-func (v *scaleVolume) keep(ctx context.Context) {
+func (v *volume) keep(ctx context.Context) {
 	var retry time.Duration
 	for {
 		err := v.publish(ctx)
@@ -275,7 +275,7 @@ func (v *scaleVolume) keep(ctx context.Context) {
 	}
 }
 
-func (v *scaleVolume) publish(ctx context.Context) error {
+func (v *volume) publish(ctx context.Context) error {
 	token, err := v.podToken(ctx)
 	if err != nil {
 		return err
@@ -321,7 +321,7 @@ func (v *scaleVolume) publish(ctx context.Context) error {
 }
 
 // podToken is a token that is bound to the Pod; after 80 % of its lifetime it is a new one.
-func (v *scaleVolume) podToken(ctx context.Context) (*authentication.TokenRequestStatus, error) {
+func (v *volume) podToken(ctx context.Context) (*authentication.TokenRequestStatus, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if time.Now().Before(v.renew) {
@@ -339,7 +339,7 @@ func (v *scaleVolume) podToken(ctx context.Context) (*authentication.TokenReques
 }
 
 // look sees whether files have changed.
-func (v *scaleVolume) look() {
+func (v *volume) look() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for _, name := range []string{connectorFile, classFile} {
@@ -351,14 +351,14 @@ func (v *scaleVolume) look() {
 }
 
 // calledSince reports whether a call has succeeded since.
-func (v *scaleVolume) calledSince(when time.Time) bool {
+func (v *volume) calledSince(when time.Time) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.called.After(when)
 }
 
 // lastFailure is that of the last call that failed, if any did.
-func (v *scaleVolume) lastFailure() error {
+func (v *volume) lastFailure() error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if len(v.failures) == 0 {
@@ -368,7 +368,7 @@ func (v *scaleVolume) lastFailure() error {
 }
 
 // has reports whether a file has this first line, and since when.
-func (v *scaleVolume) has(file, line string) (since time.Time, ok bool) {
+func (v *volume) has(file, line string) (since time.Time, ok bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.files[file].when, v.files[file].line == line

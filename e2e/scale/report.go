@@ -1,4 +1,4 @@
-package main
+package scale
 
 import (
 	"encoding/json"
@@ -16,13 +16,13 @@ import (
 	"gonum.org/v1/plot/vg/vgsvg"
 )
 
-// scaleReport is what the command scale has found.
-type scaleReport struct {
-	Runs    []scaleFigures  `json:"runs"`
+// report is what the command scale has found.
+type report struct {
+	Runs    []figures       `json:"runs"`
 	Polling *pollingFigures `json:"polling"` // with the last run's drivers, without the right to watch
 }
 
-type scaleFigures struct {
+type figures struct {
 	Drivers       int            `json:"drivers"`
 	Volumes       int            `json:"volumes"`
 	Streams       int            `json:"streams"`
@@ -94,7 +94,7 @@ func (l latencies) String() string {
 }
 
 // write prints the table, and writes the files that the flags name.
-func (r scaleReport) write(o scaleOptions) error {
+func (r report) write(o Options) error {
 	fmt.Print("\n", r.table(), "\n")
 	if o.json != "" {
 		text, err := json.MarshalIndent(r, "", "  ")
@@ -112,41 +112,41 @@ func (r scaleReport) write(o scaleOptions) error {
 }
 
 // table is in Markdown.
-func (r scaleReport) table() string {
+func (r report) table() string {
 	var b strings.Builder
-	row := func(name string, cell func(f scaleFigures) string, polled string) {
+	row := func(name string, cell func(f figures) string, polled string) {
 		fmt.Fprintf(&b, "| %s |", name)
 		for _, f := range r.Runs {
 			fmt.Fprintf(&b, " %s |", cell(f))
 		}
 		fmt.Fprintf(&b, " %s |\n", polled)
 	}
-	row("drivers × volumes", func(f scaleFigures) string { return fmt.Sprintf("%d × %d", f.Drivers, f.Volumes/f.Drivers) },
+	row("drivers × volumes", func(f figures) string { return fmt.Sprintf("%d × %d", f.Drivers, f.Volumes/f.Drivers) },
 		fmt.Sprintf("%d × %d, polling", r.Polling.Drivers, r.Polling.Volumes/r.Polling.Drivers))
 	b.WriteString("|" + strings.Repeat("---|", len(r.Runs)+2) + "\n")
-	row("publish of all volumes at once", func(f scaleFigures) string {
+	row("publish of all volumes at once", func(f figures) string {
 		return fmt.Sprintf("%v; %d errors", f.Publish, f.PublishErrors)
 	}, "")
-	row("nothing changes: requests per volume-hour", func(f scaleFigures) string { return f.Rest.String() }, r.Polling.Rest.String())
-	row("– with the streams that are opened again each 25 to 30 minutes (calculated)", func(f scaleFigures) string {
+	row("nothing changes: requests per volume-hour", func(f figures) string { return f.Rest.String() }, r.Polling.Rest.String())
+	row("– with the streams that are opened again each 25 to 30 minutes (calculated)", func(f figures) string {
 		return fmt.Sprintf("%.2f", f.Rest.PerVolumeHour+float64(f.Streams)*streamsPerHour/float64(f.Volumes))
 	}, "")
-	row("– CPU of a driver", func(f scaleFigures) string { return fmt.Sprintf("%.2f %%", f.Rest.DriverCPUPercent) },
+	row("– CPU of a driver", func(f figures) string { return fmt.Sprintf("%.2f %%", f.Rest.DriverCPUPercent) },
 		fmt.Sprintf("%.2f %%", r.Polling.Rest.DriverCPUPercent))
-	row("– CPU and memory of the API server per watch", func(f scaleFigures) string {
+	row("– CPU and memory of the API server per watch", func(f figures) string {
 		return fmt.Sprintf("%.4f %%, %.0f KiB (%d watches)", f.Rest.ServerCPUPercentPerStream, f.Rest.ServerKiBPerStream, f.Streams)
 	}, "")
-	row("one Connector changes: change → file", func(f scaleFigures) string { return f.Connector.String() }, "")
-	row("a class that all volumes use changes: change → file", func(f scaleFigures) string { return f.Class.String() }, r.Polling.Class.String())
-	row("the API server restarts", func(f scaleFigures) string {
+	row("one Connector changes: change → file", func(f figures) string { return f.Connector.String() }, "")
+	row("a class that all volumes use changes: change → file", func(f figures) string { return f.Class.String() }, r.Polling.Class.String())
+	row("the API server restarts", func(f figures) string {
 		return fmt.Sprintf("ready after %.1f s, all streams are back after %.1f s; at most %.0f requests/s",
 			f.Restart.ReadySeconds, f.Restart.StreamsSeconds, f.Restart.PeakPerSecond)
 	}, "")
-	row("a rolling restart of all drivers", func(f scaleFigures) string {
+	row("a rolling restart of all drivers", func(f figures) string {
 		return fmt.Sprintf("%.0f requests; CPU: %.2f s of a driver, %.1f s of the API server in %.0f s; change → file: %v",
 			f.Rolling.Requests.total(), f.Rolling.DriverCPUSeconds, f.Rolling.ServerCPUSeconds, f.Rolling.Seconds, f.Rolling.latencies)
 	}, "")
-	row("each driver", func(f scaleFigures) string { return f.Driver.String() }, "")
+	row("each driver", func(f figures) string { return f.Driver.String() }, "")
 	return b.String()
 }
 
@@ -157,18 +157,18 @@ func (c changeFigures) String() string {
 }
 
 // draw draws change → file and the requests, each over the number of drivers and beside polling.
-func (r scaleReport) draw(path string) error {
+func (r report) draw(path string) error {
 	latency, cost := plot.New(), plot.New()
 	latency.Title.Text, latency.Y.Label.Text = "A class changes: change → file", "seconds"
 	cost.Title.Text, cost.Y.Label.Text = "Nothing changes", "requests per volume-hour"
 	polled := r.Polling
-	at := func(y func(f scaleFigures) float64) (points plotter.XYs) {
+	at := func(y func(f figures) float64) (points plotter.XYs) {
 		for _, f := range r.Runs {
 			points = append(points, plotter.XY{X: float64(f.Drivers), Y: y(f)})
 		}
 		return points
 	}
-	constant := func(y float64) plotter.XYs { return at(func(scaleFigures) float64 { return y }) }
+	constant := func(y float64) plotter.XYs { return at(func(figures) float64 { return y }) }
 	var numbers, powersOfTen plot.ConstantTicks
 	for _, f := range r.Runs {
 		numbers = append(numbers, plot.Tick{Value: float64(f.Drivers), Label: fmt.Sprint(f.Drivers)})
@@ -182,12 +182,12 @@ func (r scaleReport) draw(path string) error {
 		p.X.Tick.Marker, p.Y.Tick.Marker = numbers, powersOfTen
 		p.Legend.Top, p.Legend.Left = true, true
 	}
-	watched := func(f scaleFigures) float64 {
+	watched := func(f figures) float64 {
 		return f.Rest.PerVolumeHour + float64(f.Streams)*streamsPerHour/float64(f.Volumes)
 	}
 	if err := plotutil.AddLinePoints(latency,
-		"watching, p50", at(func(f scaleFigures) float64 { return f.Class.P50 }),
-		"watching, p99", at(func(f scaleFigures) float64 { return f.Class.P99 }),
+		"watching, p50", at(func(f figures) float64 { return f.Class.P50 }),
+		"watching, p99", at(func(f figures) float64 { return f.Class.P99 }),
 		"polling, p50", constant(polled.Class.P50), "polling, p99", constant(polled.Class.P99)); err != nil {
 		return err
 	}

@@ -1,4 +1,5 @@
-package main
+// Package scale measures many drivers at one API server: the command scale.
+package scale
 
 import (
 	"context"
@@ -30,14 +31,14 @@ import (
 	"connectors-csi/e2e/node"
 )
 
-// The command scale measures many drivers at one API server. The API server is the node's; each driver has a node
-// of its own, which consists of namespaces and of something that does what kubelet does (scale_node.go).
+// The API server is the node's; each driver has a node
+// of its own, which consists of namespaces and of something that does what kubelet does (node.go).
 //
 // On every node the volumes belong to Pods of five ServiceAccounts, and each mounts two Connectors: one that all
 // have in common, and one that is its ServiceAccount's. So a node has ten pairs of ServiceAccount and Connector. Their
 // classes are three, and all volumes use that of the common Connector.
 const (
-	scaleNamespace  = "scale"
+	podNamespace    = "scale"
 	serviceAccounts = 5
 	commonClass     = "scale-common"
 
@@ -102,8 +103,8 @@ var (
 	classResource     = schema.GroupVersionResource{Group: "connectors.alauda.io", Version: "v1alpha1", Resource: "connectorclasses"}
 )
 
-// scaleOptions are the flags of the command.
-type scaleOptions struct {
+// Options are the flags of the command.
+type Options struct {
 	drivers  []int
 	volumes  int
 	duration time.Duration
@@ -111,9 +112,9 @@ type scaleOptions struct {
 	chart    string
 }
 
-// parseScaleOptions reads the flags, and ends the process if they are wrong.
-func parseScaleOptions(arguments []string) scaleOptions {
-	o := scaleOptions{drivers: []int{1, 10, 50}}
+// ParseOptions reads the flags, and ends the process if they are wrong.
+func ParseOptions(arguments []string) Options {
+	o := Options{drivers: []int{1, 10, 50}}
 	flags := flag.NewFlagSet("scale", flag.ExitOnError)
 	flags.Func("drivers", "how many drivers, one run for each number (default 1,10,50)", func(value string) error {
 		o.drivers = nil
@@ -140,7 +141,7 @@ func parseScaleOptions(arguments []string) scaleOptions {
 
 // scaleRun is the command at work.
 type scaleRun struct {
-	scaleOptions
+	Options
 	node     *node.Node
 	began    time.Time
 	client   *kubernetes.Clientset
@@ -152,18 +153,18 @@ type scaleRun struct {
 	revision int           // of what changes
 
 	nodes   []*scaleNode
-	volumes []*scaleVolume
+	volumes []*volume
 	streams int                // that the drivers are to have open
 	stop    context.CancelFunc // ends kubelet's calls
 }
 
-// scale measures for each number of drivers, and reports.
-func scale(n *node.Node, o scaleOptions) error {
+// Run measures for each number of drivers, and reports.
+func Run(n *node.Node, o Options) error {
 	s, err := newScaleRun(n, o)
 	if err != nil {
 		return err
 	}
-	var report scaleReport
+	var report report
 	for i, drivers := range o.drivers {
 		figures, err := s.measure(drivers)
 		if err != nil {
@@ -183,8 +184,8 @@ func scale(n *node.Node, o scaleOptions) error {
 }
 
 // newScaleRun prepares what all numbers of drivers have in common.
-func newScaleRun(n *node.Node, o scaleOptions) (*scaleRun, error) {
-	s := &scaleRun{scaleOptions: o, node: n, began: time.Now()}
+func newScaleRun(n *node.Node, o Options) (*scaleRun, error) {
+	s := &scaleRun{Options: o, node: n, began: time.Now()}
 	config, err := clientcmd.BuildConfigFromFlags("", n.Path("admin.kubeconfig"))
 	if err != nil {
 		return nil, err
@@ -203,10 +204,10 @@ func newScaleRun(n *node.Node, o scaleOptions) (*scaleRun, error) {
 		return nil, err
 	}
 	go s.look()
-	if err := os.Mkdir(scaleDir, 0o755); err != nil {
+	if err := os.Mkdir(nodesDir, 0o755); err != nil {
 		return nil, err
 	}
-	if err := unix.Mount("tmpfs", scaleDir, "tmpfs", 0, "mode=0755"); err != nil {
+	if err := unix.Mount("tmpfs", nodesDir, "tmpfs", 0, "mode=0755"); err != nil {
 		return nil, err
 	}
 	manifest := scaleManifest + fmt.Sprintf(scaleClass, 0) + fmt.Sprintf(scaleClass, 1)
@@ -246,7 +247,7 @@ func (s *scaleRun) look() {
 		case event := <-s.watcher.Events:
 			if filepath.Base(event.Name) == "..data" && event.Has(fsnotify.Create) {
 				if v, ok := s.watched.Load(filepath.Dir(event.Name)); ok {
-					v.(*scaleVolume).look()
+					v.(*volume).look()
 				}
 			}
 		case err := <-s.watcher.Errors:
@@ -257,7 +258,7 @@ func (s *scaleRun) look() {
 }
 
 // measure makes so many nodes, and measures on them one thing after the other.
-func (s *scaleRun) measure(drivers int) (f scaleFigures, err error) {
+func (s *scaleRun) measure(drivers int) (f figures, err error) {
 	if err := s.prepare(drivers); err != nil {
 		return f, err
 	}
@@ -266,7 +267,7 @@ func (s *scaleRun) measure(drivers int) (f scaleFigures, err error) {
 	if err != nil {
 		return f, err
 	}
-	for _, step := range []func(*scaleFigures) error{s.publishAll, s.restWithStreams, s.changeConnector,
+	for _, step := range []func(*figures) error{s.publishAll, s.restWithStreams, s.changeConnector,
 		s.changeClass, s.restartServer, s.restartDrivers} {
 		if err := step(&f); err != nil {
 			return f, err
@@ -281,7 +282,7 @@ func (s *scaleRun) measure(drivers int) (f scaleFigures, err error) {
 
 // prepare makes the nodes, with Pods and their tokens, and starts the drivers.
 func (s *scaleRun) prepare(drivers int) error {
-	s.say("preparing %d drivers with %d volumes each", drivers, s.scaleOptions.volumes)
+	s.say("preparing %d drivers with %d volumes each", drivers, s.Options.volumes)
 	var tasks errgroup.Group
 	tasks.SetLimit(16)
 	for i := range drivers {
@@ -299,13 +300,13 @@ func (s *scaleRun) prepare(drivers int) error {
 			return err
 		}
 		s.nodes = append(s.nodes, node)
-		for j := range s.scaleOptions.volumes {
+		for j := range s.Options.volumes {
 			account := j % serviceAccounts
-			v := &scaleVolume{node: node, client: s.client, account: account, files: map[string]firstLine{}}
+			v := &volume{node: node, client: s.client, account: account, files: map[string]firstLine{}}
 			node.volumes = append(node.volumes, v)
 			s.volumes = append(s.volumes, v)
 			tasks.Go(func() (err error) {
-				v.pod, err = s.createPod(scaleNamespace, fmt.Sprintf("pod-%d-%d", i, j), fmt.Sprintf("account-%d", account))
+				v.pod, err = s.createPod(podNamespace, fmt.Sprintf("pod-%d-%d", i, j), fmt.Sprintf("account-%d", account))
 				if err != nil {
 					return err
 				}
@@ -338,7 +339,7 @@ func (s *scaleRun) createPod(namespace, name, serviceAccount string) (*core.Pod,
 }
 
 // publishAll lets kubelet begin with all volumes at once.
-func (s *scaleRun) publishAll(f *scaleFigures) error {
+func (s *scaleRun) publishAll(f *figures) error {
 	s.say("publish of all volumes at once")
 	ctx, stop := context.WithCancel(context.Background())
 	s.stop = stop
@@ -400,7 +401,7 @@ func (s *scaleRun) openStreams() (all int, err error) {
 	return all, nil
 }
 
-func (s *scaleRun) restWithStreams(f *scaleFigures) (err error) {
+func (s *scaleRun) restWithStreams(f *figures) (err error) {
 	if err := s.awaitStreams(s.streams); err != nil {
 		return err
 	}
@@ -446,9 +447,9 @@ func (s *scaleRun) rest() (r restFigures, err error) {
 }
 
 // changeConnector changes the Connector of one ServiceAccount.
-func (s *scaleRun) changeConnector(f *scaleFigures) (err error) {
+func (s *scaleRun) changeConnector(f *figures) (err error) {
 	s.say("one Connector changes, %d times", changes)
-	var volumes []*scaleVolume
+	var volumes []*volume
 	for _, v := range s.volumes {
 		if v.account == 0 {
 			volumes = append(volumes, v)
@@ -459,7 +460,7 @@ func (s *scaleRun) changeConnector(f *scaleFigures) (err error) {
 }
 
 // changeClass changes the class that all volumes use.
-func (s *scaleRun) changeClass(f *scaleFigures) (err error) {
+func (s *scaleRun) changeClass(f *figures) (err error) {
 	s.say("the class of all volumes changes, %d times", changes)
 	f.Class, err = s.change(changes, 3*time.Minute, classFile, s.volumes, s.patchClass)
 	return err
@@ -467,7 +468,7 @@ func (s *scaleRun) changeClass(f *scaleFigures) (err error) {
 
 func (s *scaleRun) patchConnector(line string) error {
 	patch := fmt.Appendf(nil, `{"spec":{"address":%q}}`, line)
-	_, err := s.objects.Resource(connectorResource).Namespace(scaleNamespace).
+	_, err := s.objects.Resource(connectorResource).Namespace(podNamespace).
 		Patch(context.Background(), "own-0", types.MergePatchType, patch, meta.PatchOptions{})
 	return err
 }
@@ -480,7 +481,7 @@ func (s *scaleRun) patchClass(line string) error {
 }
 
 // change makes a change some times and measures from before each request until the files have it.
-func (s *scaleRun) change(times int, limit time.Duration, file string, volumes []*scaleVolume, patch func(line string) error) (c changeFigures, err error) {
+func (s *scaleRun) change(times int, limit time.Duration, file string, volumes []*volume, patch func(line string) error) (c changeFigures, err error) {
 	before, err := s.usage()
 	if err != nil {
 		return c, err
@@ -502,7 +503,7 @@ func (s *scaleRun) change(times int, limit time.Duration, file string, volumes [
 	return c, err
 }
 
-func (s *scaleRun) changeOnce(limit time.Duration, file string, volumes []*scaleVolume, patch func(line string) error) (took []time.Duration, err error) {
+func (s *scaleRun) changeOnce(limit time.Duration, file string, volumes []*volume, patch func(line string) error) (took []time.Duration, err error) {
 	s.revision++
 	line := fmt.Sprintf("https://own.example.com/%d", s.revision)
 	began := time.Now()
@@ -525,7 +526,7 @@ func (s *scaleRun) changeOnce(limit time.Duration, file string, volumes []*scale
 }
 
 // restartServer kills the API server, and starts it again when all drivers have noticed.
-func (s *scaleRun) restartServer(f *scaleFigures) error {
+func (s *scaleRun) restartServer(f *figures) error {
 	s.say("the API server restarts")
 	s.node.APIServer.Stop()
 	if err := s.awaitStreams(0); err != nil {
@@ -580,7 +581,7 @@ func (s *scaleRun) serverReady() bool {
 
 // restartDrivers restarts a tenth of the drivers at a time, as the DaemonSet does, and changes the class when half of
 // them are new. It ends when kubelet has called each new driver for all its volumes.
-func (s *scaleRun) restartDrivers(f *scaleFigures) error {
+func (s *scaleRun) restartDrivers(f *figures) error {
 	s.say("a rolling restart of all drivers")
 	if err := s.readPeaks(f); err != nil {
 		return err
@@ -670,7 +671,7 @@ func (s *scaleRun) clear() error {
 	s.nodes, s.volumes = nil, nil
 	s.watched.Clear()
 	now := int64(0)
-	for _, namespace := range []string{scaleNamespace, "connectors-system"} {
+	for _, namespace := range []string{podNamespace, "connectors-system"} {
 		pods := s.client.CoreV1().Pods(namespace)
 		if err := pods.DeleteCollection(context.Background(), meta.DeleteOptions{GracePeriodSeconds: &now}, meta.ListOptions{}); err != nil {
 			return err

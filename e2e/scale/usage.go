@@ -1,4 +1,4 @@
-package main
+package scale
 
 import (
 	"cmp"
@@ -69,7 +69,7 @@ func perHour(cpu, of time.Duration) time.Duration {
 }
 
 // readPeaks takes the figures of the driver that has the highest of each.
-func (s *scaleRun) readPeaks(f *scaleFigures) error {
+func (s *scaleRun) readPeaks(f *figures) error {
 	for _, node := range s.nodes {
 		took, err := node.footprint()
 		if err != nil {
@@ -82,7 +82,7 @@ func (s *scaleRun) readPeaks(f *scaleFigures) error {
 }
 
 // countGoroutines ends one driver for the figure that no metric has, and starts another in its place.
-func (s *scaleRun) countGoroutines(f *scaleFigures) (err error) {
+func (s *scaleRun) countGoroutines(f *figures) (err error) {
 	if f.Driver.Goroutines, err = s.nodes[0].quit(); err != nil {
 		return err
 	}
