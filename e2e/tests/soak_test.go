@@ -1,4 +1,4 @@
-package main
+package tests
 
 import (
 	"testing"
@@ -7,7 +7,7 @@ import (
 	"connectors-csi/e2e/soak"
 )
 
-// Two minutes of bad days: see soak.go. The next test installs the driver with its own limits again.
+// Two minutes of bad days: see the package soak. The next test installs the driver with its own limits again.
 func TestSoakOfTwoMinutes(t *testing.T) {
 	if err := soak.Run(theNode, 2*time.Minute, 1); err != nil {
 		t.Error(err)

@@ -1,4 +1,5 @@
-package main
+// Package tests has the tests that need a node.
+package tests
 
 import (
 	"bytes"
@@ -33,6 +34,11 @@ const limit = 3 * time.Minute
 var theNode *node.Node
 
 func TestMain(m *testing.M) {
+	if !machine.Exists("go.mod") { // paths are relative to the module's directory, and go test starts in the package's
+		if err := os.Chdir(".."); err != nil {
+			panic(err)
+		}
+	}
 	_, glabErr := glab()
 	if err := errors.Join(machine.Install(clientNeeds()), glabErr, cluster.BuildOldDriver()); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
