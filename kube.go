@@ -89,27 +89,17 @@ type kubeConfig struct {
 // kube reads from the Kubernetes API, for all volumes of the node.
 type kube struct {
 	kubeConfig
-	client  *http.Client
-	watcher *http.Client // for streams
+	client *http.Client
 
 	requests    *queue // for requests with Pods' tokens
 	ownRequests *queue // and with the driver's own
 	answers     *queue // for the large answers of both
 
 	mu         sync.Mutex
-	namespaces map[string]*share // of those with lookups under way
-	held       *holdings
+	held       map[string]int               // bytes of objects that lookups hold, by the Pod's namespace; of all by ""
 	entries    map[string]map[string]*entry // by path, then by reader
 	cacheBytes int                          // of the objects in entries, each once
-	tidied     time.Time
-	streams    map[string]int // by the namespace of the reader; those of the driver by ""
-}
-
-// share is what the lookups for the Pods of one namespace take at this moment.
-type share struct {
-	lookups int
-	held    *holdings
-	places  chan struct{} // holds an element for each request under way
+	streams    map[string]int               // by the namespace of the reader; those of the driver by ""
 }
 
 // newKube connects to the API server. Proxy settings of the environment are ignored: no Pod's token may go to
@@ -125,28 +115,25 @@ func newKube(c kubeConfig) (*kube, error) {
 		return nil, fmt.Errorf("no certificate in %s/ca.crt", c.directory)
 	}
 	transport := &http.Transport{
-		TLSClientConfig:     &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
-		ForceAttemptHTTP2:   true,
-		MaxIdleConnsPerHost: maxRequests,
-		DisableCompression:  true, // what limits an answer's size counts what comes over the network
-		IdleConnTimeout:     5 * time.Minute,
-		TLSHandshakeTimeout: requestTimeout,
+		TLSClientConfig:       &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
+		ForceAttemptHTTP2:     true,
+		MaxIdleConnsPerHost:   maxRequests,
+		DisableCompression:    true, // what limits an answer's size counts what comes over the network
+		IdleConnTimeout:       5 * time.Minute,
+		TLSHandshakeTimeout:   requestTimeout,
+		ResponseHeaderTimeout: requestTimeout,
 		// Finds out that a connection is dead, which TCP alone may take a quarter of an hour for.
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second,
 			MaxReceiveBufferPerStream: smallAnswerBytes},
 	}
-	streaming := transport.Clone()
-	streaming.ResponseHeaderTimeout = requestTimeout
 	noRedirect := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	k := &kube{
 		kubeConfig:  c,
-		client:      &http.Client{Transport: transport, Timeout: requestTimeout, CheckRedirect: noRedirect},
-		watcher:     &http.Client{Transport: streaming, CheckRedirect: noRedirect},
+		client:      &http.Client{Transport: transport, CheckRedirect: noRedirect},
 		requests:    newRequestQueue(maxRequests),
 		ownRequests: newRequestQueue(maxOwnRequests),
 		answers:     newRequestQueue(maxLargeAnswers),
-		namespaces:  map[string]*share{},
-		held:        newHoldings(),
+		held:        map[string]int{},
 		entries:     map[string]map[string]*entry{},
 		streams:     map[string]int{},
 	}
@@ -174,7 +161,6 @@ type lookup struct {
 	kube     *kube
 	began    time.Time
 	versions map[*entry]string // of the objects that were asked for; noVersion of one that was not given
-	share    *share
 	objects  []*apiObject
 	sizes    sizes
 }
@@ -187,13 +173,6 @@ func (k *kube) begin(l *lookup) *lookup {
 	if !l.first {
 		l.sizes.limit = maxNamespaceObjectsBytes
 	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if l.share = k.namespaces[l.pod.namespace]; l.share == nil {
-		l.share = &share{places: make(chan struct{}, maxNamespaceRequests), held: newHoldings()}
-		k.namespaces[l.pod.namespace] = l.share
-	}
-	l.share.lookups++
 	return l
 }
 
@@ -203,15 +182,18 @@ func (l *lookup) end() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, o := range l.objects {
-		k.held.remove(o)
-		l.share.held.remove(o)
+		for _, of := range [...]string{l.pod.namespace, ""} {
+			if o.holders[of]--; o.holders[of] == 0 {
+				delete(o.holders, of)
+				if k.held[of] -= len(o.raw); k.held[of] == 0 {
+					delete(k.held, of)
+				}
+			}
+		}
 	}
 	for e := range l.versions {
 		e.lookups--
 		k.dropUnused(e)
-	}
-	if l.share.lookups--; l.share.lookups == 0 {
-		delete(k.namespaces, l.pod.namespace)
 	}
 }
 
@@ -221,9 +203,6 @@ type sizes struct{ sum, limit int }
 // add counts one more object, or refuses it.
 func (s *sizes) add(o *apiObject) error {
 	size := len(o.raw)
-	if size > maxObjectBytes {
-		return errObjectSize
-	}
 	if s.sum+size > s.limit {
 		return failuref(codes.FailedPrecondition, "it has %d KiB, with which the Connectors and "+
 			"ConnectorClasses of the volume have more than %d KiB together", size>>10, s.limit>>10)
@@ -232,37 +211,7 @@ func (s *sizes) add(o *apiObject) error {
 	return nil
 }
 
-var errObjectSize = failuref(codes.FailedPrecondition, "it has more than %d KiB", maxObjectBytes>>10)
-
-// holdings are the objects that lookups under way hold, each of which counts once, since they share it.
-type holdings struct {
-	bytes int
-	held  map[*apiObject]int // by how many
-}
-
-func newHoldings() *holdings { return &holdings{held: map[*apiObject]int{}} }
-
-// with is the size in bytes with one more object.
-func (h *holdings) with(o *apiObject) int {
-	if h.held[o] > 0 {
-		return h.bytes
-	}
-	return h.bytes + len(o.raw)
-}
-
-func (h *holdings) add(o *apiObject) {
-	h.bytes = h.with(o)
-	h.held[o]++
-}
-
-func (h *holdings) remove(o *apiObject) {
-	if h.held[o]--; h.held[o] == 0 {
-		h.bytes -= len(o.raw)
-		delete(h.held, o)
-	}
-}
-
-// hold counts an object that the lookup keeps until its end.
+// hold counts an object that the lookup keeps until its end. One that many have counts once, since they share it.
 func (l *lookup) hold(o *apiObject) error {
 	if err := l.sizes.add(o); err != nil {
 		return err
@@ -270,15 +219,25 @@ func (l *lookup) hold(o *apiObject) error {
 	k := l.kube
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	namespace, all := l.share.held.with(o), k.held.with(o)
+	with := func(of string) int {
+		if o.holders[of] > 0 {
+			return k.held[of]
+		}
+		return k.held[of] + len(o.raw)
+	}
+	namespace, all := with(l.pod.namespace), with("")
 	if namespace > maxNamespaceObjectsBytes || all > maxObjectsBytes {
 		return failuref(codes.ResourceExhausted, "the volumes that are being published would hold objects of "+
 			"%d KiB with it, and those of namespace %q of %d KiB; there is room for %d and %d KiB", all>>10,
 			l.pod.namespace, namespace>>10, maxObjectsBytes>>10, maxNamespaceObjectsBytes>>10)
 	}
+	k.held[l.pod.namespace], k.held[""] = namespace, all
+	if o.holders == nil {
+		o.holders = map[string]int{}
+	}
+	o.holders[l.pod.namespace]++
+	o.holders[""]++
 	l.objects = append(l.objects, o)
-	k.held.add(o)
-	l.share.held.add(o)
 	return nil
 }
 
@@ -291,13 +250,13 @@ func (r reference) String() string { return cut(r.namespace+"/"+r.name, maxQuote
 // connector reads a Connector with the token of the Pod that mounts it, so that the API server decides
 // whether the Pod's ServiceAccount may.
 func (l *lookup) connector(ctx context.Context, ref reference) (*apiObject, error) {
-	return l.get(ctx, "connectors", connectorsAPI+"/namespaces/"+ref.namespace+"/connectors/"+ref.name,
+	return l.get(ctx, connectorsAPI+"/namespaces/"+ref.namespace+"/connectors/"+ref.name,
 		l.pod.namespace+"/"+l.pod.serviceAccount)
 }
 
 // class reads a ConnectorClass with the driver's own token.
 func (l *lookup) class(ctx context.Context, name string) (*apiObject, error) {
-	return l.get(ctx, "connectorclasses", connectorsAPI+"/connectorclasses/"+name, "")
+	return l.get(ctx, connectorsAPI+"/connectorclasses/"+name, "")
 }
 
 // issuedToken is a token that the driver asked for, and what it asked for.
@@ -330,14 +289,10 @@ func (l *lookup) requestToken(ctx context.Context, audiences []string,
 	if err != nil {
 		return issuedToken{}, err
 	}
-	own, err := l.kube.ownToken()
-	if err != nil {
-		return issuedToken{}, err
-	}
 	asked := time.Now()
 	path := "/api/v1/namespaces/" + url.PathEscape(pod.namespace) + "/serviceaccounts/" +
 		url.PathEscape(pod.serviceAccount) + "/token"
-	data, err := l.do(ctx, l.kube.ownRequests, "serviceaccounts/token", path, own, body)
+	data, err := l.do(ctx, path, "", body)
 	if err != nil {
 		return issuedToken{}, err
 	}
@@ -362,8 +317,6 @@ func (l *lookup) requestToken(ctx context.Context, audiences []string,
 // share it.
 type apiObject struct {
 	raw             []byte
-	entries         int       // that have it; the lock of kube guards it
-	used            time.Time // when it was asked for last; likewise
 	namespace, name string
 	version         string // of its contents: metadata.uid and metadata.resourceVersion
 	class           string // of a Connector: spec.connectorClassName
@@ -371,12 +324,20 @@ type apiObject struct {
 	proxyURL        string // status.proxy.httpAddress.url
 	proxyAudience   string // status.proxy.httpAddress.audience
 	classAudience   string // of a class: spec.proxy.audience
+
+	// The lock of kube guards the rest.
+	used    time.Time      // when it was asked for last
+	entries int            // that have it
+	holders map[string]int // lookups that hold it, by the Pod's namespace; all of them by ""
 }
 
 // parseObject reads the fields of an object.
 func parseObject(raw []byte) (*apiObject, error) {
 	var uid, resourceVersion string
 	o := &apiObject{raw: raw}
+	if len(raw) > maxObjectBytes {
+		return nil, failuref(codes.FailedPrecondition, "it has more than %d KiB", maxObjectBytes>>10)
+	}
 	wanted := fields{
 		"metadata": fields{"namespace": &o.namespace, "name": &o.name, "uid": &uid,
 			"resourceVersion": &resourceVersion},
@@ -479,13 +440,13 @@ type entry struct {
 	reader string // namespace/name of a ServiceAccount, or empty for the driver
 
 	// The lock of kube guards all of it.
-	object  *apiObject // what the reader was given last, as long as the cache has room for it
-	read    time.Time  // when the request for it began
-	until   time.Time  // when it ceases to be current for a refresh
-	reading *reading   // under way
-	lookups int        // that have asked for it and not ended
-	users   map[*user]*use
-	stream  *stream // nil while nobody uses the object, or if there are too many
+	object   *apiObject // what the reader was given last, as long as the cache has room for it
+	read     time.Time  // when the request for it began
+	outdated bool       // another reader was given another version later
+	reading  *reading   // under way
+	lookups  int        // that have asked for it and not ended
+	users    map[*user]*use
+	stream   *stream // nil while nobody uses the object, or if there are too many
 }
 
 // reading is a read under way, which everyone waits for who needs the object.
@@ -497,39 +458,32 @@ type reading struct {
 	failed bool // the one who reads has given up, or his token is refused: which says nothing to others
 }
 
-// always is later than any time at which somebody asks.
-var always = time.Unix(1<<40, 0)
-
-// isCurrent reports whether the object is new enough: for any lookup if its read began after the lookup did,
-// and for a refresh until the time that judge has set. The caller holds the lock.
-func (e *entry) isCurrent(l *lookup) bool {
-	if c := e.users[l.user]; l.renewal && c != nil && e.object != nil && e.object.version == c.made {
-		return true
-	}
-	return e.object != nil && (e.read.After(l.began) || !l.first && time.Now().Before(e.until))
-}
-
-// judge sets until when the object is current for a refresh, after a read, an event or the end of a stream:
+// isCurrent reports whether the lookup may take the object as it is:
 //
-//   - always, while its stream is open and has either named this version last or said nothing since the read
-//   - no more, if its stream has named another version since
-//   - for as long as the refresh interval from the end of such a stream, or from the read where there was none
+//   - one for a new token alone, if the volume's files were made from it
+//   - none, if another version is known to be newer
+//   - any, if the read of it began later than the lookup
+//   - one for a mounted volume, while its stream is open, unless that has named another version since the read
+//   - one for a mounted volume, for as long as the refresh interval from the read, or from the end of such a stream
 //
 // The caller holds the lock.
-func (e *entry) judge(refresh time.Duration) {
-	s := e.stream
-	switch {
+func (e *entry) isCurrent(l *lookup) bool {
+	switch s, u := e.stream, e.users[l.user]; {
 	case e.object == nil:
-	case s == nil || s.heard.IsZero():
-		e.until = e.read.Add(refresh)
-	case s.latest != e.object.version && !e.read.After(s.heard):
-		e.until = time.Time{}
-	case s.open:
-		e.until = always
-	case s.ended.After(e.read):
-		e.until = s.ended.Add(refresh)
+		return false
+	case l.renewal && u != nil && u.made == e.object.version:
+		return true
+	case e.outdated:
+		return false
+	case e.read.After(l.began):
+		return true
+	case l.first || s != nil && s.latest != e.object.version && !e.read.After(s.heard):
+		return false
+	case s != nil && s.open:
+		return true
 	default:
-		e.until = e.read.Add(refresh)
+		refresh := l.kube.refresh
+		return time.Since(e.read) < refresh || s != nil && time.Since(s.ended) < refresh
 	}
 }
 
@@ -560,7 +514,7 @@ func (l *lookup) entry(path, reader string) *entry {
 //  3. or else this lookup reads, for all who wait
 //
 // The first publish of a volume reads its Connectors by itself, since its own token has to be let in.
-func (l *lookup) get(ctx context.Context, resource, path, reader string) (*apiObject, error) {
+func (l *lookup) get(ctx context.Context, path, reader string) (*apiObject, error) {
 	k, alone := l.kube, l.first && reader != ""
 	k.mu.Lock()
 	e := l.entry(path, reader)
@@ -596,7 +550,7 @@ func (l *lookup) get(ctx context.Context, resource, path, reader string) (*apiOb
 		e.reading = r
 	}
 	k.mu.Unlock()
-	r.object, r.err = l.readObject(ctx, resource, e)
+	r.object, r.err = l.read(ctx, e)
 	k.mu.Lock()
 	if r.err == nil {
 		r.object = k.keep(e, r.object, r.began)
@@ -619,40 +573,22 @@ func (l *lookup) take(e *entry, o *apiObject, err error) (*apiObject, error) {
 	return o, l.hold(o)
 }
 
-// readObject reads the object of an entry with the token of its reader.
-func (l *lookup) readObject(ctx context.Context, resource string, e *entry) (*apiObject, error) {
-	token, places, err := l.token, l.kube.requests, error(nil)
-	if e.reader == "" {
-		places = l.kube.ownRequests
-		if token, err = l.kube.ownToken(); err != nil {
-			return nil, err
-		}
-	}
-	data, err := l.do(ctx, places, resource, e.path, token, nil)
-	switch {
-	case err != nil:
+// read reads the object of an entry.
+func (l *lookup) read(ctx context.Context, e *entry) (*apiObject, error) {
+	data, err := l.do(ctx, e.path, e.reader, nil)
+	if err != nil {
 		return nil, err
-	case len(data) > maxObjectBytes:
-		return nil, errObjectSize
 	}
 	return parseObject(data)
 }
 
 // keep puts an object into its entry, if no later read of the same reader is there, and returns what the reader
-// was given by the latest:
-//
-//  1. see what others were given: who has the same version shares the object; who has another one since before
-//     this read has to ask the API server again; and if it is since after it, this one is not current
-//  2. keep it
-//  3. keep the cache within its limits
-//
-// The caller holds the lock.
+// was given by the latest. Of the others who read the object, who was given the same version shares it, and who was
+// given another one before has to ask the API server again. The caller holds the lock.
 func (k *kube) keep(e *entry, o *apiObject, began time.Time) *apiObject {
 	if e.object != nil && !began.After(e.read) {
 		return e.object
 	}
-
-	// 1. see
 	outdated := false
 	for _, other := range k.entries[e.path] {
 		switch {
@@ -662,19 +598,11 @@ func (k *kube) keep(e *entry, o *apiObject, began time.Time) *apiObject {
 		case other.read.After(began):
 			outdated = true
 		default:
-			other.read, other.until = time.Time{}, time.Time{}
+			other.outdated = true
 		}
 	}
-
-	// 2. keep
 	k.setObject(e, o)
-	o.used, e.read = time.Now(), began
-	if e.judge(k.refresh); outdated {
-		e.until = time.Time{}
-	}
-
-	// 3. limits
-	k.tidy()
+	o.used, e.read, e.outdated = time.Now(), began, outdated
 	for k.cacheBytes > maxCacheBytes {
 		k.evict()
 	}
@@ -708,20 +636,6 @@ func (k *kube) allEntries(yield func(*entry) bool) {
 	}
 }
 
-// tidy drops, once a minute, what no volume uses and nobody has read in a long time. The caller holds the lock.
-func (k *kube) tidy() {
-	if time.Since(k.tidied) < time.Minute {
-		return
-	}
-	k.tidied = time.Now()
-	for e := range k.allEntries {
-		if len(e.users) == 0 && time.Since(e.read) > 3*k.refresh+5*time.Minute {
-			k.setObject(e, nil)
-			k.dropUnused(e)
-		}
-	}
-}
-
 // evict drops the object that was used longest ago. The caller holds the lock.
 func (k *kube) evict() {
 	var oldest *apiObject
@@ -733,16 +647,16 @@ func (k *kube) evict() {
 	for e := range k.allEntries {
 		if e.object == oldest {
 			k.setObject(e, nil)
-			k.dropUnused(e)
 		}
 	}
 }
 
-// dropUnused drops an entry that has nothing and that nobody has. The caller holds the lock.
+// dropUnused drops an entry that no volume uses and no lookup has asked for. The caller holds the lock.
 func (k *kube) dropUnused(e *entry) {
-	if e.object != nil || e.lookups > 0 || len(e.users) > 0 {
+	if e.lookups > 0 || len(e.users) > 0 {
 		return
 	}
+	k.setObject(e, nil)
 	delete(k.entries[e.path], e.reader)
 	if len(k.entries[e.path]) == 0 {
 		delete(k.entries, e.path)
@@ -877,7 +791,6 @@ func (k *kube) closeStream(e *entry, s *stream) {
 	if s.open {
 		s.open, s.ended = false, time.Now()
 		k.metrics.add(watchesOpen, -1)
-		e.judge(k.refresh)
 	}
 }
 
@@ -985,17 +898,35 @@ func (k *kube) refuse(e *entry, token string) (another bool) {
 	return another && e.reader != ""
 }
 
-// takeEvents opens a stream once and takes its events until it ends. It returns how long the API server wants
-// not to be asked again, and why the stream ended, unless it did so in the usual way.
+// takeEvents opens a stream of the metadata of one object and takes its events until it ends. Without a
+// resourceVersion it begins with the object as it is; that of a read would not do, since the API server may have
+// forgotten it, and will not know it better later. It returns how long the API server wants not to be asked
+// again, and why the stream ended, unless it did so in the usual way.
 func (k *kube) takeEvents(ctx context.Context, e *entry, s *stream,
 	token string) (atLeast time.Duration, _ error) {
 	ctx, cancel := context.WithTimeout(ctx, maxStreamTime+time.Minute)
 	defer cancel()
-	response, atLeast, err := k.openStream(ctx, e, s, token)
+	resource, name := path.Split(e.path)
+	lifetime := minStreamTime + rand.N(maxStreamTime-minStreamTime)
+	query := url.Values{
+		"watch": {"1"}, "allowWatchBookmarks": {"true"}, "fieldSelector": {"metadata.name=" + name},
+		"timeoutSeconds": {strconv.Itoa(int(lifetime.Seconds()))},
+	}
+	if s.resume != "" {
+		query.Set("resourceVersion", s.resume)
+	}
+	response, err := k.send(ctx, "watch", strings.TrimSuffix(resource, "/")+"?"+query.Encode(), e.reader, token, nil)
 	if err != nil {
-		return atLeast, err
+		return 0, err
 	}
 	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		data, err := io.ReadAll(io.LimitReader(response.Body, maxObjectBytes))
+		if err != nil {
+			return 0, err
+		}
+		return decodeFailure(response, data)
+	}
 	if s.resume != "" {
 		k.hear(e, s, s.latest, s.heard) // nothing is missing
 	}
@@ -1029,45 +960,6 @@ func readEvent(events *bufio.Reader) (line []byte, err error) {
 			return line, err
 		}
 	}
-}
-
-// openStream asks for the metadata of one object and its changes. Without a resourceVersion the stream begins
-// with the object as it is. That of a read would not do: the API server may have forgotten it, and will not
-// know it better later.
-func (k *kube) openStream(ctx context.Context, e *entry, s *stream,
-	token string) (_ *http.Response, atLeast time.Duration, err error) {
-	resource, name := path.Split(e.path)
-	lifetime := minStreamTime + rand.N(maxStreamTime-minStreamTime)
-	query := url.Values{
-		"watch": {"1"}, "allowWatchBookmarks": {"true"}, "fieldSelector": {"metadata.name=" + name},
-		"timeoutSeconds": {strconv.Itoa(int(lifetime.Seconds()))},
-	}
-	if s.resume != "" {
-		query.Set("resourceVersion", s.resume)
-	}
-	if e.reader == "" {
-		if token, err = k.ownToken(); err != nil {
-			return nil, 0, err
-		}
-	}
-	target := k.server + strings.TrimSuffix(resource, "/") + "?" + query.Encode()
-	request, err := k.newRequest(ctx, target, token, nil)
-	if err != nil {
-		return nil, 0, err
-	}
-	request.Header.Set("Accept", "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1")
-	response, err := k.watcher.Do(request)
-	k.count(path.Base(resource), "watch", response)
-	if err != nil || response.StatusCode == http.StatusOK {
-		return response, 0, err
-	}
-	defer response.Body.Close()
-	data, err := io.ReadAll(io.LimitReader(response.Body, maxObjectBytes))
-	if err != nil {
-		return nil, 0, err
-	}
-	atLeast, err = decodeFailure(response, data)
-	return nil, atLeast, err
 }
 
 // takeEvent takes one event of a stream:
@@ -1121,7 +1013,6 @@ func (k *kube) hear(e *entry, s *stream, version string, at time.Time) {
 		k.metrics.add(watchesOpen, 1)
 	}
 	s.heard, s.latest = at, version
-	e.judge(k.refresh)
 	var others []*user
 	for u, c := range e.users {
 		if c.made != version {
@@ -1139,15 +1030,15 @@ func (k *kube) hear(e *entry, s *stream, version string, at time.Time) {
 func newRequestQueue(places int) *queue {
 	q := &queue{places: places}
 	q.before = func(a, b *turn) bool { return q.taken(a.namespace) < q.taken(b.namespace) }
+	q.ready = func(t *turn) bool { return q.taken(t.namespace) < maxNamespaceRequests }
 	return q
 }
 
-// do sends one request and returns what the API server answers with. It waits as the API server asks (429 and
-// 503 with Retry-After) and tries again, for as long as ctx allows.
-func (l *lookup) do(ctx context.Context, places *queue, resource, path, token string,
-	body []byte) ([]byte, error) {
+// do sends a request with the reader's token, and returns what the API server answers with. It waits as the API
+// server asks (429 and 503 with Retry-After) and tries again, for as long as ctx allows.
+func (l *lookup) do(ctx context.Context, path, reader string, body []byte) ([]byte, error) {
 	for {
-		answer, wait, err := l.once(ctx, places, resource, path, token, body)
+		answer, wait, err := l.once(ctx, path, reader, body)
 		if wait == 0 {
 			return answer, err
 		}
@@ -1162,31 +1053,25 @@ func (l *lookup) do(ctx context.Context, places *queue, resource, path, token st
 	}
 }
 
-// once sends one request, for which it takes a place of the namespace and one of those for all. A wait above
-// zero means that the API server wants to be asked again after it.
-func (l *lookup) once(ctx context.Context, places *queue, resource, path, token string,
+// once sends a request when it is its turn. A wait above zero means that the API server wants to be asked again
+// after it.
+func (l *lookup) once(ctx context.Context, path, reader string,
 	body []byte) (_ []byte, wait time.Duration, _ error) {
-	select {
-	case l.share.places <- struct{}{}:
-		defer func() { <-l.share.places }()
-	case <-ctx.Done():
-		return nil, 0, ctx.Err()
+	k, requests, verb := l.kube, l.kube.requests, "get"
+	if reader == "" {
+		requests = k.ownRequests
 	}
-	t := &turn{namespace: l.pod.namespace}
-	if err := places.wait(ctx, t); err != nil {
-		return nil, 0, err
-	}
-	defer places.leave(t)
-	request, err := l.kube.newRequest(ctx, l.kube.server+path, token, body)
-	if err != nil {
-		return nil, 0, err
-	}
-	verb := "get"
 	if body != nil {
 		verb = "create"
 	}
-	response, err := l.kube.client.Do(request)
-	l.kube.count(resource, verb, response)
+	t := &turn{namespace: l.pod.namespace}
+	if err := requests.wait(ctx, t); err != nil {
+		return nil, 0, err
+	}
+	defer requests.leave(t)
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	response, err := k.send(ctx, verb, path, reader, l.token, body)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -1213,32 +1098,35 @@ func (l *lookup) readAnswer(ctx context.Context, body io.Reader) ([]byte, error)
 	return io.ReadAll(io.LimitReader(io.MultiReader(bytes.NewReader(data), body), maxObjectBytes+1))
 }
 
-// newRequest makes a GET, or with a body a POST.
-func (k *kube) newRequest(ctx context.Context, target, token string, body []byte) (*http.Request, error) {
-	method := http.MethodGet
-	if body != nil {
-		method = http.MethodPost
+// send sends a request with the reader's token, which for the driver itself is its own, and counts it by what the
+// API server has answered, if it has.
+func (k *kube) send(ctx context.Context, verb, target, reader, token string,
+	body []byte) (*http.Response, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, k.server+target, bytes.NewReader(body))
+	if err == nil && reader == "" {
+		token, err = k.ownToken()
 	}
-	request, err := http.NewRequestWithContext(ctx, method, target, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
-	if body != nil {
+	resource, accept, code := path.Base(path.Dir(request.URL.Path)), "application/json", "none"
+	switch verb {
+	case "watch":
+		resource = path.Base(request.URL.Path)
+		accept = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+	case "create":
+		resource, request.Method = "serviceaccounts/token", http.MethodPost
 		request.Header.Set("Content-Type", "application/json")
 	}
+	request.Header.Set("Accept", accept)
 	request.Header.Set("Authorization", "Bearer "+token)
-	request.Header.Set("Accept", "application/json")
 	request.Header.Set("User-Agent", "connectors-csi/"+version)
-	return request, nil
-}
-
-// count counts a request by what the API server has answered, if it has.
-func (k *kube) count(resource, verb string, response *http.Response) {
-	code := "none"
-	if response != nil {
+	response, err := k.client.Do(request)
+	if err == nil {
 		code = strconv.Itoa(response.StatusCode)
 	}
 	k.metrics.inc(apiRequestsTotal, "resource", resource, "verb", verb, "code", code)
+	return response, err
 }
 
 // isStatus reports whether the error is the API server's answer with this HTTP status.
@@ -1254,14 +1142,10 @@ func decodeFailure(response *http.Response, data []byte) (wait time.Duration, _ 
 	if json.Unmarshal(data, &answer) != nil || answer.Kind != "Status" || answer.Message == "" {
 		answer.Message = http.StatusText(response.StatusCode)
 		// An API server that lacks not an object but its kind has no Status for it.
-		rest, ours := strings.CutPrefix(response.Request.URL.Path, connectorsAPI)
-		if ours && response.StatusCode == http.StatusNotFound {
-			resource := "connectors"
-			if strings.HasPrefix(rest, "/connectorclasses") {
-				resource = "connectorclasses"
-			}
+		at := response.Request.URL.Path
+		if response.StatusCode == http.StatusNotFound && strings.HasPrefix(at, connectorsAPI) {
 			return 0, failuref(codes.FailedPrecondition, "the cluster has no CRD %s.connectors.alauda.io: "+
-				"apply the whole of deploy.yaml, or install the Connectors operator", resource)
+				"apply the whole of deploy.yaml, or install the Connectors operator", path.Base(path.Dir(at)))
 		}
 	}
 	if response.StatusCode == http.StatusTooManyRequests ||
@@ -1332,24 +1216,19 @@ func (e *apiError) Error() string {
 	return fmt.Sprintf("%s (HTTP %d from the API server)", e.message, e.code)
 }
 
-// grpcCode is what the answer means to kubelet.
-func (e *apiError) grpcCode() codes.Code {
-	switch e.code {
-	case http.StatusBadRequest, http.StatusUnprocessableEntity:
-		return codes.InvalidArgument
-	case http.StatusUnauthorized:
-		return codes.Unauthenticated
-	case http.StatusForbidden:
-		return codes.PermissionDenied
-	case http.StatusNotFound:
-		return codes.NotFound
-	case http.StatusConflict:
-		return codes.Aborted
-	case http.StatusTooManyRequests:
-		return codes.ResourceExhausted
-	}
-	return codes.Unavailable
+// grpcCodes are what HTTP status means to kubelet; any other is Unavailable.
+var grpcCodes = map[int]codes.Code{
+	http.StatusBadRequest:          codes.InvalidArgument,
+	http.StatusUnprocessableEntity: codes.InvalidArgument,
+	http.StatusUnauthorized:        codes.Unauthenticated,
+	http.StatusForbidden:           codes.PermissionDenied,
+	http.StatusNotFound:            codes.NotFound,
+	http.StatusConflict:            codes.Aborted,
+	http.StatusTooManyRequests:     codes.ResourceExhausted,
 }
+
+// grpcCode is what the answer means to kubelet.
+func (e *apiError) grpcCode() codes.Code { return cmp.Or(grpcCodes[e.code], codes.Unavailable) }
 
 // failure is an error whose gRPC code is known where it arises.
 type failure struct {

@@ -230,7 +230,10 @@ func (n *node) socket() string { return n.dir + "/plugins_registry/connectors-cs
 // age makes every object in the driver's cache an hour older, which is its refresh interval, for startPolling.
 func (n *node) age() {
 	n.eachEntry(func(e *entry) {
-		e.read, e.until = e.read.Add(-n.driver.kube.refresh), e.until.Add(-n.driver.kube.refresh)
+		e.read = e.read.Add(-n.driver.kube.refresh)
+		if e.stream != nil {
+			e.stream.ended = e.stream.ended.Add(-n.driver.kube.refresh)
+		}
 	})
 }
 

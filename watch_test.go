@@ -171,8 +171,8 @@ func (n *node) wantForgotten() {
 		for e := range k.allEntries {
 			using += len(e.users) + e.lookups
 		}
-		left = fmt.Sprint(d.volumes, d.kept, k.streams, using, k.namespaces, k.held.bytes)
-		return len(d.volumes)+d.kept[""]+len(k.streams)+using+len(k.namespaces)+k.held.bytes == 0
+		left = fmt.Sprint(d.volumes, d.kept, k.streams, using, k.held)
+		return len(d.volumes)+d.kept[""]+len(k.streams)+using+len(k.held)+len(k.entries) == 0
 	})
 }
 
