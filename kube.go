@@ -32,11 +32,10 @@ const (
 
 	requestTimeout = 15 * time.Second
 
-	// Requests under way: for the Pods of one namespace; with Pods' tokens, in all; and with the driver's
-	// own.
+	// Requests under way, with Pods' tokens, and as many with the driver's own: in all, and for the Pods of one
+	// namespace.
 	maxRequests          = 16
 	maxNamespaceRequests = 4
-	maxOwnRequests       = 16
 	// Answers that are read at once of those that are larger than what each request may have.
 	maxLargeAnswers  = 2
 	smallAnswerBytes = 64 << 10
@@ -131,7 +130,7 @@ func newKube(c kubeConfig) (*kube, error) {
 		kubeConfig:  c,
 		client:      &http.Client{Transport: transport, CheckRedirect: noRedirect},
 		requests:    newRequestQueue(maxRequests),
-		ownRequests: newRequestQueue(maxOwnRequests),
+		ownRequests: newRequestQueue(maxRequests),
 		answers:     newRequestQueue(maxLargeAnswers),
 		held:        map[string]int{},
 		entries:     map[string]map[string]*entry{},
