@@ -91,7 +91,7 @@ func hostileTemplates() []hostile {
 		{"semver", `{{ semver (repeat 100000 "1") }}`, failsPlain},
 		{"division by zero", `{{ div 1 0 }}`, failsPlain + `.*divide by zero`},
 		{"a failure of a hundred million words", `{{ fail (repeat 100000000 "x ") }}`, takesMemory},
-		{"a failure of a million lines", `{{ fail (repeat 1000000 "x\n") }}`, failsPlain + `, column 3, at <fail \(repeat 1000000 "x\\n"\)>: (x\n)+x? …$`},
+		{"a failure of a million lines", `{{ fail (repeat 1000000 "x\n") }}`, failsPlain + `: {{ fail \(repeat 1000000 "x\\n"\) }}: (x\n)+x? …$`},
 
 		// Values that grow
 		{"a list doubled", `{{ $l := list 1 }}{{ range 64 }}{{ $l = concat $l $l }}{{ end }}`, takesEither},
@@ -112,11 +112,11 @@ func hostileTemplates() []hostile {
 		{"a cycle quoted", cyclic + `{{ quote $map }}`, takesEither},
 		{"a cycle copied", cyclic + `{{ $_ := deepCopy $map }}`, takesEither},
 		{"a cycle merged", cyclic + `{{ $_ := merge (dict "self" (dict)) $map $map }}`, takesEither},
-		{"a cycle in JSON", cyclic + `{{ mustToJson $map }}`, failsPlain + `.*encountered a cycle`},
-		{"a cycle in JSON that returns no error", cyclic + `{{ toJson $map }}`, failsPlain + `.*encountered a cycle`},
+		{"a cycle in JSON", cyclic + `{{ mustToJson $map }}`, takesEither},
+		{"a cycle in JSON that returns no error", cyclic + `{{ toJson $map }}`, takesEither},
 		{"a cycle joined", cyclic + `{{ join "," $list }}`, takesEither},
 		{"a cycle for printf's marks", cyclic + `{{ printf "%d%v" "%!" $map }}`, takesEither},
-		{"a cycle with a missing value", cyclic + `{{ $_ = set $map "none" .none }}{{ toJson $map }}`, failsPlain + `.*(has no value|encountered a cycle)`},
+		{"a cycle with a missing value", cyclic + `{{ $_ = set $map "none" .none }}{{ toJson $map }}`, `(` + takesEither + `|` + failsPlain + `.*has no value)`},
 		{"a deep value printed", `{{ $d := dict }}{{ range 1000000 }}{{ $d = dict "k" $d }}{{ end }}{{ $d }}`, takesEither},
 		{"a shared value of floats", `{{ $l := list 1.5 }}{{ range 40 }}{{ $l = list $l $l }}{{ end }}{{ print $l }}`, takesEither},
 		{"a cycle in the data", `{{ $_ := set .connector.spec "up" . }}{{ . }}`, takesEither},

@@ -439,7 +439,7 @@ func TestObjectErrors(t *testing.T) {
 		"unknown function": {func(n *node) { n.api.put(class("git", configuration("config", "a", "{{ getHostByName \"x\" }}"))) }, codes.FailedPrecondition,
 			[]string{`"getHostByName" not defined`}},
 		"template fails": {func(n *node) { n.api.put(class("git", configuration("config", "a", "1\n2\n{{ fail \"sorry\" }}"))) }, codes.FailedPrecondition,
-			[]string{`a line 3, column 3, at <fail "sorry">: sorry`}},
+			[]string{`a line 3: {{ fail "sorry" }}: sorry`}},
 		"missing value": {func(n *node) {
 			n.api.put(class("git", configuration("config", "a", "x\n{{ .connector.spec.project }}")))
 		}, codes.FailedPrecondition,

@@ -579,20 +579,22 @@ var placeholderToken = func() string {
 func renderFile(name, text string, limit int, data func(token string) any, token string) ([]byte, error) {
 	t, err := parseTemplate(name, text)
 	if err != nil {
-		return nil, plainError(name, err)
+		return nil, plainError(name, text, err)
 	}
 	content, err := execute(t, limit, data(token))
-	if err == nil || errors.Is(err, errTooLarge) {
-		return content, plainError(name, err)
+	if err == nil {
+		return content, nil
+	} else if errors.Is(err, errTooLarge) {
+		return nil, plainError(name, text, err)
 	}
-	place := func(err error) string { // line, column and expression
+	place := func(err error) string { // line and column
 		match := templateError.FindStringSubmatch(err.Error())
-		return strings.Join(match[min(1, len(match)):min(4, len(match))], " ")
+		return strings.Join(match[min(1, len(match)):min(3, len(match))], ":")
 	}
 	for _, shown := range []string{"TOKEN", placeholderToken} {
 		if _, again := execute(t, limit, data(shown)); again != nil && place(again) == place(err) {
-			text := plainError(name, again).Error()
-			return nil, errors.New(strings.ReplaceAll(text, placeholderToken, "TOKEN"))
+			said := plainError(name, text, again).Error()
+			return nil, errors.New(strings.ReplaceAll(said, placeholderToken, "TOKEN"))
 		}
 	}
 	return nil, fmt.Errorf("file %q fails because of the token's value", name)
@@ -620,141 +622,191 @@ func (b *limitedBuffer) Write(p []byte) (int, error) {
 	return b.Buffer.Write(p)
 }
 
-// templateError is what text/template says of a template: its name, the line, the column, which may be
-// missing, and, where it was executed, what was being evaluated and which function failed.
+// templateError is what text/template says of a template: its name, the line, the column, if it was executed,
+// the function that has failed, if one has, and why.
 var templateError = regexp.MustCompile(
-	`(?s)^template: .*?:(\d+)(?::(\d+))?: (?:executing ".*?" at (<.*?>): )?(?:error calling \w+: )?(.*)$`)
+	`(?s)^template: .*?:(\d+)(?::(\d+))?: (?:executing ".*?" at <.*?>: )?(?:error calling (\w+): )?(.*)$`)
 
-// plainError says where a template fails, and why, each once.
-func plainError(file string, err error) error {
-	if err == nil {
-		return nil
-	}
-	match := templateError.FindStringSubmatch(withoutChecks(err.Error()))
+// plainError says which action of a template fails, and why.
+func plainError(file, template string, err error) error {
+	match := templateError.FindStringSubmatch(err.Error())
 	if match == nil {
 		return fmt.Errorf("file %q: %w", file, err)
 	}
-	line, column, at, text := match[1], match[2], match[3], match[4]
-	var refused argumentError
-	if errors.As(err, &refused) {
-		return fmt.Errorf("%s line %s: %w", file, line, refused)
-	}
+	line, column, function, text := match[1], match[2], match[3], match[4]
 	where := file + " line " + line
 	if column != "" {
-		where += ", column " + column
+		where += ": {{ " + actionAt(template, line, column) + " }}"
 	}
-	if at != "" {
-		where += ", at " + at
+	if function == checkFunction {
+		return fmt.Errorf("%s %s", where, text)
 	}
 	return fmt.Errorf("%s: %s", where, text)
 }
 
+// actionAt returns the text of the action at a line and a column of a template, as its errors count them.
+func actionAt(template, line, column string) string {
+	n, _ := strconv.Atoi(line)
+	at, _ := strconv.Atoi(column)
+	for _, before := range strings.SplitAfter(template, "\n")[:n-1] {
+		at += len(before)
+	}
+	action, _, _ := strings.Cut(template[strings.LastIndex(template[:at], "{{"):], "}}")
+	return cut(strings.Trim(action, "{-} \t\n"), maxQuotedBytes)
+}
+
 // ---- Functions: nothing broken reaches a file ----
 //
-// A value is missing if there is no such key, or if it is JSON's null. Templates may ask for it, and put it
-// into collections; whatever else gets it fails, and so does what prints it at any depth. Functions also fail
-// that would say so in the file, or return something else than was asked for.
+// A value is missing if there is no such key, if it is JSON's null, or if it is nil. Templates may ask for it,
+// and put it into collections; whatever else gets it fails, and so does what prints it at any depth. Functions
+// also fail that would say so in the file, or return something else than was asked for.
 
-// demand is what a function wants of its arguments. All but the first three are demands on parameters of any
-// type; other parameters want a value.
-type demand int
-
-const (
-	aValue      demand = iota // that is not missing
-	nothing                   // a missing one is an answer, or goes into a collection
-	aDict                     // or a missing one
-	aCollection               // as first argument; what it is to hold may be missing
-	printable                 // a value with nothing missing in it
-	formattable               // the same, and no literal nil, which these would write as <nil>
-	aWhole                    // a whole number, or text that is one
-	anInteger                 // a number, which is truncated, or text that is a whole one
-	aNumber                   // or text that is one
-	aDate                     // or seconds since 1970
-)
-
-// names are all functions that templates may call: those of text/template, and of sprig all except env,
-// expandenv and getHostByName, which would hand the environment and the network to the author of a class.
-// Those that sprig has under a name with must as well are named once.
-var names = [...]string{
-	nothing: `all and any coalesce deepEqual default dict dig empty eq get has hasKey index kindIs kindOf list
-		ne not or pluck ternary tuple typeIs typeIsLike typeOf`,
-	aCollection: `append prepend push set without`,
-	printable:   `cat join quote sortAlpha squote toJson toPrettyJson toRawJson toStrings urlJoin`,
-	formattable: `html js print printf println toString urlquery`,
-	aWhole:      `add add1 biggest div duration max min mod mul sub`,
-	anInteger:   `int int64`,
-	aNumber:     `add1f addf ceil divf float64 floor maxf minf mulf round subf`,
-	aDate:       `ago date dateInZone date_in_zone htmlDate htmlDateInZone`,
-	aValue: `abbrev abbrevboth adler32sum atoi b32dec b32enc b64dec b64enc base bcrypt buildCustomCert call
-		camelcase chunk clean compact concat contains dateModify date_modify decryptAES deepCopy
-		derivePassword dir durationRound encryptAES ext fail first fromJson ge genCA genCAWithKey
-		genPrivateKey genSelfSignedCert genSelfSignedCertWithKey genSignedCert genSignedCertWithKey gt
-		hasPrefix hasSuffix hello htpasswd indent initial initials isAbs kebabcase keys last le len lower lt
-		merge mergeOverwrite must_date_modify nindent nospace now omit osBase osClean osDir osExt osIsAbs pick
-		plural randAlpha randAlphaNum randAscii randBytes randInt randNumeric regexFind regexFindAll
-		regexMatch regexQuoteMeta regexReplaceAll regexReplaceAllLiteral regexSplit repeat replace rest
-		reverse semver semverCompare seq sha1sum sha256sum sha512sum shuffle slice snakecase split splitList
-		splitn substr swapcase title toDate toDecimal trim trimAll trimPrefix trimSuffix trimall trunc uniq
-		unixEpoch unset until untilStep untitle upper urlParse uuidv4 values wrap wrapWith`,
+// family are functions whose arguments are checked in the same way.
+type family struct {
+	names    string
+	required int                          // how many of its arguments, if of any type, may not be missing
+	meet     func(value any) (any, error) // makes of such an argument what the function gets
+	result   *regexp.Regexp               // what does not match it is the text of an error
 }
 
-// function is one of them.
-type function struct {
-	call   any // nil if only text/template has it
-	demand demand
+const all = math.MaxInt
+
+// families are the functions that want something else of their arguments than to be there.
+var families = []family{
+	{`all any coalesce deepEqual default dict dig empty get has hasKey index kindIs kindOf list pluck ternary
+		tuple typeIs typeIsLike typeOf`, 0, nil, nil},
+	{`append prepend push set without`, 1, nil, nil},
+	{`cat html join js print printf println quote sortAlpha squote toJson toPrettyJson toRawJson toString
+		toStrings urlJoin urlquery`, all, printed, nil},
+	{`add add1 biggest div duration max min mod mul sub`, all, wholeNumber, nil},
+	{`int int64`, all, truncated, nil},
+	{`add1f addf ceil divf float64 floor maxf minf mulf round subf`, all, float, nil},
+	{`ago date dateInZone date_in_zone htmlDate htmlDateInZone`, all, date, nil},
+	{`bcrypt`, all, nil, regexp.MustCompile(`^\$2`)},
+	{`htpasswd`, all, nil, regexp.MustCompile(`^[^:]*:\$2`)},
+	{`genPrivateKey`, all, nil, regexp.MustCompile(`^-----BEGIN `)},
+	{`derivePassword`, all, nil, regexp.MustCompile(`^[^ ]+$`)},
+	{`randAlpha randAlphaNum randAscii randNumeric`, all, nil, regexp.MustCompile(`.`)},
 }
 
-// functions are all of them by name. Where sprig has a variant with must, which returns its error, that is
-// the function of both names.
-var functions = func() map[string]function {
-	all := map[string]function{}
-	sprigs := sprig.TxtFuncMap()
+// functions are those that templates may call beside text/template's: sprig's except env, expandenv and
+// getHostByName, which would hand the environment and the network to the author of a class. Where sprig has a
+// variant with must, which returns its error, that is the function of both names.
+var functions = func() template.FuncMap {
+	guarded, sprigs := template.FuncMap{}, sprig.TxtFuncMap()
+	for _, name := range []string{"env", "expandenv", "getHostByName"} {
+		delete(sprigs, name)
+	}
 	own := ownFunctions(sprigs)
-	for d, names := range names {
-		for _, name := range strings.Fields(names) {
-			must := "must" + strings.ToUpper(name[:1]) + name[1:]
-			f := function{cmp.Or(own[name], sprigs[must], sprigs[name]), demand(d)}
-			all[name] = f
-			if sprigs[must] != nil {
-				all[must] = f
-			}
+	familyOf := map[string]family{}
+	for _, f := range families {
+		for _, name := range strings.Fields(f.names) {
+			familyOf[name] = f
 		}
 	}
-	return all
+	for _, name := range slices.Concat(slices.Collect(maps.Keys(sprigs)), slices.Collect(maps.Keys(own))) {
+		base := name
+		if rest, ok := strings.CutPrefix(name, "must"); ok {
+			base = strings.ToLower(rest[:1]) + rest[1:]
+		}
+		f, ok := familyOf[base]
+		if !ok {
+			f.required = all
+		}
+		must := sprigs["must"+strings.ToUpper(base[:1])+base[1:]]
+		guarded[name] = f.guard(name, cmp.Or(own[base], must, sprigs[name]))
+	}
+	return guarded
 }()
 
+// guard returns the function as templates call it, with arguments of any number and type. What call panics
+// about, since they are not what it takes, is an error of the template.
+func (f family) guard(name string, call any) func(arguments ...any) (any, error) {
+	function := reflect.ValueOf(call)
+	return func(arguments ...any) (any, error) {
+		in := make([]reflect.Value, len(arguments))
+		for i, argument := range arguments {
+			var err error
+			if in[i], err = f.argument(i, argument, function.Type()); err != nil {
+				return nil, fmt.Errorf("argument %d of %s %w", i+1, name, err)
+			}
+		}
+		out := function.Call(in)
+		if text, ok := out[0].Interface().(string); ok && f.result != nil && !f.result.MatchString(text) {
+			return nil, errors.New(cmp.Or(text, "the result is empty"))
+		}
+		err, _ := out[len(out)-1].Interface().(error)
+		return out[0].Interface(), err
+	}
+}
+
+// argument returns an argument as a function of that type gets it. A list by its type, of a certificate's
+// addresses or names, may be missing.
+func (f family) argument(i int, value any, function reflect.Type) (reflect.Value, error) {
+	last := function.NumIn() - 1
+	parameter := function.In(min(i, last))
+	if function.IsVariadic() && i >= last {
+		parameter = parameter.Elem()
+	}
+	kind := parameter.Kind()
+	ofAnyType := kind == reflect.Interface || kind == reflect.Map
+	if isMissing(value) {
+		if kind == reflect.Slice || ofAnyType && i >= f.required {
+			return reflect.Zero(parameter), nil
+		}
+		return reflect.Value{}, errNoValue
+	}
+	if ofAnyType && f.meet != nil {
+		met, err := f.meet(value)
+		return reflect.ValueOf(met), err
+	}
+	v := reflect.ValueOf(value)
+	if (v.CanInt() || v.CanFloat()) && kind >= reflect.Int && kind <= reflect.Float64 {
+		if converted := v.Convert(parameter); converted.Convert(v.Type()).Equal(v) {
+			return converted, nil
+		}
+	}
+	return v, nil
+}
+
 // ownFunctions take the place of functions that return the text of their error, take nonsense for something,
-// or stumble over a missing value. The demands on their arguments are met before.
+// or stumble over a missing value. Those of text/template are here for the guard.
 func ownFunctions(sprigs template.FuncMap) template.FuncMap {
 	inZone := func(layout string, date any, zone string) (string, error) {
 		_, err := time.LoadLocation(zone)
 		return sprigs["dateInZone"].(func(string, any, string) string)(layout, date, zone), err
 	}
-	own := template.FuncMap{
-		// Those of text/template stand here for the guard, which looks at the types of their results.
+	text := func(decoded []byte, err error) (string, error) { return string(decoded), err }
+	return template.FuncMap{
 		"html": template.HTMLEscaper, "js": template.JSEscaper, "urlquery": template.URLQueryEscaper,
 		"print": fmt.Sprint, "println": fmt.Sprintln, "printf": printf,
 
 		// Collections
 		"get":   func(from object, key string) any { return from[key] },
 		"index": lookUp,
-		"dig": func(arguments ...any) (any, error) {
+		"dig": func(arguments ...any) (any, error) { // keys, a default, a dict
 			last := len(arguments) - 1
 			if last < 2 {
 				return nil, errors.New("dig needs a key, a default and a dict")
 			}
 			found, err := lookUp(arguments[last], arguments[:last-1]...)
-			if found == nil {
-				found = arguments[last-1]
-			}
-			return found, err
+			return cmp.Or(found, arguments[last-1]), err
 		},
-		"slice": func(list any, indexes ...any) (any, error) {
-			part, err := sprigs["mustSlice"].(func(any, ...any) (any, error))(list, indexes...)
-			if part == nil { // of an empty list
-				part = []any{}
+		"dict": func(pairs ...any) (object, error) {
+			for i := 0; i < len(pairs); i += 2 {
+				if isMissing(pairs[i]) {
+					return nil, errNoKey
+				}
 			}
-			return part, err
+			return sprigs["dict"].(func(...any) object)(pairs...), nil
+		},
+		"slice": func(list any, bounds ...int) (any, error) {
+			v := reflect.ValueOf(list)
+			if v.Kind() != reflect.Slice {
+				return nil, fmt.Errorf("%T is no list", list)
+			}
+			bounds = append(bounds, []int{0, v.Len()}[min(len(bounds), 2):]...)
+			return v.Slice(bounds[0], bounds[1]).Interface(), nil
 		},
 		"chunk": func(size int, list any) ([][]any, error) {
 			if size < 1 {
@@ -791,7 +843,7 @@ func ownFunctions(sprigs template.FuncMap) template.FuncMap {
 					return f, nil
 				}
 				return keptNumber(leaf)
-			}, nil)
+			})
 		},
 
 		// Time
@@ -806,82 +858,50 @@ func ownFunctions(sprigs template.FuncMap) template.FuncMap {
 		},
 		"durationRound": func(duration any) (_ string, err error) {
 			if text, ok := duration.(string); ok {
-				var d time.Duration
-				d, err = time.ParseDuration(text)
-				duration = int64(d)
+				_, err = time.ParseDuration(text)
 			} else {
 				duration, err = date(duration)
 			}
 			return sprigs["durationRound"].(func(any) string)(duration), err
 		},
 
-		// Texts and secrets
-		"b64dec": func(text string) (string, error) {
-			decoded, err := base64.StdEncoding.DecodeString(text)
-			return string(decoded), err
-		},
-		"b32dec": func(text string) (string, error) {
-			decoded, err := base32.StdEncoding.DecodeString(text)
-			return string(decoded), err
-		},
-		"bcrypt": func(password string) (string, error) {
-			hash := sprigs["bcrypt"].(func(string) string)(password)
-			return hash, errorUnless(strings.HasPrefix(hash, "$2"), hash)
-		},
-		"htpasswd": func(user, password string) (string, error) {
-			line := sprigs["htpasswd"].(func(string, string) string)(user, password)
-			hash, ok := strings.CutPrefix(line, user+":")
-			return line, errorUnless(ok && strings.HasPrefix(hash, "$2"), hash)
-		},
-		"genPrivateKey": func(kind string) (string, error) {
-			key := sprigs["genPrivateKey"].(func(string) string)(kind)
-			return key, errorUnless(strings.HasPrefix(key, "-----BEGIN "), key)
-		},
-		"derivePassword": func(counter uint32, kind, password, user, site string) (string, error) {
-			derive := sprigs["derivePassword"].(func(uint32, string, string, string, string) string)
-			derived := derive(counter, kind, password, user, site)
-			return derived, errorUnless(!strings.Contains(derived, " "), derived) // which no password has
-		},
+		// Texts
+		"b64dec": func(code string) (string, error) { return text(base64.StdEncoding.DecodeString(code)) },
+		"b32dec": func(code string) (string, error) { return text(base32.StdEncoding.DecodeString(code)) },
 	}
-	for _, name := range []string{"randAlpha", "randAlphaNum", "randAscii", "randNumeric"} {
-		own[name] = func(count int) (string, error) {
-			return sprigs[name].(func(int) string)(count), errorUnless(count >= 0, "the count is below zero")
-		}
-	}
-	return own
 }
 
-func errorUnless(ok bool, text string) error {
-	if ok {
-		return nil
-	}
-	return errors.New(text)
+// errNoValue is returned for a value that is missing, errNoKey for a key that is.
+var (
+	errNoValue = errors.New("has no value")
+	errNoKey   = errors.New("a key has no value")
+)
+
+// isMissing reports whether there is no value. A list that is nil is what functions return for an empty one.
+func isMissing(value any) bool {
+	v := reflect.ValueOf(value)
+	return !v.IsValid() || v.Kind() == reflect.Map && v.IsNil()
 }
 
 // lookUp returns what is at that path of keys and indexes in a collection, or nil where a part of the path is
-// missing.
+// missing. It panics where there can be none.
 func lookUp(item any, path ...any) (any, error) {
 	for _, key := range path {
-		collection, k := reflect.ValueOf(item), reflect.ValueOf(key)
-		switch kind := collection.Kind(); {
-		case kind == reflect.Invalid:
+		collection := reflect.ValueOf(item)
+		switch {
+		case isMissing(item):
 			return nil, nil
-		case !k.IsValid():
-			return nil, errors.New("a key has no value")
-		case kind == reflect.Map && k.Type().AssignableTo(collection.Type().Key()):
-			element := collection.MapIndex(k)
-			if !element.IsValid() {
-				return nil, nil
-			}
-			item = element.Interface()
-		case (kind == reflect.Slice || kind == reflect.String) && k.CanInt():
-			if k.Int() < 0 || k.Int() >= int64(collection.Len()) {
-				return nil, fmt.Errorf("index out of range: %d", k.Int())
-			}
-			item = collection.Index(int(k.Int())).Interface()
-		default:
-			return nil, fmt.Errorf("%T cannot be indexed with %T", item, key)
+		case key == nil:
+			return nil, errNoKey
+		case collection.Kind() != reflect.Map:
+			item = collection.Index(int(reflect.ValueOf(key).Int())).Interface()
+			continue
 		}
+		element := collection.MapIndex(reflect.ValueOf(key))
+		if !element.IsValid() {
+			return nil, nil
+		}
+		item = element.Interface()
 	}
 	return item, nil
 }
@@ -892,7 +912,10 @@ func exactly(compute func(z, x, y *big.Int) *big.Int, first any, more ...any) (i
 	for _, number := range more {
 		compute(result, result, big.NewInt(number.(int64)))
 	}
-	return result.Int64(), errorUnless(result.IsInt64(), "the result is beyond 64 bits")
+	if !result.IsInt64() {
+		return 0, errors.New("the result is beyond 64 bits")
+	}
+	return result.Int64(), nil
 }
 
 // printf is fmt's, for which a wrong number or type of values is no error but a mark in the result. A value
@@ -902,17 +925,16 @@ func printf(format string, values ...any) (string, error) {
 	if !strings.Contains(text, "%!") {
 		return text, nil
 	}
-	harmless := func(leaf any) (any, error) {
+	harmless, err := mapLeaves(values, func(leaf any) (any, error) {
 		if s, ok := leaf.(string); ok {
 			return strings.ReplaceAll(s, "%", "_"), nil
 		}
 		return leaf, nil
-	}
-	replaced, err := mapLeaves(values, harmless, nil)
+	})
 	if err != nil {
 		return "", err
 	}
-	marked := fmt.Sprintf(strings.ReplaceAll(format, "%%", "__"), replaced.([]any)...)
+	marked := fmt.Sprintf(strings.ReplaceAll(format, "%%", "__"), harmless.([]any)...)
 	if i := strings.Index(marked, "%!"); i >= 0 {
 		return "", fmt.Errorf("the format %q does not fit its values: %s", cut(format, maxQuotedBytes),
 			cut(marked[i:], maxQuotedBytes))
@@ -936,36 +958,34 @@ func (n plainNumber) Format(state fmt.State, verb rune) {
 	}
 }
 
-// errNoValue is returned for a value that is missing, errCycle for one that contains itself.
-var (
-	errNoValue = errors.New("has no value")
-	errCycle   = errors.New("contains itself")
-)
-
-// isMissing reports whether there is no value. A list that is nil is what functions return for an empty one.
-func isMissing(value any) bool {
-	v := reflect.ValueOf(value)
-	return !v.IsValid() || v.Kind() == reflect.Map && v.IsNil()
+// printed returns a value as it is printed, unless there is something missing in it.
+func printed(value any) (any, error) {
+	return mapLeaves(value, func(leaf any) (any, error) {
+		f, isFloat := leaf.(float64)
+		switch {
+		case leaf == nil:
+			return nil, errNoValue
+		case isFloat && (math.IsNaN(f) || math.IsInf(f, 0)):
+			return nil, fmt.Errorf("is %v, not a number", f)
+		case isFloat:
+			return plainNumber(f), nil
+		}
+		return leaf, nil
+	})
 }
-
-// leafError says where in a value something is wrong.
-type leafError struct {
-	path string
-	error
-}
-
-func (e *leafError) Error() string {
-	if e.path == "" {
-		return e.error.Error()
-	}
-	return e.error.Error() + " at " + e.path
-}
-
-func (e *leafError) Unwrap() error { return e.error }
 
 // mapLeaves returns a copy of a value with what change makes of everything in it that is no list and no map.
-// A missing value is nil to change. The path holds the maps around the value, for errCycle.
-func mapLeaves(value any, change func(leaf any) (any, error), path []uintptr) (any, error) {
+// A missing value is nil to change. Its errors say where in the value something is wrong.
+func mapLeaves(value any, change func(leaf any) (any, error)) (any, error) {
+	changed, path, err := mapLeavesAt(value, change)
+	if path != "" {
+		err = fmt.Errorf("%w at %s", err, path)
+	}
+	return changed, err
+}
+
+// mapLeavesAt is mapLeaves, with the place apart.
+func mapLeavesAt(value any, change func(any) (any, error)) (_ any, path string, _ error) {
 	if isMissing(value) {
 		value = nil
 	}
@@ -974,27 +994,16 @@ func mapLeaves(value any, change func(leaf any) (any, error), path []uintptr) (a
 	switch v.Kind() {
 	case reflect.Map:
 		c = reflect.MakeMapWithSize(v.Type(), v.Len())
-		path = append(path, v.Pointer())
-		// Lists cannot be changed, so there is a map in every cycle.
-		if len(path)%1000 == 0 && slices.Contains(path[:len(path)-1], v.Pointer()) {
-			return nil, errCycle
-		}
 	case reflect.Slice:
 		c = reflect.MakeSlice(v.Type(), v.Len(), v.Len())
 	default:
 		changed, err := change(value)
-		if err != nil {
-			return nil, &leafError{"", err}
-		}
-		return changed, nil
+		return changed, "", err
 	}
 	for key, element := range v.Seq2() {
-		changed, err := mapLeaves(element.Interface(), change, path)
-		if leaf := new(leafError); errors.As(err, &leaf) {
-			leaf.path = fmt.Sprintf("[%#v]", key.Interface()) + leaf.path
-		}
+		changed, path, err := mapLeavesAt(element.Interface(), change)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Sprintf("[%#v]", key.Interface()) + path, err
 		}
 		e := reflect.Zero(v.Type().Elem())
 		if changed != nil {
@@ -1006,90 +1015,51 @@ func mapLeaves(value any, change func(leaf any) (any, error), path []uintptr) (a
 			c.Index(int(key.Int())).Set(e)
 		}
 	}
-	return c.Interface(), nil
+	return c.Interface(), "", nil
 }
 
-// meet returns a value that has to meet the demand, as the function gets it.
-func (d demand) meet(value any) (any, error) {
-	if isMissing(value) && d == aDict {
-		return object(nil), nil
-	} else if isMissing(value) {
-		return nil, errNoValue
-	}
-	switch d {
-	case printable, formattable:
-		printed, err := mapLeaves(value, printedLeaf, nil)
-		if errors.Is(err, errCycle) {
-			return value, nil // whoever prints it meets the limits, or says so
-		}
-		return printed, err
-	case aWhole:
-		return wholeNumber(value)
-	case anInteger:
-		if v := reflect.ValueOf(value); v.CanFloat() {
-			value = math.Trunc(v.Float())
-		}
-		return wholeNumber(value)
-	case aNumber:
-		return float(value)
-	case aDate:
-		return date(value)
-	}
-	return value, nil
-}
-
-// printedLeaf is what is printed of a value that is no list and no map.
-func printedLeaf(value any) (any, error) {
-	if value == nil {
-		return nil, errNoValue
-	}
-	if f, ok := value.(float64); ok {
-		return plainNumber(f), errorUnless(!math.IsNaN(f) && !math.IsInf(f, 0), "is not a number")
-	}
-	return value, nil
-}
-
-// wholeNumber is the int64 that a value is, or that a text holds.
+// wholeNumber returns the int64 that a value is, or that a text holds.
 func wholeNumber(value any) (any, error) {
-	v := reflect.ValueOf(value)
+	v, text := reflect.ValueOf(value), fmt.Sprint(value)
 	switch {
 	case v.CanInt():
 		return v.Int(), nil
-	case v.CanUint() && v.Uint() <= math.MaxInt64:
-		return int64(v.Uint()), nil
-	case v.CanFloat() && v.Float() == math.Trunc(v.Float()) && math.Abs(v.Float()) < 1<<63:
-		return int64(v.Float()), nil
+	case v.CanFloat():
+		text = plainNumber(v.Float()).String()
 	case v.Kind() == reflect.Bool:
-		return map[bool]int64{true: 1}[v.Bool()], nil
-	case v.Kind() == reflect.String:
-		text := v.String()
-		if before, after, _ := strings.Cut(text, "."); after != "" && strings.Trim(after, "0") == "" {
-			text = before
-		}
-		if i, err := strconv.ParseInt(text, 0, 64); err == nil {
-			return i, nil
-		}
+		text = map[bool]string{false: "0", true: "1"}[v.Bool()]
 	}
-	return nil, fmt.Errorf("%.99q is not a whole number of 64 bits", fmt.Sprint(value))
+	if before, after, _ := strings.Cut(text, "."); after != "" && strings.Trim(after, "0") == "" {
+		text = before
+	}
+	whole, err := strconv.ParseInt(text, 0, 64)
+	if err != nil {
+		return nil, fmt.Errorf("is %.99q, not a whole number of 64 bits", fmt.Sprint(value))
+	}
+	return whole, nil
 }
 
-// float is the float64 that a value is, or that a text holds.
+// truncated is wholeNumber without what stands behind the point of a float.
+func truncated(value any) (any, error) {
+	if v := reflect.ValueOf(value); v.CanFloat() {
+		value = math.Trunc(v.Float())
+	}
+	return wholeNumber(value)
+}
+
+// float returns the float64 that a value is, or that a text holds.
 func float(value any) (any, error) {
-	v := reflect.ValueOf(value)
-	if v.Kind() == reflect.String {
-		f, err := strconv.ParseFloat(v.String(), 64)
-		if err == nil && !math.IsNaN(f) && !math.IsInf(f, 0) {
-			return f, nil
-		}
-	} else if v.CanFloat() {
-		return v.Float(), nil
-	} else if whole, err := wholeNumber(value); err == nil {
+	if whole, err := wholeNumber(value); err == nil {
 		return float64(whole.(int64)), nil
 	}
-	return nil, fmt.Errorf("%.99q is not a number", fmt.Sprint(value))
+	f, err := strconv.ParseFloat(fmt.Sprint(value), 64)
+	if err != nil || math.IsNaN(f) || math.IsInf(f, 0) {
+		return nil, fmt.Errorf("is %.99q, not a number", fmt.Sprint(value))
+	}
+	return f, nil
 }
 
-// date is the time that a value is, or the seconds since 1970 as int64.
+// date returns the time that a value is, or the seconds since 1970 as int64.
 func date(value any) (any, error) {
 	if _, isTime := value.(time.Time); isTime {
 		return value, nil
@@ -1097,218 +1067,62 @@ func date(value any) (any, error) {
 	if seconds, err := wholeNumber(value); err == nil && reflect.ValueOf(value).Kind() != reflect.String {
 		return seconds, nil
 	}
-	return nil, fmt.Errorf("%.99q is not a date: toDate makes one of a text", fmt.Sprint(value))
+	return nil, fmt.Errorf("is %.99q, not a date: toDate makes one of a text", fmt.Sprint(value))
 }
 
-// parseTemplate parses a template and puts the checks into it. It gets only the functions that its text can
-// name, since each one costs more time than the search for it.
+// parseTemplate parses a template, and lets what its actions print go through a check. It gets only the
+// functions that its text can name, since each one costs more time than the search for it.
 func parseTemplate(name, text string) (*template.Template, error) {
 	named := template.FuncMap{}
 	separates := func(r rune) bool { return r != '_' && !unicode.IsLetter(r) && !unicode.IsDigit(r) }
 	for word := range strings.FieldsFuncSeq(text, separates) {
-		if f := functions[word]; f.call != nil {
-			named[word] = f.call
+		if f := functions[word]; f != nil {
+			named[word] = f
 		}
 	}
 	t, err := template.New(name).Funcs(named).Parse(text)
 	if err != nil {
 		return nil, err
 	}
-	g := &guard{}
-	t.Funcs(template.FuncMap{checkFunction: g.check})
+	t.Funcs(template.FuncMap{checkFunction: printed})
 	for _, defined := range t.Templates() {
-		g.list(defined.Root)
+		checkPrinted(defined.Root)
 	}
 	return t, nil
 }
 
-// checkFunction is the function that a guard puts into templates. It is added after parsing, so no template
+// checkFunction is the function that checks what is printed. It is added after parsing, so that no template
 // can name it.
-const checkFunction = "checkedValue"
+const checkFunction = "checked"
 
-// guard rewrites a parsed template, in the way of html/template's escapers: what an action prints and what a
-// function gets goes through the function check, if it may not meet the demand.
-type guard struct{ checks []check }
-
-// check is what a guard has put into a template.
-type check struct {
-	demand   demand
-	function string     // that demands it; none: it is printed
-	checked  parse.Node // which writes the expression
-}
-
-// argumentError is what check says.
-type argumentError struct{ error }
-
-// check is called with the number of a check and the value.
-func (g *guard) check(number int, value any) (any, error) {
-	c := g.checks[number]
-	met, err := c.demand.meet(value)
-	if err == nil {
-		return met, nil
-	}
-	text := cut(withoutChecks(c.checked.String()), maxQuotedBytes)
-	if c.function == "" {
-		text = "{{ " + text + " }}"
-	}
-	if leaf := new(leafError); errors.Is(err, errNoValue) || errors.As(err, &leaf) {
-		err = fmt.Errorf("%s %w", text, err)
-	}
-	if c.function != "" {
-		err = fmt.Errorf("%s: %w", c.function, err)
-	}
-	return nil, argumentError{err}
-}
-
-// checkTexts is how checks look in the texts of nodes, and so in the errors of text/template.
-var checkTexts = regexp.MustCompile(fmt.Sprintf(
-	`\(([^()\s|]+) \| %[1]s \d+\)|\(%[1]s \d+ (nil)\)| \| %[1]s \d+`, checkFunction))
-
-func withoutChecks(text string) string { return checkTexts.ReplaceAllString(text, "$1$2") }
-
-// list puts checks into a list of nodes. Conditions and assignments may be of missing values.
-func (g *guard) list(list *parse.ListNode) {
+// checkPrinted appends checkFunction to all pipelines that are printed, as html/template does with its
+// escapers.
+func checkPrinted(list *parse.ListNode) {
 	if list == nil {
 		return
 	}
 	for _, node := range list.Nodes {
+		var branch *parse.BranchNode
 		switch n := node.(type) {
 		case *parse.ActionNode:
-			g.pipe(n.Pipe)
-			if len(n.Pipe.Decl) == 0 && printable.concerns(n.Pipe) {
-				n.Pipe.Cmds = append(n.Pipe.Cmds, g.command(printable, "", n.Pipe))
+			if len(n.Pipe.Decl) == 0 {
+				check := parse.NewIdentifier(checkFunction).SetPos(n.Pos)
+				n.Pipe.Cmds = append(n.Pipe.Cmds, &parse.CommandNode{NodeType: parse.NodeCommand, Pos: n.Pos,
+					Args: []parse.Node{check}})
 			}
+			continue
 		case *parse.IfNode:
-			g.branch(&n.BranchNode)
+			branch = &n.BranchNode
 		case *parse.WithNode:
-			g.branch(&n.BranchNode)
+			branch = &n.BranchNode
 		case *parse.RangeNode:
-			g.branch(&n.BranchNode)
-		case *parse.TemplateNode:
-			g.pipe(n.Pipe)
+			branch = &n.BranchNode
+		default:
+			continue
 		}
+		checkPrinted(branch.List)
+		checkPrinted(branch.ElseList)
 	}
-}
-
-func (g *guard) branch(b *parse.BranchNode) {
-	g.pipe(b.Pipe)
-	g.list(b.List)
-	g.list(b.ElseList)
-}
-
-// pipe puts checks before the arguments of the functions of a pipeline, of which each command's result is the
-// last argument of the next.
-func (g *guard) pipe(pipe *parse.PipeNode) {
-	if pipe == nil {
-		return
-	}
-	var commands []*parse.CommandNode
-	for i, command := range pipe.Cmds {
-		for _, node := range command.Args {
-			if chain, ok := node.(*parse.ChainNode); ok {
-				node = chain.Node
-			}
-			if inner, ok := node.(*parse.PipeNode); ok {
-				g.pipe(inner)
-			}
-		}
-		if called, ok := command.Args[0].(*parse.IdentifierNode); ok {
-			for position, argument := range command.Args[1:] {
-				command.Args[position+1] = g.argument(called.Ident, position, argument)
-			}
-			if d := demandOn(called.Ident, len(command.Args)-1); i > 0 && d.concerns(commands[len(commands)-1]) {
-				before := &parse.PipeNode{NodeType: parse.NodePipe, Pos: pipe.Pos, Cmds: commands}
-				commands = append(commands, g.command(d, called.Ident, before))
-			}
-		}
-		commands = append(commands, command)
-	}
-	pipe.Cmds = commands
-}
-
-// argument returns the argument of a function with a check behind it, if it needs one.
-func (g *guard) argument(function string, position int, node parse.Node) parse.Node {
-	d := demandOn(function, position)
-	if !d.concerns(node) {
-		return node
-	}
-	check := g.command(d, function, node)
-	if pipe, ok := node.(*parse.PipeNode); ok && len(pipe.Decl) == 0 {
-		pipe.Cmds = append(pipe.Cmds, check)
-		return pipe
-	}
-	pipe := &parse.PipeNode{NodeType: parse.NodePipe, Pos: node.Position()}
-	if node.Type() == parse.NodeNil { // which is not a command
-		check.Args = append(check.Args, node)
-	} else {
-		pipe.Cmds = append(pipe.Cmds, &parse.CommandNode{NodeType: parse.NodeCommand, Pos: pipe.Pos,
-			Args: []parse.Node{node}})
-	}
-	pipe.Cmds = append(pipe.Cmds, check)
-	return pipe
-}
-
-// command makes a command that checks what is piped into it.
-func (g *guard) command(d demand, function string, checked parse.Node) *parse.CommandNode {
-	position := checked.Position()
-	number := len(g.checks)
-	g.checks = append(g.checks, check{d, function, checked})
-	return &parse.CommandNode{NodeType: parse.NodeCommand, Pos: position, Args: []parse.Node{
-		parse.NewIdentifier(checkFunction).SetPos(position),
-		&parse.NumberNode{NodeType: parse.NodeNumber, Pos: position, IsInt: true, Int64: int64(number),
-			Text: strconv.Itoa(number)},
-	}}
-}
-
-// demandOn is what a function demands of the argument at that position.
-func demandOn(name string, position int) demand {
-	f := functions[name]
-	t := reflect.TypeOf(f.call)
-	if t == nil || t.NumIn() == 0 {
-		return f.demand
-	}
-	last := t.NumIn() - 1
-	parameter := t.In(min(position, last))
-	if t.IsVariadic() && position >= last {
-		parameter = parameter.Elem()
-	}
-	switch kind := parameter.Kind(); {
-	case name == "slice" && position > 0:
-		return aWhole
-	case name == "dict" && position%2 == 0: // a key
-		return aValue
-	case kind == reflect.Map && f.demand == nothing:
-		return aDict
-	case kind == reflect.Interface && f.demand == aCollection && position > 0:
-		return nothing
-	case (kind == reflect.Interface || kind == reflect.Map) && f.demand != aCollection:
-		return f.demand
-	}
-	return aValue
-}
-
-// concerns reports whether what a node evaluates to may not meet the demand.
-func (d demand) concerns(node parse.Node) bool {
-	switch n := node.(type) {
-	case *parse.PipeNode:
-		return d.concerns(n.Cmds[len(n.Cmds)-1])
-	case *parse.CommandNode:
-		return d.concerns(n.Args[0])
-	case *parse.NilNode:
-		return d >= formattable
-	case *parse.NumberNode: // perhaps a float
-		return d >= printable
-	case *parse.StringNode, *parse.BoolNode:
-		return d > formattable
-	case *parse.IdentifierNode:
-		if t := reflect.TypeOf(functions[n.Ident].call); t != nil && d <= formattable {
-			switch t.Out(0).Kind() {
-			case reflect.String, reflect.Bool, reflect.Int, reflect.Int64:
-				return false
-			}
-		}
-	}
-	return d != nothing
 }
 
 // parseJSON decodes one JSON value, with its numbers as they are written.
@@ -1339,7 +1153,7 @@ func decodeParams(data []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	value, err = mapLeaves(value, keptNumber, nil)
+	value, err = mapLeaves(value, keptNumber)
 	return normalize(value), err
 }
 

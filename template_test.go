@@ -111,15 +111,15 @@ func TestTemplatesThatFail(t *testing.T) {
 		`{{ template "t" .none }}{{ define "t" }}{{ . }}{{ end }}`:          missing,
 		`{{ block "b" .connector }}{{ .none }}{{ end }}`:                    missing,
 		`{{ (.connector.spec.none) }}`:                                      missing,
-		`{{ print "a" .connector.spec.none }}`:                              "print: .connector.spec.none has no value",
-		`{{ printf "%s" .connector.spec.none }}`:                            "printf: .connector.spec.none has no value",
-		`{{ println .connector.spec.none }}`:                                ": .connector.spec.none has no value",
-		`{{ urlquery .connector.spec.none }}`:                               ": .connector.spec.none has no value",
-		`{{ .connector.spec.none | html }}`:                                 ": .connector.spec.none has no value",
-		`{{ .connector.spec.none | js }}`:                                   ": .connector.spec.none has no value",
-		`{{ .connector.spec.none | toString }}`:                             ": .connector.spec.none has no value",
-		`{{ .connector.spec.none | b64enc }}`:                               ": .connector.spec.none has no value",
-		`{{ urlParse .connector.spec.none }}`:                               ": .connector.spec.none has no value",
+		`{{ print "a" .connector.spec.none }}`:                              "argument 2 of print has no value",
+		`{{ printf "%s" .connector.spec.none }}`:                            "argument 2 of printf has no value",
+		`{{ println .connector.spec.none }}`:                                " has no value",
+		`{{ urlquery .connector.spec.none }}`:                               " has no value",
+		`{{ .connector.spec.none | html }}`:                                 " has no value",
+		`{{ .connector.spec.none | js }}`:                                   " has no value",
+		`{{ .connector.spec.none | toString }}`:                             " has no value",
+		`{{ .connector.spec.none | b64enc }}`:                               " has no value",
+		`{{ urlParse .connector.spec.none }}`:                               " has no value",
 
 		// What would give away the driver's environment or network, and what the guards use
 		`{{ env "NODE_NAME" }}`:           `"env" not defined`,
@@ -129,7 +129,7 @@ func TestTemplatesThatFail(t *testing.T) {
 
 		// Other failures
 		`{{ required "x" .none }}`:        `"required" not defined`,
-		`{{ fail "on purpose" }}`:         `file line 1, column 3, at <fail "on purpose">: on purpose`,
+		`{{ fail "on purpose" }}`:         `file line 1: {{ fail "on purpose" }}: on purpose`,
 		`{{ template "none" }}`:           `"none" not defined`,
 		`{{ .connector.spec.address.x }}`: "can't evaluate field x",
 		`{{ index .connectors 1 }}`:       "out of range",
