@@ -147,7 +147,9 @@ func FuzzParseObject(f *testing.F) {
 			return
 		}
 		raw, err := json.Marshal(decoded) // each name once, as the API server sends it
-		must(t, err)
+		if err != nil {
+			return // a number that no float holds
+		}
 		o, err := parseObject(raw)
 		must(t, err)
 		if want := contentVersion(stringAt(decoded, "metadata", "uid"), stringAt(decoded, "metadata", "resourceVersion")); o.version != want {

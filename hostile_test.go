@@ -652,3 +652,35 @@ func TestRendererIsConfined(t *testing.T) {
 		})
 	}
 }
+
+// What is not wanted of an object takes no memory, however it is made.
+func TestScanTakesNoMemory(t *testing.T) {
+	many := func(format string) string {
+		var b strings.Builder
+		for i := 0; b.Len() < maxObjectBytes-100; i++ {
+			fmt.Fprintf(&b, format, i)
+		}
+		return strings.TrimSuffix(b.String(), ",")
+	}
+	for what, text := range sorted(map[string]string{
+		"names":         `{"metadata":{` + many(`"a%d":"",`) + `}}`,
+		"escaped names": `{"spec":{` + many(`"\u0061%d":"",`) + `}}`,
+		"names above":   `{` + many(`"%d":{},`) + `}`,
+		"numbers":       `{"status":[` + many(`%d,`) + `]}`,
+		"strings":       `{"status":{"proxy":[` + many(`"\n%d",`) + `]}}`,
+		"one string":    `{"status":{"url":"` + many(`\"%d`) + `"}}`,
+		"objects":       `{"status":{"proxy":{"x":` + strings.Repeat(`{"proxy":`, 9000) + `1` + strings.Repeat("}", 9000) + `}}}`,
+	}) {
+		if !json.Valid([]byte(text)) {
+			t.Fatalf("%s: not JSON", what)
+		}
+		raw := []byte(text)
+		if got := testing.AllocsPerRun(2, func() {
+			if _, err := parseObject(raw); err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+		}); got > 40 { // for what is wanted
+			t.Errorf("%s: %v allocations", what, got)
+		}
+	}
+}

@@ -360,77 +360,55 @@ func contentVersion(uid, resourceVersion string) string { return uid + "@" + res
 // fields are the wanted ones of a JSON object by name: a *string for a string, fields for an object.
 type fields map[string]any
 
-// scanFields stores what is wanted of a JSON text, if it is an object. Unlike encoding/json it takes no
-// memory, whatever the text, and names count to the letter, as they do in templates: encoding/json would take
-// "URL" for "url".
+// scanFields stores what is wanted of a JSON text, if it is an object. Unlike encoding/json it takes no memory for
+// the rest, and names count to the letter, as they do in templates: encoding/json would take "URL" for "url". A
+// name is found if it is written without escapes, as the API server writes those that are wanted.
 func scanFields(text []byte, wanted fields) (isObject bool) {
-	if !json.Valid(text) || text[skipSpace(text, 0)] != '{' {
+	if !json.Valid(text) || skipSpace(text)[0] != '{' {
 		return false
 	}
-	scanValue(text, 0, wanted)
+	scanValue(text, wanted)
 	return true
 }
 
-// scanValue goes over one value of a valid JSON text, from i on, stores what is wanted of it, and returns
-// where it ends.
-func scanValue(text []byte, i int, wanted any) (end int) {
-	i = skipSpace(text, i)
-	switch text[i] {
+// scanValue stores what is wanted of the first value in a text that is valid, and returns what follows the value.
+func scanValue(text []byte, wanted any) (rest []byte) {
+	text = skipSpace(text)
+	switch opening := text[0]; opening {
 	case '"':
-		end := endOfString(text, i)
+		quoted, rest := cutString(text)
 		if field, ok := wanted.(*string); ok {
-			*field = unquote(text[i:end])
+			json.Unmarshal(quoted, field)
 		}
-		return end
+		return rest
 	case '{', '[':
-		inObject, _ := wanted.(fields)
-		isObject := text[i] == '{'
-		for i = skipSpace(text, i+1); text[i] != '}' && text[i] != ']'; {
-			var inner any
-			if isObject {
-				end := endOfString(text, i)
-				if inObject != nil {
-					inner = inObject[unquote(text[i:end])]
-				}
-				i = skipSpace(text, end) + len(":")
+		members, _ := wanted.(fields)
+		for text = skipSpace(text[1:]); text[0] != '}' && text[0] != ']'; {
+			var member any
+			if opening == '{' {
+				var name []byte
+				name, text = cutString(text)
+				member, text = members[string(name[1:len(name)-1])], skipSpace(text)[len(":"):]
 			}
-			if i = skipSpace(text, scanValue(text, i, inner)); text[i] == ',' {
-				i = skipSpace(text, i+1)
-			}
+			text = skipSpace(scanValue(text, member))
+			text = skipSpace(bytes.TrimPrefix(text, []byte(",")))
 		}
-		return i + 1
+		return text[1:]
 	}
-	// a number, true, false or null
-	for i < len(text) && !bytes.ContainsRune([]byte(" \t\r\n,]}"), rune(text[i])) {
-		i++
-	}
-	return i
+	return text[bytes.IndexAny(text, " \t\r\n,]}"):] // of a number, true, false or null
 }
 
-func skipSpace(text []byte, i int) int {
-	for i < len(text) && (text[i] == ' ' || text[i] == '\t' || text[i] == '\r' || text[i] == '\n') {
-		i++
-	}
-	return i
-}
+func skipSpace(text []byte) []byte { return bytes.TrimLeft(text, " \t\r\n") }
 
-// endOfString returns what follows the string that begins at i.
-func endOfString(text []byte, i int) int {
-	for i++; text[i] != '"'; i++ {
-		if text[i] == '\\' {
-			i++
+// cutString cuts off the string, with its quotes, that the text begins with.
+func cutString(text []byte) (quoted, rest []byte) {
+	end := 1
+	for ; text[end] != '"'; end++ {
+		if text[end] == '\\' {
+			end++
 		}
 	}
-	return i + 1
-}
-
-// unquote decodes a string. One without a backslash is what stands between its quotes.
-func unquote(quoted []byte) (text string) {
-	if !bytes.Contains(quoted, []byte("\\")) {
-		return string(quoted[1 : len(quoted)-1])
-	}
-	json.Unmarshal(quoted, &text) // it is valid
-	return text
+	return text[:end+1], text[end+1:]
 }
 
 // entry is what is known of one object for one reader: what one ServiceAccount may see, another may not.
@@ -486,9 +464,10 @@ func (e *entry) isCurrent(l *lookup) bool {
 	}
 }
 
-// entry finds or makes the entry that the lookup asks for, and keeps it until the lookup ends. The caller holds
-// the lock.
+// entry finds or makes the entry that the lookup asks for, and keeps it until the lookup ends.
 func (l *lookup) entry(path, reader string) *entry {
+	l.kube.mu.Lock()
+	defer l.kube.mu.Unlock()
 	readers := l.kube.entries[path]
 	if readers == nil {
 		readers = map[string]*entry{}
@@ -506,24 +485,34 @@ func (l *lookup) entry(path, reader string) *entry {
 	return e
 }
 
-// get returns an object that is current, or reads it, and holds it for the lookup:
+// get returns an object that is current, and holds it for the lookup.
+func (l *lookup) get(ctx context.Context, path, reader string) (*apiObject, error) {
+	e := l.entry(path, reader)
+	o, err := l.find(ctx, e)
+	if err != nil {
+		return nil, err
+	}
+	l.versions[e] = o.version
+	return o, l.hold(o)
+}
+
+// find returns an object that is current, or reads it:
 //
 //  1. the cache serves what is current
 //  2. a read that is under way for the same reader is waited for, if what it returns will be current
 //  3. or else this lookup reads, for all who wait
 //
 // The first publish of a volume reads its Connectors by itself, since its own token has to be let in.
-func (l *lookup) get(ctx context.Context, path, reader string) (*apiObject, error) {
-	k, alone := l.kube, l.first && reader != ""
+func (l *lookup) find(ctx context.Context, e *entry) (*apiObject, error) {
+	k, alone := l.kube, l.first && e.reader != ""
 	k.mu.Lock()
-	e := l.entry(path, reader)
 	for !alone {
 		// 1. cached
 		if e.isCurrent(l) {
 			o := e.object // which another read may replace from now on
 			o.used = time.Now()
 			k.mu.Unlock()
-			return l.take(e, o, nil)
+			return o, nil
 		}
 
 		// 2. under way
@@ -538,7 +527,7 @@ func (l *lookup) get(ctx context.Context, path, reader string) (*apiObject, erro
 			return nil, ctx.Err()
 		}
 		if !r.failed {
-			return l.take(e, r.object, r.err)
+			return r.object, r.err
 		}
 		k.mu.Lock()
 	}
@@ -549,27 +538,19 @@ func (l *lookup) get(ctx context.Context, path, reader string) (*apiObject, erro
 		e.reading = r
 	}
 	k.mu.Unlock()
-	r.object, r.err = l.read(ctx, e)
+	o, err := l.read(ctx, e)
 	k.mu.Lock()
-	if r.err == nil {
-		r.object = k.keep(e, r.object, r.began)
+	defer k.mu.Unlock()
+	if err == nil {
+		o = k.keep(e, o, r.began)
 	}
-	r.failed = r.err != nil && (ctx.Err() != nil || isStatus(r.err, http.StatusUnauthorized))
+	r.object, r.err = o, err
+	r.failed = err != nil && (ctx.Err() != nil || isStatus(err, http.StatusUnauthorized))
 	if e.reading == r { // and not a later one
 		e.reading = nil
 	}
-	k.mu.Unlock()
 	close(r.done)
-	return l.take(e, r.object, r.err)
-}
-
-// take notes which version the lookup was given, and holds the object.
-func (l *lookup) take(e *entry, o *apiObject, err error) (*apiObject, error) {
-	if err != nil {
-		return nil, err
-	}
-	l.versions[e] = o.version
-	return o, l.hold(o)
+	return o, err
 }
 
 // read reads the object of an entry.
@@ -876,10 +857,9 @@ func reopenTime(failures int, atLeast time.Duration) time.Duration {
 func (k *kube) newestToken(e *entry) string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	newest := &use{}
+	newest := &use{refused: true}
 	for _, u := range e.users {
-		if newest.token == "" || newest.refused && !u.refused ||
-			newest.refused == u.refused && u.brought.After(newest.brought) {
+		if newest.refused && !u.refused || newest.refused == u.refused && u.brought.After(newest.brought) {
 			newest = u
 		}
 	}

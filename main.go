@@ -446,11 +446,13 @@ func (in *input) add(raw json.RawMessage, depth int) error {
 			in.connectors = append(in.connectors, ref)
 		}
 	}
-	if raw, err = json.Marshal(value); err != nil {
-		return err
+	if raw, err = json.Marshal(value); err == nil {
+		in.objects[ref], err = parseObject(raw)
 	}
-	in.objects[ref], err = parseObject(raw)
-	return err
+	if err != nil {
+		return fmt.Errorf("the %s %q on standard input: %w", list.Kind, ref.name, err)
+	}
+	return nil
 }
 
 // writeOut writes the files into a directory, each as a new one, since one that is there may be a link, or open

@@ -31,6 +31,7 @@ func TestPreviewOfHostileInput(t *testing.T) {
 	}
 	for what, c := range sorted(map[string]struct{ input, stderr string }{
 		"metadata twice":           {`{` + ours + `"kind":"Connector","metadata":{"name":"x"},"metadata":5}`, "has no metadata.name"},
+		"a number beyond all":      {`{` + ours + `"kind":"Connector","metadata":{"name":"x"},"spec":1e700}`, `the Connector "x" on standard input: json: unsupported value`},
 		"metadata is null":         {`{` + ours + `"kind":"Connector","metadata":null}`, "has no metadata.name"},
 		"metadata is a list":       {`{` + ours + `"kind":"Connector","metadata":["name"]}`, "has no metadata.name"},
 		"metadata null afterwards": {`{` + ours + `"kind":"Connector","metadata":{"name":"x"},"metadata":null}`, "has no metadata.name"},
