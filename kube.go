@@ -202,6 +202,9 @@ type sizes struct{ sum, limit int }
 // add counts one more object, or refuses it.
 func (s *sizes) add(o *apiObject) error {
 	size := len(o.raw)
+	if size > maxObjectBytes {
+		return errObjectSize
+	}
 	if s.sum+size > s.limit {
 		return failuref(codes.FailedPrecondition, "it has %d KiB, with which the Connectors and "+
 			"ConnectorClasses of the volume have more than %d KiB together", size>>10, s.limit>>10)
@@ -209,6 +212,8 @@ func (s *sizes) add(o *apiObject) error {
 	s.sum += size
 	return nil
 }
+
+var errObjectSize = failuref(codes.FailedPrecondition, "it has more than %d KiB", maxObjectBytes>>10)
 
 // hold counts an object that the lookup keeps until its end. One that many have counts once, since they share it.
 func (l *lookup) hold(o *apiObject) error {
@@ -334,9 +339,6 @@ type apiObject struct {
 func parseObject(raw []byte) (*apiObject, error) {
 	var uid, resourceVersion string
 	o := &apiObject{raw: raw}
-	if len(raw) > maxObjectBytes {
-		return nil, failuref(codes.FailedPrecondition, "it has more than %d KiB", maxObjectBytes>>10)
-	}
 	wanted := fields{
 		"metadata": fields{"namespace": &o.namespace, "name": &o.name, "uid": &uid,
 			"resourceVersion": &resourceVersion},
@@ -556,8 +558,11 @@ func (l *lookup) find(ctx context.Context, e *entry) (*apiObject, error) {
 // read reads the object of an entry.
 func (l *lookup) read(ctx context.Context, e *entry) (*apiObject, error) {
 	data, err := l.do(ctx, e.path, e.reader, nil)
-	if err != nil {
+	switch {
+	case err != nil:
 		return nil, err
+	case len(data) > maxObjectBytes: // and not all of it
+		return nil, errObjectSize
 	}
 	return parseObject(data)
 }
