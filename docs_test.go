@@ -5,6 +5,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"io/fs"
 	"maps"
 	"os"
 	"os/exec"
@@ -397,4 +398,67 @@ func TestLicencesAreListed(t *testing.T) {
 	if slices.Sort(listed); !slices.Equal(linked, listed) {
 		t.Errorf("linked are %q, and listed %q", linked, listed)
 	}
+}
+
+// Each promise has a test, and each test that a promise names is there: of the driver in the second column, of the module
+// e2e in the third, with a part of it after a slash. What else stands in backticks there is a step of .ci/run.
+func TestPromisesHaveTests(t *testing.T) {
+	own, onNode, ci := testsIn(t, "."), testsIn(t, "e2e"), readText(t, ".ci/run")
+	named, promises := map[string]bool{}, rows(section(t, "docs/security.md", "Promises"))
+	for _, row := range promises {
+		if len(row) != 3 || row[0] == "" || row[1]+row[2] == "" {
+			t.Errorf("not a promise with tests: %q", row)
+			continue
+		}
+		for i, tests := range []map[string]string{own, onNode} {
+			for _, name := range quoted(row[i+1]) {
+				name, part, isPart := strings.Cut(name, "/")
+				file, ok := tests[name]
+				switch {
+				case !ok && !strings.HasPrefix(name, "Test") && !strings.HasPrefix(name, "Fuzz") && !isPart:
+					ok = strings.Contains(ci, name)
+				case ok && isPart:
+					ok = strings.Contains(readText(t, file), strconv.Quote(part))
+				}
+				if !ok {
+					t.Errorf("there is no %s/%s, for %q", name, part, row[0])
+				}
+				named[name] = true
+			}
+		}
+	}
+	if len(promises) < 60 || len(named) < 100 {
+		t.Errorf("there are %d promises and %d tests", len(promises), len(named))
+	}
+}
+
+// testsIn are the tests and fuzz tests below a directory, each with its file; of the root directory only its own.
+func testsIn(t *testing.T, root string) map[string]string {
+	t.Helper()
+	tests := map[string]string{}
+	must(t, filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case entry.IsDir() && root == "." && path != ".":
+			return fs.SkipDir
+		case entry.IsDir() || !strings.HasSuffix(path, "_test.go"):
+			return nil
+		}
+		source, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		for _, d := range source.Decls {
+			f, ok := d.(*ast.FuncDecl)
+			if ok && f.Recv == nil && regexp.MustCompile(`^(Test|Fuzz)[A-Z]`).MatchString(f.Name.Name) && f.Name.Name != "TestMain" {
+				tests[f.Name.Name] = path
+			}
+		}
+		return nil
+	}))
+	if len(tests) == 0 {
+		t.Fatalf("no test was found in %s", root)
+	}
+	return maps.Clone(tests)
 }

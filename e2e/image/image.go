@@ -31,11 +31,13 @@ import (
 // The node reaches no registry. Every image that a test needs is written here, as an OCI archive, and imported under
 // the name by which manifests refer to it. The driver's is the one that the command image writes.
 
-// Images that are made here only.
+// Images that are made here only; Release10 has the name of the one in the quick start of the product's release 1.0.
 const (
 	Pause   = "localhost/pause:1"
 	Client  = "localhost/client:1"         // busybox, git and curl
 	Upgrade = "localhost/connectors-csi:2" // the driver in another image than deploy.yaml names
+
+	Release10 = "docker-mirrors.alauda.cn/bitnami/git:2.47.1"
 )
 
 // Image is one that is made here, of one layer for each platform.

@@ -53,6 +53,7 @@ func (n *Node) importImages() error {
 		image.New(quickStartName, nil, busybox),
 		image.New(image.Client, nil, slices.Concat(busybox, clients)),
 		image.New(gitName, nil, slices.Concat(busybox, clients)),
+		image.New(image.Release10, nil, busybox),
 		nginx,
 		driver,
 		upgraded,

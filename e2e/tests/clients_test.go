@@ -44,6 +44,7 @@ func clientNeeds() []machine.Need {
 		{"OpenSSL", "openssl", machine.HasCommand("openssl")},
 		{"skopeo", "skopeo", machine.HasCommand("skopeo")},
 		{"psql", "postgresql-client", psql() != ""},
+		{"jq", "jq", machine.HasCommand("jq")},
 	}
 }
 

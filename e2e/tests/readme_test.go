@@ -8,11 +8,12 @@ import (
 	"testing"
 
 	"connectors-csi/e2e/cluster"
+	"connectors-csi/e2e/image"
+	"connectors-csi/e2e/node"
 	"connectors-csi/e2e/readme"
 )
 
-// The examples of docs/templates.md on a real node: the classes, the volumes, and what their
-// files hold. A "…" there stands for the rest of a token.
+// The examples of docs/templates.md on a real node: the classes, the volumes, and what their files hold. A "…" there stands for the rest of a token.
 func TestExamplesOfSeveral(t *testing.T) {
 	begin(t, "--builtin-files")
 	ns, team := namespace{t, "default"}, namespace{t, "team-a"} // as the section has them
@@ -148,5 +149,110 @@ func TestQuickStart(t *testing.T) {
 	}
 	if refusal := shown[6]; !strings.Contains(refusal, "The requested URL returned error: 403") {
 		t.Errorf("without the RoleBinding:\n%s", refusal)
+	}
+
+	// An operator's questions have answers.
+	questions, err := readme.Steps("docs/operations.md", "Questions")
+	if err != nil || len(questions) != 4 {
+		t.Fatalf("%d questions, %v", len(questions), err)
+	}
+	const seconds = `\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ`
+	for i, want := range []string{
+		`(?m)^git default/git-connector default/git-client ` + node.Name + `$`,
+		`(?m)^pod/connectors-csi-\w+\nconnectors_csi_volumes [2-9]\nconnectors_csi_volumes_bytes \d{5,}\nconnectors_csi_volumes_budget_bytes 251658240$`,
+		`(?m)^/var/lib/kubelet/pods/` + namespace{t, "default"}.uid("git-client") + `/volumes/kubernetes.io~csi/git-config/mount$`,
+		`^issued ` + seconds + `, expires ` + seconds + `\n$`,
+	} {
+		if answer, err := questions[i].Run(); err != nil || !regexp.MustCompile(want).MatchString(answer) {
+			t.Errorf("%v: the answer to question %d is not %s:\n%s", err, i, want, answer)
+		}
+	}
+}
+
+// The quick start on the page of the product's release 1.0: a Connector without a namespace and a status, the Pod first,
+// the RoleBinding last. The image is the page's by name.
+func TestPageOfRelease10(t *testing.T) {
+	begin(t)
+	ns := namespace{t, "default"}
+	t.Cleanup(func() {
+		cluster.Kubectl("delete", "--grace-period=1", "--timeout=2m", "pod/csi-demo", "rolebinding/default-sa-connectors-connector-viewer", "connector/git-connector")
+		cluster.Kubectl("delete", "connectorclass", "my-git")
+	})
+	create := func(command, manifest string) {
+		t.Helper()
+		if _, err := cluster.KubectlStdin(manifest, command, "-f", "-"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	create("apply", `
+apiVersion: connectors.alauda.io/v1alpha1
+kind: ConnectorClass
+metadata:
+  name: my-git
+spec:
+  address:
+    type: string
+  configurations:
+  - name: config
+    data:
+      .gitconfig: |
+        this is git config
+`)
+	create("apply", `
+apiVersion: connectors.alauda.io/v1alpha1
+kind: Connector
+metadata:
+  name: git-connector
+spec:
+  address: https://github.com
+  connectorClassName: my-git
+`)
+	create("create", `
+apiVersion: v1
+kind: Pod
+metadata:
+  name: csi-demo
+  namespace: default
+spec:
+  restartPolicy: Never
+  containers:
+  - name: web
+    image: `+image.Release10+`
+    imagePullPolicy: IfNotPresent
+    command:
+    - "sleep"
+    args: [ "3600" ]
+    volumeMounts:
+    - name: git-config
+      mountPath: /tmp/config
+  volumes:
+  - name: git-config
+    csi:
+      readOnly: true
+      driver: connectors-csi
+      volumeAttributes:
+        connector.name: "git-connector"
+        connector.namespace: "default"
+        configuration.names: "config"
+`)
+	ns.refused("csi-demo", "code = PermissionDenied", `ServiceAccount default/default may not read Connector "default/git-connector"`)
+	create("apply", `
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata:
+  name: default-sa-connectors-connector-viewer
+  namespace: default
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: ClusterRole
+  name: connectors-connector-viewer-role
+subjects:
+- kind: ServiceAccount
+  name: default
+  namespace: default
+`)
+	ns.running("csi-demo")
+	if got := ns.read("csi-demo", "/tmp/config/.gitconfig"); got != "this is git config" {
+		t.Errorf("the file is %q", got)
 	}
 }

@@ -55,6 +55,7 @@ func TestStandardProxy(t *testing.T) {
 		{"clones at once", standardProxy.carriesClones},
 		{"npm install", standardProxy.carriesPackages},
 		{"logs", standardProxy.logsNoSecret},
+		{"fetch only", standardProxy.refusesPushes},
 		{"TLS to clients", standardProxy.servesTLS},
 		{"TLS to the API server", standardProxy.verifiesAPIServer},
 	} {
@@ -390,6 +391,26 @@ func (p standardProxy) servesClients() {
 		if output, err := c.run(p.T, c.copy(p.T, volume, token, "none"), p.host(c.name)); err == nil ||
 			!strings.Contains(output, c.refused) {
 			p.Errorf("%s without the token: %v:\n%s", c.name, err, output)
+		}
+	}
+}
+
+// refusesPushes rolls the component "read-only" out.
+func (p standardProxy) refusesPushes() {
+	p.kubectl("apply", "-k", p.copyExample("more", "read-only"))
+	p.rolledOut()
+	p.settle()
+	p.pods = p.podIPs()
+	p.target.taken()
+	for request, want := range sorted(map[string]int{
+		"GET /x.git/info/refs?service=git-upload-pack": 200, "POST /x.git/git-upload-pack": 200,
+		"GET /x.git/info/refs?service=git-receive-pack": 403, "POST /x.git/git-receive-pack": 403,
+		"POST /x.git/git-upload-pack/../git-receive-pack": 403, "GET /x.git/info/refs?service=git-upload-pack&service=git-receive-pack": 403,
+	}) {
+		method, path, _ := strings.Cut(request, " ")
+		got := p.ask(gitPort, method, path, bearer(p.tokens["git-user"]), "Content-Length: 0")
+		if taken := p.target.taken(); got.status != want || (len(taken) == 1) != (want == 200) {
+			p.Errorf("%s: %d %s, and %d requests reached the target", request, got.status, got.body, len(taken))
 		}
 	}
 }

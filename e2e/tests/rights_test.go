@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -34,6 +35,48 @@ func TestDriverKeepsFewCapabilities(t *testing.T) {
 			if !strings.Contains(status, "\n"+line+"\n") {
 				t.Errorf("%s has no line %q:\n%s", thread, line, status)
 			}
+		}
+	}
+}
+
+// What the API server lets the driver do, beyond what it lets every ServiceAccount of the namespace do, and what the
+// driver's Pod has of the node.
+func TestDriverHasNoOtherRights(t *testing.T) {
+	ns := begin(t)
+	rights := func(user, namespace string) (lines []string) {
+		output := ns.kubectl("auth", "can-i", "--list", "--no-headers", "--namespace="+namespace, "--as=system:serviceaccount:connectors-system:"+user,
+			"--as-group=system:serviceaccounts", "--as-group=system:serviceaccounts:connectors-system", "--as-group=system:authenticated")
+		for line := range strings.Lines(output) {
+			lines = append(lines, strings.Join(strings.Fields(line), " "))
+		}
+		return lines
+	}
+	for _, namespace := range []string{ns.name, "connectors-system", "kube-system", "default"} {
+		everybody := rights("nobody", namespace)
+		own := slices.DeleteFunc(rights("connectors-csi", namespace), func(line string) bool { return slices.Contains(everybody, line) })
+		slices.Sort(own)
+		if want := []string{"connectorclasses.connectors.alauda.io [] [] [get watch]", "serviceaccounts/token [] [] [create]"}; !slices.Equal(own, want) {
+			t.Errorf("in namespace %s the driver has the rights %q", namespace, own)
+		}
+	}
+
+	for field, want := range sorted(map[string]string{
+		".spec.hostNetwork": "", ".spec.hostPID": "", ".spec.hostIPC": "", ".spec.initContainers": "",
+		".spec.volumes[*].hostPath.path":                             "/var/lib/kubelet/pods /var/lib/kubelet/plugins_registry",
+		".spec.volumes[*].secret":                                    "",
+		".spec.volumes[*].configMap":                                 "",
+		".spec.containers[*].name":                                   "csi-driver",
+		".spec.containers[*].securityContext.readOnlyRootFilesystem": "true",
+	}) {
+		if got := driverPod(t, field); got != want {
+			t.Errorf("the driver's Pod has %s %q, not %q", field, got, want)
+		}
+	}
+	pod := driverPod(t, ".metadata.name")
+	for _, program := range []string{"sh", "/bin/sh", "busybox"} {
+		if _, err := cluster.Kubectl("--namespace=connectors-system", "exec", pod, "--", program); err == nil || !strings.Contains(err.Error(), "no such file or directory") &&
+			!strings.Contains(err.Error(), "not found in $PATH") {
+			t.Errorf("%s in the driver's container: %v", program, err)
 		}
 	}
 }
