@@ -97,7 +97,7 @@ type kube struct {
 	mu         sync.Mutex
 	held       map[string]int               // bytes of objects that lookups hold, by the Pod's namespace; of all by ""
 	entries    map[string]map[string]*entry // by path, then by reader
-	cacheBytes int                          // of the objects in entries, each once
+	cacheBytes int                          // of the objects in entries
 	streams    map[string]int               // by the namespace of the reader; those of the driver by ""
 }
 
@@ -329,10 +329,7 @@ type apiObject struct {
 	proxyAudience   string // status.proxy.httpAddress.audience
 	classAudience   string // of a class: spec.proxy.audience
 
-	// The lock of kube guards the rest.
-	used    time.Time      // when it was asked for last
-	entries int            // that have it
-	holders map[string]int // lookups that hold it, by the Pod's namespace; all of them by ""
+	holders map[string]int // lookups that hold it, by the Pod's namespace, of all by ""; kube.mu guards it
 }
 
 // parseObject reads the fields of an object.
@@ -420,6 +417,7 @@ type entry struct {
 
 	// The lock of kube guards all of it.
 	object   *apiObject // what the reader was given last, as long as the cache has room for it
+	used     time.Time  // when it was asked for last
 	read     time.Time  // when the request for it began
 	outdated bool       // another reader was given another version later
 	reading  *reading   // under way
@@ -512,7 +510,7 @@ func (l *lookup) find(ctx context.Context, e *entry) (*apiObject, error) {
 		// 1. cached
 		if e.isCurrent(l) {
 			o := e.object // which another read may replace from now on
-			o.used = time.Now()
+			e.used = time.Now()
 			k.mu.Unlock()
 			return o, nil
 		}
@@ -569,7 +567,8 @@ func (l *lookup) read(ctx context.Context, e *entry) (*apiObject, error) {
 
 // keep puts an object into its entry, if no later read of the same reader is there, and returns what the reader
 // was given by the latest. Of the others who read the object, who was given the same version shares it, and who was
-// given another one before has to ask the API server again. The caller holds the lock.
+// given another one before has to ask the API server again. What was used longest ago leaves the cache for it. The
+// caller holds the lock.
 func (k *kube) keep(e *entry, o *apiObject, began time.Time) *apiObject {
 	if e.object != nil && !began.After(e.read) {
 		return e.object
@@ -587,27 +586,28 @@ func (k *kube) keep(e *entry, o *apiObject, began time.Time) *apiObject {
 		}
 	}
 	k.setObject(e, o)
-	o.used, e.read, e.outdated = time.Now(), began, outdated
+	e.read, e.outdated = began, outdated
 	for k.cacheBytes > maxCacheBytes {
-		k.evict()
+		oldest := e
+		for other := range k.allEntries {
+			if other.object != nil && other.used.Before(oldest.used) {
+				oldest = other
+			}
+		}
+		k.setObject(oldest, nil)
 	}
 	return o
 }
 
-// setObject replaces the object of an entry. The cache counts one that several entries have once. The caller
-// holds the lock.
+// setObject replaces the object of an entry. The caller holds the lock.
 func (k *kube) setObject(e *entry, o *apiObject) {
-	if o != nil {
-		if o.entries++; o.entries == 1 {
-			k.cacheBytes += len(o.raw)
-		}
-	}
 	if e.object != nil {
-		if e.object.entries--; e.object.entries == 0 {
-			k.cacheBytes -= len(e.object.raw)
-		}
+		k.cacheBytes -= len(e.object.raw)
 	}
-	e.object = o
+	if o != nil {
+		k.cacheBytes += len(o.raw)
+	}
+	e.object, e.used = o, time.Now()
 }
 
 // allEntries goes over all entries. The caller holds the lock.
@@ -617,21 +617,6 @@ func (k *kube) allEntries(yield func(*entry) bool) {
 			if !yield(e) {
 				return
 			}
-		}
-	}
-}
-
-// evict drops the object that was used longest ago. The caller holds the lock.
-func (k *kube) evict() {
-	var oldest *apiObject
-	for e := range k.allEntries {
-		if o := e.object; o != nil && (oldest == nil || o.used.Before(oldest.used)) {
-			oldest = o
-		}
-	}
-	for e := range k.allEntries {
-		if e.object == oldest {
-			k.setObject(e, nil)
 		}
 	}
 }

@@ -213,9 +213,11 @@ func TestCache(t *testing.T) {
 		volumes[0].mustPublish() // so that it is not the one used longest ago
 	}
 	size := 0
-	for _, o := range objects() {
-		size += len(o.raw)
-	}
+	n.eachEntry(func(e *entry) {
+		if e.object != nil {
+			size += len(e.object.raw)
+		}
+	})
 	if k.cacheBytes != size || size > 4<<20 || size < 3<<20 {
 		t.Errorf("the cache has %d bytes and counts %d", size, k.cacheBytes)
 	}
