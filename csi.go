@@ -247,13 +247,13 @@ func (d *driver) publish(ctx context.Context, v *volume, p *publication, at moun
 	if err != nil {
 		return false, err
 	}
-	j := job{sources: sources, selection: p.attributes.selection, what: identify(p, sources)}
+	j := job{sources: sources, selection: p.attributes.selection, key: identify(p, sources)}
 	if j.token, err = d.chooseToken(ctx, l, v, p, j); err != nil {
 		return false, err
 	}
 
 	// 4. render
-	made := sha256.Sum256(fmt.Appendf(j.what[:], "%v %s", p.permissions, j.token))
+	made := sha256.Sum256(fmt.Appendf(j.key[:], "%v %s", p.permissions, j.token))
 	if at.complete && v.digest == made {
 		return false, nil
 	}
@@ -1025,7 +1025,7 @@ func (d *driver) chooseToken(ctx context.Context, l *lookup, v *volume, p *publi
 		slices.Equal(t.audiences, audiences) {
 		return t.value, nil
 	}
-	if err := d.renderers.knownLimit(j.what); err != nil {
+	if err := d.renderers.knownLimit(j.key); err != nil {
 		return "", renderError(err)
 	}
 	token, err := l.requestToken(ctx, audiences, lifetime)

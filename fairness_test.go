@@ -97,7 +97,7 @@ func TestTenantOfManyNamespaces(t *testing.T) {
 	ask := func(namespace string, waiting int) {
 		go func() {
 			turn := &turn{namespace: namespace}
-			if err := q.wait(t.Context(), turn); err != nil {
+			if err := q.acquire(t.Context(), turn); err != nil {
 				t.Error(err)
 			}
 			served <- turn
@@ -118,7 +118,7 @@ func TestTenantOfManyNamespaces(t *testing.T) {
 	ask("neighbour", 18*maxNamespaceRequests-maxRequests+1)
 	answers := 0
 	for next := (*turn)(nil); next == nil || next.namespace != "neighbour"; answers++ {
-		q.leave(under[0])
+		q.release(under[0])
 		next = <-served
 		under = append(under[1:], next)
 	}
@@ -127,13 +127,13 @@ func TestTenantOfManyNamespaces(t *testing.T) {
 		t.Errorf("the neighbour has waited for %d answers", answers)
 	}
 	for _, turn := range under {
-		q.leave(turn)
+		q.release(turn)
 	}
 	for range 18*maxNamespaceRequests - maxRequests - answers + 1 {
-		q.leave(<-served)
+		q.release(<-served)
 	}
-	if len(q.having) != 0 || len(q.waiting) != 0 {
-		t.Errorf("%d have a place, %d wait", len(q.having), len(q.waiting))
+	if len(q.active) != 0 || len(q.waiting) != 0 {
+		t.Errorf("%d have a place, %d wait", len(q.active), len(q.waiting))
 	}
 }
 
@@ -146,8 +146,8 @@ func TestQueueLosesNoPlace(t *testing.T) {
 			for round := range 200 {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(round%7)*10*time.Microsecond)
 				turn := &turn{namespace: fmt.Sprint(i % 5)}
-				if err := q.wait(ctx, turn); err == nil {
-					q.leave(turn)
+				if err := q.acquire(ctx, turn); err == nil {
+					q.release(turn)
 				} else if !errors.Is(err, context.DeadlineExceeded) {
 					t.Error(err)
 				}
@@ -156,8 +156,8 @@ func TestQueueLosesNoPlace(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if len(q.having) != 0 || len(q.waiting) != 0 {
-		t.Errorf("%d have a place, %d wait", len(q.having), len(q.waiting))
+	if len(q.active) != 0 || len(q.waiting) != 0 {
+		t.Errorf("%d have a place, %d wait", len(q.active), len(q.waiting))
 	}
 }
 
@@ -208,11 +208,11 @@ func TestCheapThatIsNot(t *testing.T) {
 func TestAccountBecomesEmptyBetweenPlaceAndRenderer(t *testing.T) {
 	n := startNode(t)
 	p := n.driver.renderers
-	turn := &turn{namespace: "default", what: [32]byte{1}}
-	must(t, p.wait(t.Context(), turn))
-	defer p.leave(turn)
+	turn := &turn{namespace: "default", key: [32]byte{1}}
+	must(t, p.acquire(t.Context(), turn))
+	defer p.release(turn)
 	changeRenderers(p, func() { p.accounts["default"] = &account{left: -time.Minute, at: time.Now()} })
-	r, most, err := p.take(turn)
+	r, most, err := p.obtain(turn)
 	must(t, err)
 	defer r.end()
 	if most != renderProcessorTime {

@@ -997,9 +997,9 @@ func (k *kube) hear(e *entry, s *stream, version string, at time.Time) {
 // newRequestQueue makes a queue for requests, in which the namespace with the fewest under way is next: slow
 // answers to one tenant's many namespaces make nobody wait for more than one of them.
 func newRequestQueue(places int) *queue {
-	q := &queue{places: places}
-	q.before = func(a, b *turn) bool { return q.taken(a.namespace) < q.taken(b.namespace) }
-	q.ready = func(t *turn) bool { return q.taken(t.namespace) < maxNamespaceRequests }
+	q := &queue{capacity: places}
+	q.before = func(a, b *turn) bool { return q.activeOf(a.namespace) < q.activeOf(b.namespace) }
+	q.ready = func(t *turn) bool { return q.activeOf(t.namespace) < maxNamespaceRequests }
 	return q
 }
 
@@ -1034,10 +1034,10 @@ func (l *lookup) once(ctx context.Context, path, reader string,
 		verb = "create"
 	}
 	t := &turn{namespace: l.pod.namespace}
-	if err := requests.wait(ctx, t); err != nil {
+	if err := requests.acquire(ctx, t); err != nil {
 		return nil, 0, err
 	}
-	defer requests.leave(t)
+	defer requests.release(t)
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	response, err := k.send(ctx, verb, path, reader, l.token, body)
@@ -1060,10 +1060,10 @@ func (l *lookup) readAnswer(ctx context.Context, body io.Reader) ([]byte, error)
 		return data, err
 	}
 	t := &turn{namespace: l.pod.namespace}
-	if err := l.kube.answers.wait(ctx, t); err != nil {
+	if err := l.kube.answers.acquire(ctx, t); err != nil {
 		return nil, err
 	}
-	defer l.kube.answers.leave(t)
+	defer l.kube.answers.release(t)
 	return io.ReadAll(io.LimitReader(io.MultiReader(bytes.NewReader(data), body), maxObjectBytes+1))
 }
 

@@ -171,8 +171,8 @@ func TestRequestsAtOnceAreBounded(t *testing.T) {
 	for range count {
 		must(t, <-results)
 	}
-	if k := n.driver.kube; len(k.held) != 0 || len(k.requests.having) != 0 {
-		t.Errorf("nobody is at it, and yet: %v, %d", k.held, len(k.requests.having))
+	if k := n.driver.kube; len(k.held) != 0 || len(k.requests.active) != 0 {
+		t.Errorf("nobody is at it, and yet: %v, %d", k.held, len(k.requests.active))
 	}
 }
 

@@ -1307,30 +1307,30 @@ type job struct {
 	sources   []source
 	selection selection
 	token     string
-	what      [sha256.Size]byte // a digest of all of it but the token
+	key      [sha256.Size]byte // a digest of all of it but the token
 }
 
 // turn is a place that somebody waits for, or has.
 type turn struct {
 	namespace string
-	what      [sha256.Size]byte // of a job
+	key      [sha256.Size]byte // of a job
 	granted   chan error        // has room for the answer
 }
 
 // queue gives a number of places to those who wait for one.
 type queue struct {
-	places  int
+	capacity  int
 	before  func(a, b *turn) bool // whether a gets the next place rather than b
 	ready   func(*turn) bool      // whether it may have one now; nil: always
 	refusal func(*turn) error     // why it gets none; nil: never
 
 	mu      sync.Mutex // which the functions above are called with
 	waiting []*turn    // the longest first
-	having  []*turn
+	active  []*turn
 }
 
-// wait returns once the turn has a place, or with the reason why it gets none.
-func (q *queue) wait(ctx context.Context, t *turn) error {
+// acquire returns once the turn has a place, or with the reason why it gets none.
+func (q *queue) acquire(ctx context.Context, t *turn) error {
 	t.granted = make(chan error, 1)
 	q.mu.Lock()
 	q.waiting = append(q.waiting, t)
@@ -1346,25 +1346,25 @@ func (q *queue) wait(ctx context.Context, t *turn) error {
 	if i := slices.Index(q.waiting, t); i >= 0 {
 		q.waiting = slices.Delete(q.waiting, i, i+1)
 	} else if <-t.granted == nil { // at this very moment
-		q.release(t)
+		q.releaseLocked(t)
 	}
 	return fmt.Errorf("others were served first: %w", ctx.Err())
 }
 
-// leave gives the place back.
-func (q *queue) leave(t *turn) {
+// release gives the place back.
+func (q *queue) release(t *turn) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.release(t)
+	q.releaseLocked(t)
 }
 
-// release gives the place back, and lets the next in, for whom it still counts as one that its namespace has:
+// releaseLocked gives the place back, and lets the next in, for whom it still counts as one that its namespace has:
 // so the place goes to another namespace. The caller holds the lock.
-func (q *queue) release(t *turn) {
-	q.places++
+func (q *queue) releaseLocked(t *turn) {
+	q.capacity++
 	q.admit()
-	q.places--
-	q.having = slices.DeleteFunc(q.having, func(other *turn) bool { return other == t })
+	q.capacity--
+	q.active = slices.DeleteFunc(q.active, func(other *turn) bool { return other == t })
 	q.admit()
 }
 
@@ -1379,7 +1379,7 @@ func (q *queue) admit() {
 			return err != nil
 		})
 	}
-	for len(q.having) < q.places {
+	for len(q.active) < q.capacity {
 		next := -1
 		for i, t := range q.waiting {
 			if (q.ready == nil || q.ready(t)) && (next < 0 || q.before(t, q.waiting[next])) {
@@ -1391,14 +1391,14 @@ func (q *queue) admit() {
 		}
 		t := q.waiting[next]
 		q.waiting = slices.Delete(q.waiting, next, next+1)
-		q.having = append(q.having, t)
+		q.active = append(q.active, t)
 		t.granted <- nil
 	}
 }
 
-// taken is how many places the namespace has. The caller holds the lock.
-func (q *queue) taken(namespace string) (number int) {
-	for _, t := range q.having {
+// activeOf is how many places the namespace has. The caller holds the lock.
+func (q *queue) activeOf(namespace string) (number int) {
+	for _, t := range q.active {
 		if t.namespace == namespace {
 			number++
 		}
@@ -1443,10 +1443,10 @@ type outcome struct {
 func newRenderers(binary string, log *slog.Logger, m *metrics) *renderers {
 	p := &renderers{binary: binary, log: log, metrics: m, accounts: map[string]*account{},
 		outcomes: map[[sha256.Size]byte]outcome{}}
-	p.places = maxRenderers
+	p.capacity = maxRenderers
 	p.before = func(a, b *turn) bool { return p.left(a.namespace) > p.left(b.namespace) }
 	p.ready = func(t *turn) bool {
-		return p.allowance(t.what) > 0 || !slices.ContainsFunc(p.having, func(other *turn) bool { return other.what == t.what })
+		return p.allowance(t.key) > 0 || !slices.ContainsFunc(p.active, func(other *turn) bool { return other.key == t.key })
 	}
 	p.refusal = p.refuse
 	return p
@@ -1462,14 +1462,14 @@ func newRenderers(binary string, log *slog.Logger, m *metrics) *renderers {
 // Its errors are a failure with the code, the error of ctx, or one of a class or a Connector.
 func (p *renderers) render(ctx context.Context, namespace string, j job) (files, error) {
 	// 1. wait
-	t := &turn{namespace: namespace, what: j.what}
-	if err := p.wait(ctx, t); err != nil {
+	t := &turn{namespace: namespace, key: j.key}
+	if err := p.acquire(ctx, t); err != nil {
 		return nil, err
 	}
-	defer p.leave(t)
+	defer p.release(t)
 
 	// 2. take
-	r, most, err := p.take(t)
+	r, most, err := p.obtain(t)
 	if err != nil {
 		return nil, failuref(codes.Unavailable, "no renderer could be started: %w", err)
 	}
@@ -1515,11 +1515,11 @@ func (p *renderers) refuseKnown(what [sha256.Size]byte) error {
 // refuse returns why a turn gets no place: the limit that its job hit, or the empty account of its namespace,
 // which lets in what has been cheap before. The caller holds the lock.
 func (p *renderers) refuse(t *turn) error {
-	if err := p.refuseKnown(t.what); err != nil {
+	if err := p.refuseKnown(t.key); err != nil {
 		return err
 	}
 	left := p.left(t.namespace)
-	if left > 0 || p.allowance(t.what) > 0 {
+	if left > 0 || p.allowance(t.key) > 0 {
 		return nil
 	}
 	a := p.accounts[t.namespace]
@@ -1539,11 +1539,11 @@ func (p *renderers) allowance(what [sha256.Size]byte) time.Duration {
 	return 0
 }
 
-// take returns a renderer to a turn that has a place, and what processor time it may have: all, if the account
+// obtain returns a renderer to a turn that has a place, and what processor time it may have: all, if the account
 // has become empty only since.
-func (p *renderers) take(t *turn) (_ *renderer, most time.Duration, _ error) {
+func (p *renderers) obtain(t *turn) (_ *renderer, most time.Duration, _ error) {
 	p.mu.Lock()
-	if most = p.allowance(t.what); most == 0 || p.left(t.namespace) > 0 {
+	if most = p.allowance(t.key); most == 0 || p.left(t.namespace) > 0 {
 		most = renderProcessorTime
 	}
 	var other *renderer
@@ -1554,7 +1554,7 @@ func (p *renderers) take(t *turn) (_ *renderer, most time.Duration, _ error) {
 		p.mu.Unlock()
 		r.retirement.Stop()
 		return r, most, nil
-	} else if len(p.idle)+len(p.having) > maxRenderers { // one of them is in the caller's place
+	} else if len(p.idle)+len(p.active) > maxRenderers { // one of them is in the caller's place
 		other = p.idle[0]
 		p.idle = slices.Delete(p.idle, 0, 1)
 	}
@@ -1586,11 +1586,11 @@ func (p *renderers) charge(r *renderer, t *turn, used time.Duration, err error) 
 	o := outcome{namespace: t.namespace, at: time.Now(), took: used}
 	switch {
 	case r.limit == "memory" || r.limit == "processor":
-		o.limit, o.pause = err, min(max(2*p.outcomes[t.what].pause, minPause), maxPause)
+		o.limit, o.pause = err, min(max(2*p.outcomes[t.key].pause, minPause), maxPause)
 	case r.ended || err != nil:
 		o.took = maxAllowance + 1 // nothing is known of it
 	}
-	p.remember(t.what, o)
+	p.remember(t.key, o)
 }
 
 // remember keeps an outcome, in the place of the namespace's oldest, or of all, where there are too many. The

@@ -351,7 +351,7 @@ func awaitTurns(t *testing.T, p *renderers, count int) {
 func TestFullestAccountIsNext(t *testing.T) {
 	p := newRenderers("", nil, nil)
 	changeRenderers(p, func() {
-		p.places = 0
+		p.capacity = 0
 		p.accounts["poor"] = &account{left: time.Second, at: time.Now()}
 		p.accounts["rich"] = &account{left: 5 * time.Second, at: time.Now()}
 		p.accounts["once-poor"] = &account{left: time.Second, at: time.Now().Add(-2 * time.Minute)} // 7 s by now
@@ -360,7 +360,7 @@ func TestFullestAccountIsNext(t *testing.T) {
 	for i, who := range []string{"poor/1", "rich/1", "once-poor/1", "poor/2", "full/1", "rich/2", "full/2", "once-poor/2"} {
 		go func() {
 			namespace, _, _ := strings.Cut(who, "/")
-			if err := p.wait(t.Context(), &turn{namespace: namespace, what: [32]byte{byte(i)}}); err != nil {
+			if err := p.acquire(t.Context(), &turn{namespace: namespace, key: [32]byte{byte(i)}}); err != nil {
 				t.Error(err)
 			}
 			served <- who
@@ -368,7 +368,7 @@ func TestFullestAccountIsNext(t *testing.T) {
 		awaitTurns(t, p, i+1)
 	}
 	for _, want := range []string{"full/1", "full/2", "once-poor/1", "once-poor/2", "rich/1", "rich/2", "poor/1", "poor/2"} {
-		changeRenderers(p, func() { p.places++ })
+		changeRenderers(p, func() { p.capacity++ })
 		if got := <-served; got != want {
 			t.Errorf("the next is %s, not %s", got, want)
 		}
@@ -381,7 +381,7 @@ func TestOthersDoNotWaitForHostileVolumes(t *testing.T) {
 	n.api.put(class("hostile", configuration("config", "file", `{{ fail "x" }}`)), connector("hostile", "git", "hostile"))
 	p := n.driver.renderers
 	changeRenderers(p, func() {
-		p.places = 0
+		p.capacity = 0
 		p.accounts["hostile"] = &account{left: accountSize - 4*time.Second, at: time.Now()}
 	})
 	var wait sync.WaitGroup
@@ -406,7 +406,7 @@ func TestOthersDoNotWaitForHostileVolumes(t *testing.T) {
 		})
 		awaitTurns(t, p, 10+i+1)
 	}
-	changeRenderers(p, func() { p.places = maxRenderers })
+	changeRenderers(p, func() { p.capacity = maxRenderers })
 	wait.Wait()
 }
 
@@ -459,13 +459,13 @@ func TestEmptyAccount(t *testing.T) {
 
 	// It may become empty while somebody waits.
 	setAccount(time.Second, 0)
-	changeRenderers(p, func() { p.places = 0 })
+	changeRenderers(p, func() { p.capacity = 0 })
 	done := make(chan error)
 	go func() { done <- volume("other").publish() }()
 	awaitTurns(t, p, 1)
 	setAccount(-time.Second, 0)
 	wantError(t, <-done, codes.ResourceExhausted, "has used up")
-	changeRenderers(p, func() { p.places = maxRenderers })
+	changeRenderers(p, func() { p.capacity = maxRenderers })
 }
 
 // What has hit a limit is not tried again at once, by no Pod of the namespace, until it or the time has changed.
@@ -585,8 +585,8 @@ func TestRenderersAreUsedAgain(t *testing.T) {
 	}
 	all.Wait()
 	p := n.driver.renderers
-	if len(n.renderers()) != maxRenderers || len(p.idle) != maxRenderers || len(p.having) != 0 || len(p.waiting) != 0 {
-		t.Errorf("renderers %v, idle %d, at it %d, waiting %d", n.renderers(), len(p.idle), len(p.having), len(p.waiting))
+	if len(n.renderers()) != maxRenderers || len(p.idle) != maxRenderers || len(p.active) != 0 || len(p.waiting) != 0 {
+		t.Errorf("renderers %v, idle %d, at it %d, waiting %d", n.renderers(), len(p.idle), len(p.active), len(p.waiting))
 	}
 	for _, r := range slices.Clone(p.idle) {
 		p.retire(r)
@@ -619,18 +619,18 @@ func TestCallersThatGiveUpRendering(t *testing.T) {
 			v.wantNothing()
 		}
 	}
-	changeRenderers(p, func() { p.places = 0 })
+	changeRenderers(p, func() { p.capacity = 0 })
 	giveUp := publish()
 	awaitTurns(t, p, 1)
 	giveUp()
 	awaitTurns(t, p, 0)
-	changeRenderers(p, func() { p.places = maxRenderers })
+	changeRenderers(p, func() { p.capacity = maxRenderers })
 
 	giveUp = publish()
 	eventually(t, "a renderer is at it", func() bool { r := n.renderers(); return len(r) == 1 && processorTime(t, r[0]) > 0 })
 	giveUp()
-	if left := n.renderers(); len(left) > 0 || len(p.having) != 0 || p.accounts["default"] == nil {
-		t.Errorf("renderers %v, at it %d, accounts %v", left, len(p.having), p.accounts)
+	if left := n.renderers(); len(left) > 0 || len(p.active) != 0 || p.accounts["default"] == nil {
+		t.Errorf("renderers %v, at it %d, accounts %v", left, len(p.active), p.accounts)
 	}
 	n.volume().mustPublish()
 }
