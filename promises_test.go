@@ -83,10 +83,10 @@ func TestLargeAnswersAtOnceAreBounded(t *testing.T) {
 	eventually(t, "all answers have begun", func() bool {
 		q.mu.Lock()
 		defer q.mu.Unlock()
-		if len(q.having) > 2 {
-			t.Fatalf("%d large answers are read at once", len(q.having))
+		if len(q.active) > 2 {
+			t.Fatalf("%d large answers are read at once", len(q.active))
 		}
-		return len(q.having)+len(q.waiting) == readers
+		return len(q.active)+len(q.waiting) == readers
 	})
 	n.volume().mustPublish()
 	close(rest)
