@@ -537,6 +537,16 @@ func mayChooseUser(t *testing.T) bool {
 	return strings.Fields(string(text))[2] != "1"
 }
 
+// skipWithoutUserNamespaces skips a confinement with these flags where the node makes no user namespaces.
+func skipWithoutUserNamespaces(t *testing.T, flags uintptr) {
+	t.Helper()
+	limit, err := os.ReadFile("/proc/sys/user/max_user_namespaces")
+	must(t, err)
+	if flags&unix.CLONE_NEWUSER != 0 && string(limit) == "0\n" {
+		t.Skip("user namespaces are switched off")
+	}
+}
+
 func TestRendererCanDoNothing(t *testing.T) {
 	server, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
@@ -558,6 +568,7 @@ func TestRendererCanDoNothing(t *testing.T) {
 			if !mayChooseUser(t) && c.name != "same user" {
 				t.Skip("only root may choose another user")
 			}
+			skipWithoutUserNamespaces(t, c.flags)
 			confinements = all[i : i+1]
 			v := renderedBy(t, "intruder-"+address).volume()
 			v.mustPublish()
@@ -595,6 +606,7 @@ func TestRendererIsConfined(t *testing.T) {
 			if !mayChooseUser(t) && (c.uid != os.Getuid() || c.name == "root") {
 				t.Skip("only root may choose another user")
 			}
+			skipWithoutUserNamespaces(t, c.flags)
 			confinements = all[i : i+1]
 			n := startNode(t)
 			n.volume().mustPublish()

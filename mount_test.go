@@ -36,6 +36,7 @@ func TestMountIsReadOnly(t *testing.T) {
 			t.Errorf("no %s in %s", option, m.options)
 		}
 	}
+	t.Logf("the tmpfs has the options %s", m.super)
 	for what, try := range sorted(map[string]func() error{
 		"create":   func() error { return os.WriteFile(v.target+"/new", nil, 0o644) },
 		"truncate": func() error { return os.Truncate(v.target+"/token", 0) },

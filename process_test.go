@@ -406,9 +406,11 @@ func TestDriverGivesUpCapabilities(t *testing.T) {
 	v.mustPublish()
 	v.wantFiles("file")
 	v.mustUnpublish()
-	if warned := regexp.MustCompile(`missing="(.*?)"`).FindStringSubmatch(p.log.String() + ` missing=""`); warned[1] != missing {
+	warned := regexp.MustCompile(`missing="(.*?)"`).FindStringSubmatch(p.log.String() + ` missing=""`)
+	if warned[1] != missing {
 		t.Errorf("renderers lack %q, not %q: %s", warned[1], missing, p.log)
 	}
+	t.Logf("renderers lack %q", warned[1])
 	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", p.Process.Pid))
 	must(t, err)
 	if len(threads) == 0 {

@@ -11,6 +11,7 @@ import (
 
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
+	"connectors-csi/e2e/kernels"
 	"connectors-csi/e2e/node"
 	"connectors-csi/e2e/readme"
 	"connectors-csi/e2e/scale"
@@ -25,6 +26,7 @@ const usage = `usage, from the repository's root, as root:
   go -C e2e run . soak …        kill and change things at random, and check what Pods see (--help: what can be set)
   go -C e2e run . kubectl …     run kubectl on the running node
   go -C e2e run . scale …       measure 1, 10 and 50 drivers at one API server (--help: what can be set)
+  go -C e2e run . kernels …     try the driver on older and newer kernels and on arm64, in qemu (--help: what can be set)
   go -C e2e run . image …       write the driver's image as an archive, and its bills of materials (needs no root)
   go -C e2e run . dockerfile    build the Dockerfile and compare what it makes with what the image has
   go -C e2e test -v -timeout 80m ./...
@@ -68,6 +70,8 @@ func main() {
 		os.Exit(report(image.Write(image.ParseOptions(os.Args[2:]))))
 	case "dockerfile":
 		os.Exit(report(image.CheckDockerfile()))
+	case "kernels":
+		os.Exit(report(kernels.Run(os.Args[2:])))
 	case "kubectl":
 		os.Exit(report(node.ExecKubectl(os.Args[2:])))
 	default:

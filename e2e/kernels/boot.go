@@ -1,0 +1,187 @@
+package kernels
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"connectors-csi/e2e/machine"
+)
+
+// emulators are qemu for each processor.
+var emulators = map[string]struct {
+	command, debian string // its name, and that of Debian's package
+	options         []string
+	console         string // as the kernel names it
+}{
+	"amd64": {"qemu-system-x86_64", "qemu-system-x86", []string{"-machine", "q35", "-cpu", "max"}, "ttyS0"},
+	"arm64": {"qemu-system-aarch64", "qemu-system-arm", []string{"-machine", "virt", "-cpu", "neoverse-n1"}, "ttyAMA0"},
+}
+
+// run boots the kernel, shows which tests have ended, and returns all that was on the console, also where it fails, and
+// how long it took.
+func (b boot) run(tests []string, limit time.Duration) (console string, took time.Duration, _ error) {
+	qemu := emulators[b.arch]
+	_, err := os.Stat(keyring)
+	if err := machine.Install([]machine.Need{
+		{qemu.command, qemu.debian, machine.HasCommand(qemu.command)},
+		{"Debian's keyring", "debian-archive-keyring", err == nil},
+	}); err != nil {
+		return "", 0, err
+	}
+	vmlinuz, busybox, err := b.fetch()
+	if err != nil {
+		return "", 0, err
+	}
+	work, err := os.MkdirTemp("", "connectors-csi-kernels-")
+	if err != nil {
+		return "", 0, err
+	}
+	defer os.RemoveAll(work)
+	initrd := filepath.Join(work, "initramfs")
+	if err := b.makeInitramfs(initrd, busybox, tests); err != nil {
+		return "", 0, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, qemu.command, append(qemu.options, "-accel", "tcg,thread=multi", "-smp", "2", "-m", "2048",
+		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", vmlinuz, "-initrd", initrd,
+		// A kernel that panics says so on the console, and restarts, which ends qemu.
+		"-append", "console="+qemu.console+" quiet loglevel=1 oops=panic panic=-1 "+b.parameter)...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return "", 0, err
+	}
+	began := time.Now()
+	if err := cmd.Start(); err != nil {
+		return "", 0, err
+	}
+	console = show(stdout)
+	err = cmd.Wait()
+	took = time.Since(began)
+	if ctx.Err() != nil {
+		return console, took, fmt.Errorf("it hangs: it has not ended within %v", limit)
+	}
+	if err != nil {
+		return console, took, fmt.Errorf("%s: %w\n%s", qemu.command, err, stderr.String())
+	}
+	return console, took, nil
+}
+
+// show reads a console to its end, and prints which tests have ended.
+func show(console io.Reader) string {
+	var all strings.Builder
+	for lines := bufio.NewReader(console); ; {
+		line, err := lines.ReadString('\n')
+		line = strings.TrimRight(line, "\r\n")
+		all.WriteString(line + "\n")
+		if strings.HasPrefix(line, "--- ") || strings.Contains(line, markOfInit) {
+			fmt.Println(" ", line)
+		}
+		if err != nil {
+			return all.String()
+		}
+	}
+}
+
+// outcome is what came of a boot.
+type outcome struct {
+	release  string // in full
+	passed   int    // tests
+	lacked   string // by renderers
+	noswap   bool   // keeps a volume's files out of swap space
+	charges  string // of the kernel for a volume of 256 empty files, and what the driver counts
+	took     time.Duration
+	problems []string
+}
+
+// markOfInit is what the lines of init.sh have. The first one stands behind what the firmware writes to the screen.
+const markOfInit = "kernels: "
+
+var (
+	kernelPanicked = regexp.MustCompile(`Kernel panic - not syncing: .*`)
+	driverEnded    = regexp.MustCompile(`(?s)kernels: Linux (\S+)\n(.*)\nkernels: the driver ended with (\d+)\n`)
+	testsEnded     = regexp.MustCompile(`\nkernels: the tests ended with (\d+)\n`)
+	testEnded      = regexp.MustCompile(`(?m)^--- (PASS|FAIL|SKIP): (\w+) `)
+
+	// What tests log.
+	logLacked  = regexp.MustCompile(`_test\.go:\d+: renderers lack "(.*)"\n`)
+	logOptions = regexp.MustCompile(`_test\.go:\d+: the tmpfs has the options (\S+)\n`)
+	logCharges = regexp.MustCompile(`_test\.go:\d+: (\d+ KiB are charged for a volume, and \d+ KiB counted)\n`)
+)
+
+// judge finds out from a console whether everything was as it is to be, with these tests, or with all if there are none.
+func (b boot) judge(console string, tests []string) (o outcome) {
+	problem := func(format string, a ...any) { o.problems = append(o.problems, fmt.Sprintf(format, a...)) }
+	if panicked := kernelPanicked.FindString(console); panicked != "" {
+		problem("the kernel panicked: %s", panicked)
+	}
+	says := "connectors-csi: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set"
+	if b.refuses {
+		says = "connectors-csi: this kernel is too old: Linux 5.12 or later is needed"
+	}
+	driver := driverEnded.FindStringSubmatch(console)
+	if driver == nil {
+		problem("the driver was not started, or has not ended")
+		return o
+	}
+	o.release = driver[1]
+	if !strings.HasPrefix(driver[2], says) || strings.Contains(driver[2], "\n") || driver[3] != "1" {
+		problem("the driver has not said %q alone and ended with 1, but said %q and ended with %s", says, driver[2], driver[3])
+	}
+	if b.refuses {
+		return o
+	}
+
+	results := map[string]string{}
+	for _, match := range testEnded.FindAllStringSubmatch(console, -1) {
+		results[match[2]] = match[1]
+		switch match[1] {
+		case "PASS":
+			o.passed++
+		case "FAIL":
+			problem("%s failed", match[2])
+		}
+	}
+	for _, test := range tests {
+		switch results[test] {
+		case "":
+			problem("%s was not run, or has not ended", test)
+		case "SKIP":
+			problem("%s was skipped", test)
+		}
+	}
+	if ended := testsEnded.FindStringSubmatch(console); ended == nil {
+		problem("the tests have not ended")
+	} else if ended[1] != "0" && len(o.problems) == 0 {
+		problem("the tests ended with %s", ended[1])
+	}
+
+	logged := func(text *regexp.Regexp) string {
+		if match := text.FindStringSubmatch(console); match != nil {
+			return match[1]
+		}
+		problem("no test has logged %q", text)
+		return ""
+	}
+	o.charges = logged(logCharges)
+	if o.lacked = logged(logLacked); o.lacked != b.lacks {
+		problem("renderers lack %q, and not %q", o.lacked, b.lacks)
+	}
+	options := logged(logOptions)
+	if o.noswap = slices.Contains(strings.Split(options, ","), "noswap"); o.noswap != b.noswap {
+		problem("a volume's tmpfs has the options %s", options)
+	}
+	return o
+}

@@ -1,0 +1,172 @@
+// Package kernels tries the driver on the kernels of its users. Debian's kernels boot in qemu, which emulates the
+// processor, with nothing but the driver, its tests and a shell in memory.
+package kernels
+
+import (
+	"bytes"
+	"cmp"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// boot is a kernel, how it is started, and what is to come of it.
+type boot struct {
+	release, arch string
+	suites        []string // of Debian, which have the kernel and busybox
+	parameter     string   // of the kernel
+	refuses       bool     // says that the driver does not start there
+	noswap        bool     // says that a volume's files are kept out of swap space
+	lacks         string   // what renderers lack
+	without       []string // the named tests that need what the parameter takes away
+}
+
+// boots are all that are tried. No release of Debian has Linux 5.11 to 5.17.
+var boots = []boot{
+	{release: "5.10", arch: "amd64", suites: []string{"bullseye"}, refuses: true},
+	{release: "6.1", arch: "amd64", suites: []string{"bookworm"}},
+	{release: "6.12", arch: "amd64", suites: []string{"trixie"}, noswap: true},
+	{release: "7.3", arch: "amd64", suites: []string{"trixie", "trixie-backports"}, noswap: true},
+	{release: "6.12", arch: "arm64", suites: []string{"trixie"}, noswap: true},
+	{release: "6.12", arch: "amd64", suites: []string{"trixie"}, noswap: true, parameter: "sysctl.user.max_user_namespaces=0",
+		lacks: "a user namespace, and a limit of processes", without: []string{"TestOwnersCannotWrite", "TestWithoutNamespaces"}},
+}
+
+// named are the tests of what the driver and the kernel do together.
+var named = []string{
+	// publish
+	"TestPublishMountsTheDocumentedExample", "TestMountIsReadOnly", "TestPublishTwiceIsOneMount", "TestFullVolume",
+	// update under readers
+	"TestChangesReachRunningContainers", "TestUpdatesKeepModeAndOwner",
+	// unpublish
+	"TestUnpublish", "TestForeignMountIsLeftAlone",
+	// a driver that is killed
+	"TestKilledBeforeTheMount", "TestKilledDuringUpdates", "TestRestartKeepsVolumes",
+	// budgets
+	"TestMemoryIsKnownBeforeTheMount", "TestMemoryIsWhatTheKernelCharges", "TestNodesBudget", "TestOldFilesThatAreOpenCount",
+	// fsGroup and owner
+	"TestModes", "TestModesAndOwners", "TestOwnersCannotWrite",
+	// confinement and limits of renderers
+	"TestRendererIsConfined", "TestRendererCanDoNothing", "TestRenderersEndWithTheDriver", "TestWithoutNamespaces",
+	// capabilities
+	"TestDriverGivesUpCapabilities",
+	// watch and push
+	"TestChangesArePushed", "TestKilledDuringPushes",
+}
+
+// Run is the command kernels.
+func Run(arguments []string) error {
+	flags := flag.NewFlagSet("kernels", flag.ExitOnError)
+	release := flags.String("kernel", "", "the release of Linux to try, such as 6.1; default: all")
+	arch := flags.String("arch", "", "the processor to try, amd64 or arm64; default: both")
+	allTests := flags.Bool("all-tests", false, "run all tests of the driver, which takes very long, and not only named ones")
+	flags.Parse(arguments)
+	if flags.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	}
+	if err := checkNames(".."); err != nil {
+		return err
+	}
+	var table strings.Builder
+	rows := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(rows, "kernel\tprocessor\tparameter\ttests passed\tseconds\trenderers lack\tnoswap\tcharged for a volume")
+	tried, failed := 0, 0
+	for _, b := range boots {
+		if cmp.Or(*release, b.release) != b.release || cmp.Or(*arch, b.arch) != b.arch {
+			continue
+		}
+		tried++
+		o := b.try(*allTests)
+		fmt.Fprintln(rows, b.row(o))
+		if len(o.problems) > 0 {
+			failed++
+		}
+	}
+	rows.Flush()
+	fmt.Printf("\n%s", table.String())
+	switch {
+	case tried == 0:
+		return fmt.Errorf("no such kernel; there are %v", boots)
+	case failed > 0:
+		return fmt.Errorf("%d of %d boots failed", failed, tried)
+	}
+	return nil
+}
+
+// checkNames makes sure that each named test is one of the driver's, whose sources are in the directory.
+func checkNames(dir string) error {
+	paths, err := filepath.Glob(filepath.Join(dir, "*_test.go"))
+	if err != nil {
+		return err
+	}
+	var sources []byte
+	for _, path := range paths {
+		source, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		sources = append(sources, source...)
+	}
+	unknown := slices.DeleteFunc(slices.Clone(named), func(test string) bool {
+		return bytes.Contains(sources, []byte("\nfunc "+test+"(t *testing.T) {\n"))
+	})
+	if len(unknown) > 0 {
+		return fmt.Errorf("e2e/kernels names tests that the driver does not have: %s", strings.Join(unknown, ", "))
+	}
+	return nil
+}
+
+// shown is how much of a console is shown where something has failed.
+const shown = 64 << 10
+
+// try boots the kernel, runs the tests, and shows what is wrong.
+func (b boot) try(allTests bool) outcome {
+	fmt.Printf("\n%v\n", b)
+	tests, limit := b.tests(), 15*time.Minute
+	if allTests {
+		tests, limit = nil, 3*time.Hour
+	}
+	console, took, err := b.run(tests, limit)
+	o := b.judge(console, tests)
+	if err != nil {
+		o.problems = append([]string{err.Error()}, o.problems...)
+	}
+	o.took = took
+	if len(o.problems) > 0 {
+		fmt.Printf("%s\n", console[max(0, len(console)-shown):])
+	}
+	for _, problem := range o.problems {
+		fmt.Printf("FAILED: %v: %s\n", b, problem)
+	}
+	return o
+}
+
+// tests are those of the names that the boot runs.
+func (b boot) tests() []string {
+	return slices.DeleteFunc(slices.Clone(named), func(test string) bool { return slices.Contains(b.without, test) })
+}
+
+func (b boot) String() string {
+	return strings.TrimSpace(b.release + " " + b.arch + " " + b.parameter)
+}
+
+// row is what the table has of a boot.
+func (b boot) row(o outcome) string {
+	passed, lacks, noswap := fmt.Sprint(o.passed), cmp.Or(o.lacked, "nothing"), "no"
+	if o.noswap {
+		noswap = "yes"
+	}
+	if b.refuses {
+		passed, lacks, noswap = "the driver refuses to start", "", ""
+	}
+	if len(o.problems) > 0 {
+		passed += ", FAILED"
+	}
+	return strings.Join([]string{cmp.Or(o.release, b.release), b.arch, b.parameter, passed,
+		fmt.Sprintf("%.0f", o.took.Seconds()), lacks, noswap, o.charges}, "\t")
+}
