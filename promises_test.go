@@ -119,3 +119,39 @@ func TestPermissionTakenAwayWhileNothingChanges(t *testing.T) {
 	wantError(t, v.publish(), codes.PermissionDenied, "may not read")
 	v.want("token", v.pod.token)
 }
+
+// A request of which the API server answers nothing, or a byte now and then, ends after its fifteen seconds, long before
+// the call itself would; nothing is left of it.
+func TestRequestsEnd(t *testing.T) {
+	t.Parallel()
+	n := startNode(t)
+	n.api.put(connector("default", "trickle", "git"))
+	n.api.set(func() {
+		n.api.intercept = func(w http.ResponseWriter, r *http.Request) bool {
+			for tick := time.NewTicker(100 * time.Millisecond); r.Context().Err() == nil; <-tick.C {
+				if strings.HasSuffix(r.URL.Path, "/connectors/trickle") {
+					w.Write([]byte(" "))
+					http.NewResponseController(w).Flush()
+				}
+			}
+			return true
+		}
+	})
+	began, results := time.Now(), make(chan error)
+	silent, trickle := n.volume(), n.volume(attrs{"connector.name": "trickle"})
+	for _, v := range []*podVolume{silent, trickle} {
+		go func() { results <- v.publish() }()
+	}
+	for range 2 {
+		if err := <-results; err == nil || !strings.Contains(err.Error(), "cannot be read: no answer from the API server") {
+			t.Errorf("the error is %v", err)
+		}
+	}
+	if took := time.Since(began); took < requestTimeout || took > publishTimeout-10*time.Second {
+		t.Errorf("it took %v", took)
+	}
+	silent.wantNothing()
+	trickle.wantNothing()
+	n.api.set(func() { n.api.intercept = nil })
+	silent.mustPublish()
+}

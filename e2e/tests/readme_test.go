@@ -159,7 +159,7 @@ func TestQuickStart(t *testing.T) {
 	const seconds = `\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ`
 	for i, want := range []string{
 		`(?m)^git default/git-connector default/git-client ` + node.Name + `$`,
-		`(?m)^pod/connectors-csi-\w+\nconnectors_csi_volumes [2-9]\nconnectors_csi_volumes_bytes \d{5,}\nconnectors_csi_volumes_budget_bytes 251658240$`,
+		`(?m)^pod/connectors-csi-\w+\nconnectors_csi_volumes [2-9]\n(?:connectors_csi_volumes_bytes \d{5,}\n|connectors_csi_volumes_budget_bytes 251658240\n){2}`,
 		`(?m)^/var/lib/kubelet/pods/` + namespace{t, "default"}.uid("git-client") + `/volumes/kubernetes.io~csi/git-config/mount$`,
 		`^issued ` + seconds + `, expires ` + seconds + `\n$`,
 	} {
@@ -252,7 +252,7 @@ subjects:
   namespace: default
 `)
 	ns.running("csi-demo")
-	if got := ns.read("csi-demo", "/tmp/config/.gitconfig"); got != "this is git config" {
+	if got := ns.read("csi-demo", "/tmp/config/.gitconfig"); got != "this is git config\n" {
 		t.Errorf("the file is %q", got)
 	}
 }
