@@ -117,10 +117,10 @@ func newDriver(c driverConfig) (*driver, error) {
 // volume is what the process knows of a target path, while somebody works on it and as long as it is mounted.
 // After a restart it has no publication until kubelet calls.
 type volume struct {
-	target string
-	memory *footprint
-	user   user
-	turn   chan struct{} // has an element while somebody works on the volume
+	target     string
+	memory     *footprint
+	subscriber subscriber
+	turn       chan struct{} // has an element while somebody works on the volume
 
 	// Whoever has the turn may use these.
 	published   bool              // by this driver
@@ -234,10 +234,10 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 func (d *driver) publish(ctx context.Context, v *volume, p *publication, at mountState,
 	renewal bool) (changed bool, err error) {
 	// 3. read
-	l := d.kube.begin(&lookup{user: &v.user, pod: p.pod, token: p.token, first: !at.complete, renewal: renewal})
+	l := d.kube.begin(&lookup{subscriber: &v.subscriber, pod: p.pod, token: p.token, first: !at.complete, renewal: renewal})
 	defer l.end()
 	defer func() {
-		if v.publication != nil && d.kube.use(&v.user, l, err == nil) {
+		if v.publication != nil && d.kube.subscribe(&v.subscriber, l, err == nil) {
 			d.pushSoon(v)
 		}
 	}()
@@ -760,7 +760,7 @@ func isDNSName(s string) bool {
 // newVolume makes a record. The caller holds the lock, or is newDriver.
 func (d *driver) newVolume(target string, memory *footprint) *volume {
 	v := &volume{target: target, memory: memory, turn: make(chan struct{}, 1)}
-	v.user = user{changed: func() { d.pushSoon(v) }, uses: map[*entry]bool{}}
+	v.subscriber = subscriber{notify: func() { d.pushSoon(v) }, entries: map[*entry]bool{}}
 	d.volumes[target] = v
 	return v
 }
@@ -911,7 +911,7 @@ func (d *driver) keep(v *volume, p *publication) {
 	}
 	d.mu.Unlock()
 	if p == nil {
-		d.kube.disuse(&v.user)
+		d.kube.unsubscribe(&v.subscriber)
 	}
 }
 

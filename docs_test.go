@@ -306,7 +306,7 @@ func TestLimitsAreDocumented(t *testing.T) {
 		fmt.Sprintf("| %d MiB for the Pods of a namespace, %d MiB on a node |", maxNamespaceObjectsBytes>>20, maxObjectsBytes>>20),
 		fmt.Sprintf("| the cache of objects | %d MiB;", maxCacheBytes>>20),
 		fmt.Sprintf("| %d KiB for a Pod, %d MiB on a node |", maxPodKeptBytes>>10, maxKeptBytes>>20),
-		fmt.Sprintf("| watches | %d for the Pods of a namespace, %d of classes, %d on a node |", maxNamespaceStreams, maxOwnStreams, maxStreams),
+		fmt.Sprintf("| watches | %d for the Pods of a namespace, %d of classes, %d on a node |", maxNamespaceWatches, maxOwnWatches, maxWatches),
 		fmt.Sprintf("| %d for the Pods of a namespace, %d on a node; %.0f s each.", maxNamespaceRequests, maxRequests,
 			requestTimeout.Seconds()),
 		fmt.Sprintf("| answers of the API server above %d KiB that are read at once | %d on a node", smallAnswerBytes>>10, maxLargeAnswers),

@@ -345,8 +345,8 @@ func TestKeptOfAPodIsBounded(t *testing.T) {
 	large := kept[0]
 	pod.token = issue(pod.namespace, pod.serviceAccount, map[string]string{"name": pod.name, "uid": pod.uid, "x": strings.Repeat("x", 8<<10)}, time.Hour, apiAudience)
 	large.mustPublish()
-	if isKept(large) || len(large.record().user.uses) != 0 {
-		t.Errorf("a volume beyond the bound is kept: %v, with %d objects", isKept(large), len(large.record().user.uses))
+	if isKept(large) || len(large.record().subscriber.entries) != 0 {
+		t.Errorf("a volume beyond the bound is kept: %v, with %d objects", isKept(large), len(large.record().subscriber.entries))
 	}
 	pod.renewToken()
 	for _, v := range kept[1:] {

@@ -54,13 +54,13 @@ const (
 
 	// Streams at once: in all, for the Pods of one namespace, and with the driver's own token. What is beyond is
 	// polled.
-	maxStreams          = 256
-	maxNamespaceStreams = 64
-	maxOwnStreams       = 128
+	maxWatches          = 256
+	maxNamespaceWatches = 64
+	maxOwnWatches       = 128
 
 	// How long a stream may last, from the smaller to the larger, so that those of a node do not end
 	// together.
-	minStreamTime, maxStreamTime = 25 * time.Minute, 30 * time.Minute
+	minWatchTime, maxWatchTime = 25 * time.Minute, 30 * time.Minute
 	// How long to wait before a stream that was lost is opened again, at most; and one that was refused once,
 	// and more than once, at least.
 	maxReopenTime    = 30 * time.Second
@@ -90,15 +90,15 @@ type kube struct {
 	kubeConfig
 	client *http.Client
 
-	requests    *queue // for requests with Pods' tokens
-	ownRequests *queue // and with the driver's own
-	answers     *queue // for the large answers of both
+	requests     *queue // for requests with Pods' tokens
+	ownRequests  *queue // and with the driver's own
+	largeAnswers *queue // for the large answers of both
 
 	mu         sync.Mutex
-	held       map[string]int               // bytes of objects that lookups hold, by the Pod's namespace; of all by ""
+	charged    map[string]int               // bytes of objects that lookups hold, by the Pod's namespace; of all by ""
 	entries    map[string]map[string]*entry // by path, then by reader
 	cacheBytes int                          // of the objects in entries
-	streams    map[string]int               // by the namespace of the reader; those of the driver by ""
+	watches    map[string]int               // by the namespace of the reader; those of the driver by ""
 }
 
 // newKube connects to the API server. Proxy settings of the environment are ignored: no Pod's token may go to
@@ -127,14 +127,14 @@ func newKube(c kubeConfig) (*kube, error) {
 	}
 	noRedirect := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	k := &kube{
-		kubeConfig:  c,
-		client:      &http.Client{Transport: transport, CheckRedirect: noRedirect},
-		requests:    newRequestQueue(maxRequests),
-		ownRequests: newRequestQueue(maxRequests),
-		answers:     newRequestQueue(maxLargeAnswers),
-		held:        map[string]int{},
-		entries:     map[string]map[string]*entry{},
-		streams:     map[string]int{},
+		kubeConfig:   c,
+		client:       &http.Client{Transport: transport, CheckRedirect: noRedirect},
+		requests:     newRequestQueue(maxRequests),
+		ownRequests:  newRequestQueue(maxRequests),
+		largeAnswers: newRequestQueue(maxLargeAnswers),
+		charged:      map[string]int{},
+		entries:      map[string]map[string]*entry{},
+		watches:      map[string]int{},
 	}
 	_, err = k.ownToken()
 	return k, err
@@ -151,11 +151,11 @@ func (k *kube) ownToken() (string, error) {
 
 // lookup is the part of one publish or push that concerns the API server and the memory of its objects.
 type lookup struct {
-	user    *user
-	pod     podIdentity
-	token   string // the Pod's
-	first   bool   // nothing counts that was read before; Connectors are read with this very token
-	renewal bool   // what the user is made from is current, since its token may be too old to read anything
+	subscriber *subscriber
+	pod        podIdentity
+	token      string // the Pod's
+	first      bool   // nothing counts that was read before; Connectors are read with this very token
+	renewal    bool   // what the user is made from is current, since its token may be too old to read anything
 
 	kube     *kube
 	began    time.Time
@@ -184,8 +184,8 @@ func (l *lookup) end() {
 		for _, of := range [...]string{l.pod.namespace, ""} {
 			if o.holders[of]--; o.holders[of] == 0 {
 				delete(o.holders, of)
-				if k.held[of] -= len(o.raw); k.held[of] == 0 {
-					delete(k.held, of)
+				if k.charged[of] -= len(o.raw); k.charged[of] == 0 {
+					delete(k.charged, of)
 				}
 			}
 		}
@@ -215,8 +215,8 @@ func (s *sizes) add(o *apiObject) error {
 
 var errObjectSize = failuref(codes.FailedPrecondition, "it has more than %d KiB", maxObjectBytes>>10)
 
-// hold counts an object that the lookup keeps until its end. One that many have counts once, since they share it.
-func (l *lookup) hold(o *apiObject) error {
+// charge counts an object that the lookup keeps until its end. One that many have counts once, since they share it.
+func (l *lookup) charge(o *apiObject) error {
 	if err := l.sizes.add(o); err != nil {
 		return err
 	}
@@ -225,9 +225,9 @@ func (l *lookup) hold(o *apiObject) error {
 	defer k.mu.Unlock()
 	with := func(of string) int {
 		if o.holders[of] > 0 {
-			return k.held[of]
+			return k.charged[of]
 		}
-		return k.held[of] + len(o.raw)
+		return k.charged[of] + len(o.raw)
 	}
 	namespace, all := with(l.pod.namespace), with("")
 	if namespace > maxNamespaceObjectsBytes || all > maxObjectsBytes {
@@ -235,7 +235,7 @@ func (l *lookup) hold(o *apiObject) error {
 			"%d KiB with it, and those of namespace %q of %d KiB; there is room for %d and %d KiB", all>>10,
 			l.pod.namespace, namespace>>10, maxObjectsBytes>>10, maxNamespaceObjectsBytes>>10)
 	}
-	k.held[l.pod.namespace], k.held[""] = namespace, all
+	k.charged[l.pod.namespace], k.charged[""] = namespace, all
 	if o.holders == nil {
 		o.holders = map[string]int{}
 	}
@@ -296,7 +296,7 @@ func (l *lookup) requestToken(ctx context.Context, audiences []string,
 	asked := time.Now()
 	path := "/api/v1/namespaces/" + url.PathEscape(pod.namespace) + "/serviceaccounts/" +
 		url.PathEscape(pod.serviceAccount) + "/token"
-	data, err := l.do(ctx, path, "", body)
+	data, err := l.request(ctx, path, "", body)
 	if err != nil {
 		return issuedToken{}, err
 	}
@@ -416,14 +416,14 @@ type entry struct {
 	reader string // namespace/name of a ServiceAccount, or empty for the driver
 
 	// The lock of kube guards all of it.
-	object   *apiObject // what the reader was given last, as long as the cache has room for it
-	used     time.Time  // when it was asked for last
-	read     time.Time  // when the request for it began
-	outdated bool       // another reader was given another version later
-	reading  *reading   // under way
-	lookups  int        // that have asked for it and not ended
-	users    map[*user]*use
-	stream   *stream // nil while nobody uses the object, or if there are too many
+	object        *apiObject // what the reader was given last, as long as the cache has room for it
+	used          time.Time  // when it was asked for last
+	read          time.Time  // when the request for it began
+	outdated      bool       // another reader was given another version later
+	reading       *reading   // under way
+	lookups       int        // that have asked for it and not ended
+	subscriptions map[*subscriber]*subscription
+	watch         *watch // nil while nobody uses the object, or if there are too many
 }
 
 // reading is a read under way, which everyone waits for who needs the object.
@@ -445,10 +445,10 @@ type reading struct {
 //
 // The caller holds the lock.
 func (e *entry) isCurrent(l *lookup) bool {
-	switch s, u := e.stream, e.users[l.user]; {
+	switch s, u := e.watch, e.subscriptions[l.subscriber]; {
 	case e.object == nil:
 		return false
-	case l.renewal && u != nil && u.made == e.object.version:
+	case l.renewal && u != nil && u.version == e.object.version:
 		return true
 	case e.outdated:
 		return false
@@ -475,7 +475,7 @@ func (l *lookup) entry(path, reader string) *entry {
 	}
 	e := readers[reader]
 	if e == nil {
-		e = &entry{path: path, reader: reader, users: map[*user]*use{}}
+		e = &entry{path: path, reader: reader, subscriptions: map[*subscriber]*subscription{}}
 		readers[reader] = e
 	}
 	if _, asked := l.versions[e]; !asked {
@@ -493,7 +493,7 @@ func (l *lookup) get(ctx context.Context, path, reader string) (*apiObject, erro
 		return nil, err
 	}
 	l.versions[e] = o.version
-	return o, l.hold(o)
+	return o, l.charge(o)
 }
 
 // find returns an object that is current, or reads it:
@@ -517,7 +517,7 @@ func (l *lookup) find(ctx context.Context, e *entry) (*apiObject, error) {
 
 		// 2. under way
 		r := e.reading
-		if r == nil || !r.began.After(l.began) && (l.first || e.stream != nil && !r.began.After(e.stream.heard)) {
+		if r == nil || !r.began.After(l.began) && (l.first || e.watch != nil && !r.began.After(e.watch.heard)) {
 			break
 		}
 		k.mu.Unlock()
@@ -555,7 +555,7 @@ func (l *lookup) find(ctx context.Context, e *entry) (*apiObject, error) {
 
 // read reads the object of an entry.
 func (l *lookup) read(ctx context.Context, e *entry) (*apiObject, error) {
-	data, err := l.do(ctx, e.path, e.reader, nil)
+	data, err := l.request(ctx, e.path, e.reader, nil)
 	switch {
 	case err != nil:
 		return nil, err
@@ -623,7 +623,7 @@ func (k *kube) allEntries(yield func(*entry) bool) {
 
 // dropUnused drops an entry that no volume uses and no lookup has asked for. The caller holds the lock.
 func (k *kube) dropUnused(e *entry) {
-	if e.lookups > 0 || len(e.users) > 0 {
+	if e.lookups > 0 || len(e.subscriptions) > 0 {
 		return
 	}
 	k.setObject(e, nil)
@@ -633,27 +633,27 @@ func (k *kube) dropUnused(e *entry) {
 	}
 }
 
-// user is a volume, as far as the objects are concerned that it is made from.
-type user struct {
-	changed func()          // called, without a lock, when one of them has changed
-	uses    map[*entry]bool // the lock of kube guards it
+// subscriber is a volume, as far as the objects are concerned that it is made from.
+type subscriber struct {
+	notify  func()          // called, without a lock, when one of them has changed
+	entries map[*entry]bool // the lock of kube guards it
 }
 
-// use is what a user has to do with an object.
-type use struct {
-	made    string    // the version that its files were made from
+// subscription is what a user has to do with an object.
+type subscription struct {
+	version string    // the version that its files were made from
 	token   string    // of its Pod, for a Connector
-	brought time.Time // when kubelet brought the token
+	since   time.Time // when kubelet brought the token
 	refused bool      // the API server does not accept the token
 }
 
-// stream is a watch of one object for one reader, for as long as a volume uses the object. It says that the
+// watch is a watch of one object for one reader, for as long as a volume uses the object. It says that the
 // object has changed; what it is then is read, so that the API server decides at every change whether the
 // reader may have it.
-type stream struct {
-	renewed chan struct{} // has an element when a user has brought another token
-	stop    context.CancelFunc
-	resume  string // the resourceVersion from which to go on; follow's own
+type watch struct {
+	newToken chan struct{} // has an element when a user has brought another token
+	stop     context.CancelFunc
+	resume   string // the resourceVersion from which to go on; follow's own
 
 	// The lock of kube guards the rest.
 	open   bool
@@ -662,102 +662,102 @@ type stream struct {
 	latest string    // the version that its last event named
 }
 
-// use makes the user one of all objects that the lookup asked for, and with only of no others: their streams
+// subscribe makes the user one of all objects that the lookup asked for, and with only of no others: their streams
 // begin, and those that nobody needs end. It reports whether an object has changed since the lookup began,
 // which the user was not told.
-func (k *kube) use(u *user, l *lookup, only bool) (missed bool) {
+func (k *kube) subscribe(u *subscriber, l *lookup, only bool) (missed bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if only {
-		for e := range u.uses {
+		for e := range u.entries {
 			if _, keeps := l.versions[e]; !keeps {
-				k.unuse(u, e)
+				k.unsubscribeFrom(u, e)
 			}
 		}
 	}
 	for e, version := range l.versions {
-		c := e.users[u]
+		c := e.subscriptions[u]
 		if c == nil {
-			c = &use{}
-			e.users[u], u.uses[e] = c, true
+			c = &subscription{}
+			e.subscriptions[u], u.entries[e] = c, true
 		}
 		if version != noVersion {
-			c.made = version
+			c.version = version
 		}
 		renewed := e.reader != "" && c.token != l.token // the driver's own comes from its file
 		if renewed {
-			c.token, c.brought, c.refused = l.token, time.Now(), false
+			c.token, c.since, c.refused = l.token, time.Now(), false
 		}
-		s := e.stream
+		s := e.watch
 		switch {
 		case s == nil:
-			k.beginStream(e) // which takes the newest token
+			k.startWatch(e) // which takes the newest token
 		case renewed:
 			select {
-			case s.renewed <- struct{}{}:
+			case s.newToken <- struct{}{}:
 			default:
 			}
 		}
-		missed = missed || s != nil && s.open && s.heard.After(l.began) && s.latest != c.made
+		missed = missed || s != nil && s.open && s.heard.After(l.began) && s.latest != c.version
 	}
 	return missed
 }
 
-// disuse ends all that the user has to do with objects.
-func (k *kube) disuse(u *user) {
+// unsubscribe ends all that the user has to do with objects.
+func (k *kube) unsubscribe(u *subscriber) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for e := range u.uses {
-		k.unuse(u, e)
+	for e := range u.entries {
+		k.unsubscribeFrom(u, e)
 	}
 }
 
-// unuse ends what the user has to do with one object. The caller holds the lock.
-func (k *kube) unuse(u *user, e *entry) {
-	delete(u.uses, e)
-	if delete(e.users, u); len(e.users) == 0 {
-		k.endStream(e)
+// unsubscribeFrom ends what the user has to do with one object. The caller holds the lock.
+func (k *kube) unsubscribeFrom(u *subscriber, e *entry) {
+	delete(u.entries, e)
+	if delete(e.subscriptions, u); len(e.subscriptions) == 0 {
+		k.stopWatch(e)
 		k.dropUnused(e)
 	}
 }
 
-// beginStream begins a stream, unless there are too many: of the driver's own, of those for the Pods of a
+// startWatch begins a stream, unless there are too many: of the driver's own, of those for the Pods of a
 // namespace, or of all. The caller holds the lock.
-func (k *kube) beginStream(e *entry) {
+func (k *kube) startWatch(e *entry) {
 	namespace, _, _ := strings.Cut(e.reader, "/")
-	limit, all := maxNamespaceStreams, 0
+	limit, all := maxNamespaceWatches, 0
 	if namespace == "" {
-		limit = maxOwnStreams
+		limit = maxOwnWatches
 	}
-	for _, number := range k.streams {
+	for _, number := range k.watches {
 		all += number
 	}
-	if k.streams[namespace] >= limit || all >= maxStreams {
+	if k.watches[namespace] >= limit || all >= maxWatches {
 		return
 	}
-	k.streams[namespace]++
+	k.watches[namespace]++
 	ctx, stop := context.WithCancel(context.Background())
-	e.stream = &stream{renewed: make(chan struct{}, 1), stop: stop}
-	go k.follow(ctx, e, e.stream)
+	e.watch = &watch{newToken: make(chan struct{}, 1), stop: stop}
+	go k.follow(ctx, e, e.watch)
 }
 
-// endStream ends the stream of an entry, if there is one. The caller holds the lock.
-func (k *kube) endStream(e *entry) {
-	s := e.stream
+// stopWatch ends the stream of an entry, if there is one. The caller holds the lock.
+func (k *kube) stopWatch(e *entry) {
+	s := e.watch
 	if s == nil {
 		return
 	}
 	s.stop()
-	k.closeStream(e, s)
-	e.stream = nil
+	k.noteClosed(e, s)
+	e.watch = nil
 	namespace, _, _ := strings.Cut(e.reader, "/")
-	if k.streams[namespace]--; k.streams[namespace] == 0 {
-		delete(k.streams, namespace)
+	if k.watches[namespace]--; k.watches[namespace] == 0 {
+		delete(k.watches, namespace)
 	}
 }
 
-// closeStream notes that a stream is not open any more. The caller holds the lock.
-func (k *kube) closeStream(e *entry, s *stream) {
+// noteClosed notes that a stream is not open any more. The caller holds the lock.
+func (k *kube) noteClosed(e *entry, s *watch) {
 	if s.open {
 		s.open, s.ended = false, time.Now()
 		k.metrics.add(watchesOpen, -1)
@@ -769,7 +769,7 @@ func (k *kube) close() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for e := range k.allEntries {
-		k.endStream(e)
+		k.stopWatch(e)
 	}
 }
 
@@ -782,18 +782,18 @@ func (k *kube) close() {
 //  4. wait: if the ServiceAccount may not watch the object (403), for another token or some minutes, but
 //     after the first refusal some seconds, since an API server that has just started refuses what it allows
 //     later; otherwise a random time, since many streams end together, which grows while this one fails
-func (k *kube) follow(ctx context.Context, e *entry, s *stream) {
+func (k *kube) follow(ctx context.Context, e *entry, s *watch) {
 	failures, refusals, told := 0, 0, false
 	for ctx.Err() == nil {
 		// 1. open
 		select {
-		case <-s.renewed: // it is among those to choose from
+		case <-s.newToken: // it is among those to choose from
 		default:
 		}
 		began, from, token := time.Now(), s.resume, k.newestToken(e)
-		atLeast, err := k.takeEvents(ctx, e, s, token)
+		atLeast, err := k.receive(ctx, e, s, token)
 		k.mu.Lock()
-		k.closeStream(e, s)
+		k.noteClosed(e, s)
 		k.mu.Unlock()
 
 		// 2. forgotten
@@ -806,7 +806,7 @@ func (k *kube) follow(ctx context.Context, e *entry, s *stream) {
 
 		// 3. another token
 		forbidden, unauthorized := isStatus(err, http.StatusForbidden), isStatus(err, http.StatusUnauthorized)
-		if unauthorized && k.refuse(e, token) {
+		if unauthorized && k.markRefused(e, token) {
 			continue
 		}
 
@@ -819,9 +819,9 @@ func (k *kube) follow(ctx context.Context, e *entry, s *stream) {
 		case !forbidden && !unauthorized:
 			refusals = 0
 		case refusals == 0:
-			refusals, wait, renewed = 1, firstRefusedTime+rand.N(2*firstRefusedTime), s.renewed
+			refusals, wait, renewed = 1, firstRefusedTime+rand.N(2*firstRefusedTime), s.newToken
 		default:
-			refusals, wait, renewed = 2, refusedTime+rand.N(refusedTime), s.renewed
+			refusals, wait, renewed = 2, refusedTime+rand.N(refusedTime), s.newToken
 		}
 		if forbidden && refusals > 1 && !told {
 			told = true
@@ -847,36 +847,36 @@ func reopenTime(failures int, atLeast time.Duration) time.Duration {
 func (k *kube) newestToken(e *entry) string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	newest := &use{refused: true}
-	for _, u := range e.users {
-		if newest.refused && !u.refused || newest.refused == u.refused && u.brought.After(newest.brought) {
+	newest := &subscription{refused: true}
+	for _, u := range e.subscriptions {
+		if newest.refused && !u.refused || newest.refused == u.refused && u.since.After(newest.since) {
 			newest = u
 		}
 	}
 	return newest.token
 }
 
-// refuse marks a token that the API server has refused, and reports whether there is another.
-func (k *kube) refuse(e *entry, token string) (another bool) {
+// markRefused marks a token that the API server has refused, and reports whether there is another.
+func (k *kube) markRefused(e *entry, token string) (another bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for _, u := range e.users {
+	for _, u := range e.subscriptions {
 		u.refused = u.refused || u.token == token
 		another = another || !u.refused
 	}
 	return another && e.reader != ""
 }
 
-// takeEvents opens a stream of the metadata of one object and takes its events until it ends. Without a
+// receive opens a stream of the metadata of one object and takes its events until it ends. Without a
 // resourceVersion it begins with the object as it is; that of a read would not do, since the API server may have
 // forgotten it, and will not know it better later. It returns how long the API server wants not to be asked
 // again, and why the stream ended, unless it did so in the usual way.
-func (k *kube) takeEvents(ctx context.Context, e *entry, s *stream,
+func (k *kube) receive(ctx context.Context, e *entry, s *watch,
 	token string) (atLeast time.Duration, _ error) {
-	ctx, cancel := context.WithTimeout(ctx, maxStreamTime+time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, maxWatchTime+time.Minute)
 	defer cancel()
 	resource, name := path.Split(e.path)
-	lifetime := minStreamTime + rand.N(maxStreamTime-minStreamTime)
+	lifetime := minWatchTime + rand.N(maxWatchTime-minWatchTime)
 	query := url.Values{
 		"watch": {"1"}, "allowWatchBookmarks": {"true"}, "fieldSelector": {"metadata.name=" + name},
 		"timeoutSeconds": {strconv.Itoa(int(lifetime.Seconds()))},
@@ -897,7 +897,7 @@ func (k *kube) takeEvents(ctx context.Context, e *entry, s *stream,
 		return decodeFailure(response, data)
 	}
 	if s.resume != "" {
-		k.hear(e, s, s.latest, s.heard) // nothing is missing
+		k.noteVersion(e, s, s.latest, s.heard) // nothing is missing
 	}
 	events := bufio.NewReaderSize(response.Body, eventBufferBytes)
 	for {
@@ -909,9 +909,9 @@ func (k *kube) takeEvents(ctx context.Context, e *entry, s *stream,
 			return 0, err
 		case len(line) > maxEventBytes: // whatever it is, something has changed
 			s.resume = ""
-			k.hear(e, s, unknownVersion, time.Now())
+			k.noteVersion(e, s, unknownVersion, time.Now())
 		default:
-			if err := k.takeEvent(e, s, line); err != nil {
+			if err := k.handle(e, s, line); err != nil {
 				return 0, err
 			}
 		}
@@ -931,9 +931,9 @@ func readEvent(events *bufio.Reader) (line []byte, err error) {
 	}
 }
 
-// takeEvent takes one event of a stream:
+// handle takes one event of a stream:
 // https://kubernetes.io/docs/reference/using-api/api-concepts/#watch-bookmarks
-func (k *kube) takeEvent(e *entry, s *stream, line []byte) error {
+func (k *kube) handle(e *entry, s *watch, line []byte) error {
 	var event struct {
 		Type   string
 		Object struct {
@@ -949,16 +949,16 @@ func (k *kube) takeEvent(e *entry, s *stream, line []byte) error {
 	switch event.Type {
 	case "ADDED", "MODIFIED":
 		s.resume = about.ResourceVersion
-		k.hear(e, s, contentVersion(about.UID, about.ResourceVersion), time.Now())
+		k.noteVersion(e, s, contentVersion(about.UID, about.ResourceVersion), time.Now())
 	case "DELETED":
 		s.resume = about.ResourceVersion
-		k.hear(e, s, noVersion, time.Now())
+		k.noteVersion(e, s, noVersion, time.Now())
 	case "BOOKMARK":
 		k.mu.Lock()
 		open := s.open
 		k.mu.Unlock()
 		if !open { // a new stream begins with the object, if there is one
-			k.hear(e, s, noVersion, time.Now())
+			k.noteVersion(e, s, noVersion, time.Now())
 		}
 		s.resume = about.ResourceVersion
 	case "ERROR":
@@ -969,11 +969,11 @@ func (k *kube) takeEvent(e *entry, s *stream, line []byte) error {
 	return nil
 }
 
-// hear takes what a stream says, which makes it an open one, and tells the users that are made from another
+// noteVersion takes what a stream says, which makes it an open one, and tells the users that are made from another
 // version.
-func (k *kube) hear(e *entry, s *stream, version string, at time.Time) {
+func (k *kube) noteVersion(e *entry, s *watch, version string, at time.Time) {
 	k.mu.Lock()
-	if e.stream != s { // it was ended
+	if e.watch != s { // it was ended
 		k.mu.Unlock()
 		return
 	}
@@ -982,15 +982,15 @@ func (k *kube) hear(e *entry, s *stream, version string, at time.Time) {
 		k.metrics.add(watchesOpen, 1)
 	}
 	s.heard, s.latest = at, version
-	var others []*user
-	for u, c := range e.users {
-		if c.made != version {
+	var others []*subscriber
+	for u, c := range e.subscriptions {
+		if c.version != version {
 			others = append(others, u)
 		}
 	}
 	k.mu.Unlock()
 	for _, u := range others {
-		u.changed()
+		u.notify()
 	}
 }
 
@@ -1003,11 +1003,11 @@ func newRequestQueue(places int) *queue {
 	return q
 }
 
-// do sends a request with the reader's token, and returns what the API server answers with. It waits as the API
+// request sends a request with the reader's token, and returns what the API server answers with. It waits as the API
 // server asks (429 and 503 with Retry-After) and tries again, for as long as ctx allows.
-func (l *lookup) do(ctx context.Context, path, reader string, body []byte) ([]byte, error) {
+func (l *lookup) request(ctx context.Context, path, reader string, body []byte) ([]byte, error) {
 	for {
-		answer, wait, err := l.once(ctx, path, reader, body)
+		answer, wait, err := l.requestOnce(ctx, path, reader, body)
 		if wait == 0 {
 			return answer, err
 		}
@@ -1022,9 +1022,9 @@ func (l *lookup) do(ctx context.Context, path, reader string, body []byte) ([]by
 	}
 }
 
-// once sends a request when it is its turn. A wait above zero means that the API server wants to be asked again
+// requestOnce sends a request when it is its turn. A wait above zero means that the API server wants to be asked again
 // after it.
-func (l *lookup) once(ctx context.Context, path, reader string,
+func (l *lookup) requestOnce(ctx context.Context, path, reader string,
 	body []byte) (_ []byte, wait time.Duration, _ error) {
 	k, requests, verb := l.kube, l.kube.requests, "get"
 	if reader == "" {
@@ -1060,10 +1060,10 @@ func (l *lookup) readAnswer(ctx context.Context, body io.Reader) ([]byte, error)
 		return data, err
 	}
 	t := &turn{namespace: l.pod.namespace}
-	if err := l.kube.answers.acquire(ctx, t); err != nil {
+	if err := l.kube.largeAnswers.acquire(ctx, t); err != nil {
 		return nil, err
 	}
-	defer l.kube.answers.release(t)
+	defer l.kube.largeAnswers.release(t)
 	return io.ReadAll(io.LimitReader(io.MultiReader(bytes.NewReader(data), body), maxObjectBytes+1))
 }
 

@@ -507,7 +507,7 @@ func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 	go w.serve(listener.(*net.TCPListener))
 	d.log.Info("started", "version", version, "node", d.nodeName, "socket", socket,
 		"http", listener.Addr().String())
-	err = r.watch(ctx)
+	err = r.keepSocket(ctx)
 	if r.present() {
 		os.Remove(socket)
 	}
@@ -682,8 +682,8 @@ func (r *registration) listen() error {
 	return nil
 }
 
-// watch makes the socket again whenever somebody has removed or replaced it, until ctx ends.
-func (r *registration) watch(ctx context.Context) error {
+// keepSocket makes the socket again whenever somebody has removed or replaced it, until ctx ends.
+func (r *registration) keepSocket(ctx context.Context) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {

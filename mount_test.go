@@ -172,8 +172,8 @@ func TestRequestsAtOnceAreBounded(t *testing.T) {
 	for range count {
 		must(t, <-results)
 	}
-	if k := n.driver.kube; len(k.held) != 0 || len(k.requests.active) != 0 {
-		t.Errorf("nobody is at it, and yet: %v, %d", k.held, len(k.requests.active))
+	if k := n.driver.kube; len(k.charged) != 0 || len(k.requests.active) != 0 {
+		t.Errorf("nobody is at it, and yet: %v, %d", k.charged, len(k.requests.active))
 	}
 }
 

@@ -231,8 +231,8 @@ func (n *node) socket() string { return n.dir + "/plugins_registry/connectors-cs
 func (n *node) age() {
 	n.eachEntry(func(e *entry) {
 		e.read = e.read.Add(-n.driver.kube.refresh)
-		if e.stream != nil {
-			e.stream.ended = e.stream.ended.Add(-n.driver.kube.refresh)
+		if e.watch != nil {
+			e.watch.ended = e.watch.ended.Add(-n.driver.kube.refresh)
 		}
 	})
 }

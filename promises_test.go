@@ -79,7 +79,7 @@ func TestLargeAnswersAtOnceAreBounded(t *testing.T) {
 		v := n.pod(fmt.Sprintf("team-%d/default", i)).volume("config", attrs{"connector.name": "large", "connector.namespace": "default", "configuration.names": "first"})
 		go func() { results <- v.publish() }()
 	}
-	q := n.driver.kube.answers
+	q := n.driver.kube.largeAnswers
 	eventually(t, "all answers have begun", func() bool {
 		q.mu.Lock()
 		defer q.mu.Unlock()

@@ -153,7 +153,7 @@ func TestObjectsUnderWayAreLimited(t *testing.T) {
 	hold := func(namespace string, mebibytes ...int) (lookups []*lookup) {
 		for _, size := range mebibytes {
 			c := k.begin(&lookup{pod: podIdentity{namespace: namespace}, first: true})
-			must(t, c.hold(&apiObject{raw: make([]byte, size<<20)}))
+			must(t, c.charge(&apiObject{raw: make([]byte, size<<20)}))
 			lookups = append(lookups, c)
 		}
 		return lookups
@@ -161,7 +161,7 @@ func TestObjectsUnderWayAreLimited(t *testing.T) {
 	shared := &apiObject{raw: make([]byte, 3<<20)} // counts once
 	for range 10 {
 		c := k.begin(&lookup{pod: podIdentity{namespace: "default"}, first: true})
-		must(t, c.hold(shared))
+		must(t, c.charge(shared))
 		defer c.end()
 	}
 	full := hold("default", 3)
@@ -177,8 +177,8 @@ func TestObjectsUnderWayAreLimited(t *testing.T) {
 		c.end()
 	}
 	n.volume().mustPublish()
-	if !maps.Equal(k.held, map[string]int{"default": 3 << 20, "": 3 << 20}) {
-		t.Errorf("%v bytes are held", k.held)
+	if !maps.Equal(k.charged, map[string]int{"default": 3 << 20, "": 3 << 20}) {
+		t.Errorf("%v bytes are held", k.charged)
 	}
 }
 
@@ -801,33 +801,33 @@ func TestDriversStreamsCountForNoNamespace(t *testing.T) {
 	streams := func() map[string]int {
 		k.mu.Lock()
 		defer k.mu.Unlock()
-		return maps.Clone(k.streams)
+		return maps.Clone(k.watches)
 	}
 	if got := streams(); !maps.Equal(got, map[string]int{"": 1, "default": 1}) {
 		t.Errorf("streams %v", got)
 	}
 	k.mu.Lock()
-	k.streams[""] += maxOwnStreams - 1
+	k.watches[""] += maxOwnWatches - 1
 	k.mu.Unlock()
 	n.api.put(class("other", configuration("config", "file", "x")), connector("default", "other", "other"))
 	w := n.volume(attrs{"connector.name": "other"})
 	w.settle()
-	if got := streams(); got["default"] != 2 || got[""] != maxOwnStreams {
+	if got := streams(); got["default"] != 2 || got[""] != maxOwnWatches {
 		t.Errorf("streams %v", got)
 	}
 	k.mu.Lock()
-	k.streams[""] -= maxOwnStreams - 1
-	k.streams["default"] += maxNamespaceStreams - 2
+	k.watches[""] -= maxOwnWatches - 1
+	k.watches["default"] += maxNamespaceWatches - 2
 	k.mu.Unlock()
 	w.settle() // its class is watched now
 	n.api.put(connector("default", "more", "other"))
 	more := n.volume(attrs{"connector.name": "more"})
 	more.settle()
-	if got := streams(); got["default"] != maxNamespaceStreams || got[""] != 2 {
+	if got := streams(); got["default"] != maxNamespaceWatches || got[""] != 2 {
 		t.Errorf("streams %v", got)
 	}
 	k.mu.Lock()
-	k.streams["default"] -= maxNamespaceStreams - 2
+	k.watches["default"] -= maxNamespaceWatches - 2
 	k.mu.Unlock()
 	for _, v := range []*podVolume{v, w, more} {
 		v.mustUnpublish()

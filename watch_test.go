@@ -169,10 +169,10 @@ func (n *node) wantForgotten() {
 		}
 		using := 0
 		for e := range k.allEntries {
-			using += len(e.users) + e.lookups
+			using += len(e.subscriptions) + e.lookups
 		}
-		left = fmt.Sprint(d.volumes, d.kept, k.streams, using, k.held)
-		return len(d.volumes)+d.kept[""]+len(k.streams)+using+len(k.held)+len(k.entries) == 0
+		left = fmt.Sprint(d.volumes, d.kept, k.watches, using, k.charged)
+		return len(d.volumes)+d.kept[""]+len(k.watches)+using+len(k.charged)+len(k.entries) == 0
 	})
 }
 
