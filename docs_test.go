@@ -182,8 +182,20 @@ func TestPreviewOfTheREADME(t *testing.T) {
 	if stdout != block[3] || stderr != "" || code != 0 {
 		t.Errorf("exit code %d, on standard error %q, and on standard output\n%s\nREADME.md shows\n%s", code, stderr, stdout, block[3])
 	}
-	if volume := readText(t, "README.md"); !strings.Contains(volume, `configuration.names: "config"`) {
-		t.Error("README.md's volume is not of that configuration")
+
+	// The volume and the file above it are those of the same example.
+	first := regexp.MustCompile("(?s)```yaml\n(volumes:\n.*?)```.*?```text\n(.*?)```").FindStringSubmatch(readText(t, "README.md"))
+	if first == nil {
+		t.Fatal("README.md shows no volume and its file")
+	}
+	for line := range strings.Lines(first[1]) {
+		if !strings.Contains(readText(t, "examples/git/pod.yaml"), "  "+line) {
+			t.Errorf("examples/git/pod.yaml has no line %q", line)
+		}
+	}
+	credential := regexp.MustCompile("Basic .*")
+	if file := credential.ReplaceAllString(first[2], "Basic OlRPS0VO"); !strings.Contains(block[3], file) {
+		t.Errorf("the file is not the one that is printed, but\n%s", file)
 	}
 }
 

@@ -20,6 +20,7 @@ package main
 //	hostile_test.go                   render.go: what templates, objects and a renderer taken over can do
 //	mount_test.go, memory_test.go     mount.go: the mount, kills, memory of volumes
 //	mode_test.go                      mount.go and csi.go: file.mode, file.owner
+//	docs_test.go, promises_test.go    README.md and docs; what they promise and no other file tries
 //	fuzz_test.go, bench_test.go       random input; figures
 
 import (
