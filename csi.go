@@ -41,7 +41,7 @@ const (
 	defaultMode = 0o444 // of files, with which everyone may read them
 	groupMode   = 0o440 // with an fsGroup
 
-	maxMessageBytes = 1000 // an event holds 1,024
+	maxMessageBytes = 900 // an event may hold 1,024, about a hundred of them kubelet's
 
 	// What the volumeAttributes of a new volume may hold.
 	maxAttributeBytes = 32 << 10 // keys and values together
@@ -91,7 +91,7 @@ type driverConfig struct {
 	volumesBudget int64  // in bytes
 	binary        string // this program, which is the renderers' as well
 	log           *slog.Logger
-	kube          kubeConfig
+	api           kubeConfig
 }
 
 // newDriver makes a driver that goes on with the volumes that another process of it has left mounted.
@@ -101,8 +101,8 @@ func newDriver(c driverConfig) (*driver, error) {
 		return nil, err
 	}
 	m := newMetrics(b)
-	c.kube.log, c.kube.metrics = c.log, m
-	k, err := newKube(c.kube)
+	c.api.log, c.api.metrics = c.log, m
+	k, err := newKube(c.api)
 	if err != nil {
 		return nil, err
 	}
@@ -114,9 +114,10 @@ func newDriver(c driverConfig) (*driver, error) {
 	return d, nil
 }
 
-// volume is what the process knows of a target path, while somebody works on it and as long as it is mounted.
-// After a restart it has no publication until kubelet calls.
+// volume is the record of a target path, which the process has while somebody works on it and as long as it is
+// mounted. After a restart it has no publication until kubelet calls.
 type volume struct {
+	// These never change; what memory and subscriber hold has guards of its own.
 	target     string
 	memory     *footprint
 	subscriber subscriber
@@ -125,17 +126,17 @@ type volume struct {
 	// Whoever has the turn may use these.
 	published   bool              // by this driver
 	publication *publication      // kubelet's last that was valid; nil if there was no room to keep it
-	digest      [sha256.Size]byte // of all that the files were made from
+	inputs      [sha256.Size]byte // the digest of all that the files were made from
 	token       issuedToken       // that the driver asked for
 
 	// driver.mu guards the rest.
 	called   bool               // a call of kubelet waits for the turn, or has it
-	stop     context.CancelFunc // ends the push that has the turn
+	stop     context.CancelFunc // ends the push that has the turn; not nil just while inTurn has it
 	kept     int                // bytes
 	due      time.Time          // when the change came that the next push is for; zero if none is to come
-	pushed   time.Time          // when the last push began
-	failures int                // of the last pushes
-	// For the pushTimer push, the removal of old files, and the renewal of the token.
+	pushed   time.Time          // when the last push began that was no renewal
+	failures int                // of the last such pushes
+	// These timers are for the next push, the removal of old files and the renewal of the token.
 	pushTimer, sweepTimer, renewTimer *time.Timer
 }
 
@@ -157,8 +158,8 @@ func (d *driver) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.Nod
 	return &csi.NodeGetInfoResponse{NodeId: d.nodeName}, nil
 }
 
-// NodeGetCapabilities announces VOLUME_MOUNT_GROUP, with which kubelet passes the Pod's fsGroup: it applies
-// none itself to a read-only volume.
+// NodeGetCapabilities announces VOLUME_MOUNT_GROUP, with which kubelet passes the Pod's fsGroup: kubelet
+// itself applies none to a read-only volume.
 func (d *driver) NodeGetCapabilities(context.Context,
 	*csi.NodeGetCapabilitiesRequest) (*csi.NodeGetCapabilitiesResponse, error) {
 	rpc := &csi.NodeServiceCapability_RPC{Type: csi.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP}
@@ -170,13 +171,13 @@ func (d *driver) NodeGetCapabilities(context.Context,
 // NodePublishVolume mounts a volume, or brings the files of a mounted one up to date:
 //
 //  1. validate the request
-//  2. lock the target path; refuse to a new volume what a mounted one goes on with
+//  2. take the turn of the target path; refuse to a new volume what a mounted one goes on with
 //  3. read the Connectors and their classes, and get a token
 //  4. let a renderer make the files, in memory, unless they were made from just this before
 //  5. mount them, or update the mount in place
 //
 // Until step 5 nothing is touched: a first publish that fails leaves nothing behind, since kubelet sends no
-// Unpublish after a final error, and a republish that fails leaves the last good files.
+// Unpublish after a final error, and a republish that fails leaves the last good files, or just the new ones.
 func (d *driver) NodePublishVolume(ctx context.Context,
 	request *csi.NodePublishVolumeRequest) (_ *csi.NodePublishVolumeResponse, err error) {
 	start, changed := time.Now(), false
@@ -197,24 +198,19 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 		return nil, err
 	}
 
-	// 2. lock
-	v, err := d.lock(ctx, p.target, p.pod.uid)
+	// 2. take the turn
+	v, err := d.takeTurn(ctx, p.target, p.pod.uid)
 	if err != nil {
 		return nil, err
 	}
-	defer d.unlock(v)
+	defer d.endTurn(v)
 	at, err := d.budget.look(p.target, v.memory)
 	if err != nil {
 		return nil, mountError(err)
 	}
-	if p.attributes, err = d.attributesFor(v, request, p.pod.namespace); err == nil && !at.complete {
-		err = checkNew(request, p.attributes)
+	if err := d.readAttributes(v, p, request, at); err != nil {
+		return nil, podError(err)
 	}
-	if err != nil {
-		return nil, failure{codes.InvalidArgument, err}
-	}
-	p.attributes.lifetime = min(p.attributes.lifetime, maxTokenLifetime)
-	p.permissions.uid, p.permissions.mode = p.attributes.owner, cmp.Or(p.attributes.mode, p.permissions.mode)
 	switch {
 	case v.published && at.mounted:
 		d.keep(v, p) // also when the call fails later on, its token is the newest
@@ -233,28 +229,30 @@ func (d *driver) NodePublishVolume(ctx context.Context,
 // token alone: it reads nothing that the volume's files were made from. The caller has the volume's turn.
 func (d *driver) publish(ctx context.Context, v *volume, p *publication, at mountState,
 	renewal bool) (changed bool, err error) {
-	// 3. read
-	l := d.kube.begin(&lookup{subscriber: &v.subscriber, pod: p.pod, token: p.token, first: !at.complete, renewal: renewal})
+	// 3. read. An answer to a Connector's first reader shows that the API server takes the Pod's token, of
+	// whose claims chooseToken makes use; later tokens are believed, since kubelet alone may call.
+	l := d.kube.begin(&lookup{subscriber: &v.subscriber, pod: p.pod, token: p.token, first: !at.complete,
+		renewal: renewal})
 	defer l.end()
-	defer func() {
+	defer func() { // before the lookup ends
 		if v.publication != nil && d.kube.subscribe(&v.subscriber, l, err == nil) {
 			d.pushSoon(v)
 		}
 	}()
-	class := func(name string) (*apiObject, error) { return l.class(ctx, name) }
 	connector := func(ref reference) (*apiObject, error) { return l.connector(ctx, ref) }
+	class := func(name string) (*apiObject, error) { return l.class(ctx, name) }
 	sources, err := collectSources(p.pod, p.attributes.connectors, connector, class)
 	if err != nil {
 		return false, err
 	}
-	j := job{sources: sources, selection: p.attributes.selection, key: identify(p, sources)}
+	j := job{sources: sources, selection: p.attributes.selection, key: inputsDigest(p, sources)}
 	if j.token, err = d.chooseToken(ctx, l, v, p, j); err != nil {
 		return false, err
 	}
 
 	// 4. render
-	made := sha256.Sum256(fmt.Appendf(j.key[:], "%v %s", p.permissions, j.token))
-	if at.complete && v.digest == made {
+	inputs := sha256.Sum256(fmt.Appendf(nil, "%x %v %s", j.key, p.permissions, j.token))
+	if at.complete && v.inputs == inputs {
 		return false, nil
 	}
 	f, err := d.renderers.render(ctx, p.pod.namespace, j)
@@ -264,11 +262,11 @@ func (d *driver) publish(ctx context.Context, v *volume, p *publication, at moun
 	}
 
 	// 5. mount or update
-	v.digest = [sha256.Size]byte{} // of an update that fails halfway nothing is known
+	v.inputs = [sha256.Size]byte{} // of an update that fails halfway nothing is known
 	if changed, err = d.budget.publish(p.target, v.memory, at, f, p.permissions); err != nil {
 		return changed, mountError(err)
 	}
-	v.published, v.digest = true, made
+	v.published, v.inputs = true, inputs
 	if v.publication != p {
 		d.keep(v, p)
 	}
@@ -300,7 +298,7 @@ func restart(t *time.Timer, after time.Duration, do func()) *time.Timer {
 
 // sweep removes the generation that an update has left to those who were following ..data into it.
 func (d *driver) sweep(v *volume) {
-	if at, err := look(v.target); err != nil || !at.complete {
+	if at, err := look(v.target); err != nil || !at.complete || !v.published { // the record may be dropped
 		return
 	}
 	if err := d.budget.sweep(v.target, v.memory); err != nil {
@@ -308,18 +306,17 @@ func (d *driver) sweep(v *volume) {
 	}
 }
 
-// identify identifies what the files of a volume are made from, but for the token and their group.
-func identify(p *publication, sources []source) (digest [sha256.Size]byte) {
+// inputsDigest returns the digest of all that the files are made from, but for the token and the permissions.
+func inputsDigest(p *publication, sources []source) [sha256.Size]byte {
 	h := sha256.New()
 	h.Write(p.attributes.digest[:])
 	for _, s := range sources {
 		fmt.Fprintf(h, " %q %q", s.connector.version, s.class.version)
 	}
-	h.Sum(digest[:0])
-	return digest
+	return [sha256.Size]byte(h.Sum(nil))
 }
 
-// NodeUnpublishVolume unmounts a volume and removes its target path. It needs no memory of the volume and no
+// NodeUnpublishVolume unmounts a volume and removes its target path. It needs no record of the volume and no
 // API server, and succeeds where there is nothing to do.
 func (d *driver) NodeUnpublishVolume(ctx context.Context,
 	request *csi.NodeUnpublishVolumeRequest) (_ *csi.NodeUnpublishVolumeResponse, err error) {
@@ -338,11 +335,11 @@ func (d *driver) NodeUnpublishVolume(ctx context.Context,
 	if pod, err = d.checkTarget(request.TargetPath); err != nil { // its uid may be all that is known of the Pod
 		return nil, err
 	}
-	v, err := d.lock(ctx, request.TargetPath, pod)
+	v, err := d.takeTurn(ctx, request.TargetPath, pod)
 	if err != nil {
 		return nil, err
 	}
-	defer d.unlock(v)
+	defer d.endTurn(v)
 	if v.publication != nil {
 		pod = v.publication.pod.namespace + "/" + v.publication.pod.name
 	}
@@ -354,7 +351,7 @@ func (d *driver) NodeUnpublishVolume(ctx context.Context,
 }
 
 // publication is a validated request to publish. It is kept as long as the volume, so it holds nothing more
-// of the request than is needed.
+// of the request than is needed. Nobody may change what its attributes refer to.
 type publication struct {
 	target      string
 	pod         podIdentity
@@ -363,9 +360,10 @@ type publication struct {
 	permissions permissions
 }
 
-// size returns how many bytes are kept of it.
+// size returns the bytes that count of it: the text of its attributes, and its token.
 func (p *publication) size() int { return p.attributes.size + len(p.token) }
 
+// logPublish writes the line of a publish or a push.
 func (d *driver) logPublish(call string, p *publication, err error, start time.Time) {
 	d.logCall(call, err, "pod", p.pod.namespace+"/"+p.pod.name, "volume", volumeName(p.target),
 		"connectors", fmt.Sprint(p.attributes.connectors), "duration", time.Since(start))
@@ -410,6 +408,23 @@ func (d *driver) validate(request *csi.NodePublishVolumeRequest) (*publication, 
 	return p, checkIdentity(p.pod, uid, request.VolumeContext)
 }
 
+// readAttributes sets the publication's attributes, and its permissions by them. It is stricter with a new
+// volume: one that another release of the driver has mounted goes on.
+func (d *driver) readAttributes(v *volume, p *publication, request *csi.NodePublishVolumeRequest,
+	at mountState) (err error) {
+	if p.attributes, err = d.attributesFor(v, request, p.pod.namespace); err != nil {
+		return err
+	}
+	if !at.complete {
+		if err := checkNew(request, p.attributes); err != nil {
+			return err
+		}
+	}
+	p.attributes.lifetime = min(p.attributes.lifetime, maxTokenLifetime)
+	p.permissions.uid, p.permissions.mode = p.attributes.owner, cmp.Or(p.attributes.mode, p.permissions.mode)
+	return nil
+}
+
 // attributesFor returns the volume's attributes. A Pod cannot change them, so most calls bring known ones.
 func (d *driver) attributesFor(v *volume, request *csi.NodePublishVolumeRequest,
 	podNamespace string) (attributes, error) {
@@ -430,7 +445,7 @@ func (d *driver) attributesFor(v *volume, request *csi.NodePublishVolumeRequest,
 	return a, err
 }
 
-// checkNew refuses for a new volume what would be ignored without a word, and too many bytes of attributes.
+// checkNew refuses for a new volume what the driver does not support, and more than a volume may have.
 func checkNew(request *csi.NodePublishVolumeRequest, a attributes) error {
 	mount, mode := request.VolumeCapability.GetMount(), request.VolumeCapability.GetAccessMode().GetMode()
 	ephemeral, ok := request.VolumeContext[kubeletKeyPrefix+"ephemeral"]
@@ -448,10 +463,6 @@ func checkNew(request *csi.NodePublishVolumeRequest, a attributes) error {
 		return fmt.Errorf("%sephemeral is %q: only inline volumes can be mounted; write csi: into the "+
 			"Pod's volumes, not a persistentVolumeClaim", kubeletKeyPrefix, cut(ephemeral, maxQuotedBytes))
 	}
-	if a.size > maxAttributeBytes {
-		return fmt.Errorf("volumeAttributes may have %d bytes, not %d: make them smaller, or use several volumes",
-			maxAttributeBytes, a.size)
-	}
 	return a.check()
 }
 
@@ -465,14 +476,14 @@ func (d *driver) checkTarget(target string) (podUID string, err error) {
 		return "", failuref(codes.InvalidArgument, "target_path is missing")
 	}
 	below, ok := strings.CutPrefix(target, d.podsDir+"/")
-	parts := strings.Split(below, "/")
-	if !ok || filepath.Clean(target) != target || len(parts) != 5 ||
-		parts[1] != "volumes" || parts[2] != "kubernetes.io~csi" || parts[4] != "mount" {
+	isTarget, _ := filepath.Match(targetPattern, below)
+	if !ok || !isTarget || filepath.Clean(target) != target {
 		return "", failuref(codes.InvalidArgument,
 			"target_path %q is not %s/<Pod uid>/volumes/kubernetes.io~csi/<volume>/mount; if kubelet has "+
 				"another --root-dir, set --kubelet-dir to it", cut(target, maxQuotedBytes), d.podsDir)
 	}
-	return parts[0], nil
+	podUID, _, _ = strings.Cut(below, "/")
+	return podUID, nil
 }
 
 // volumeName returns the name of the volume in the Pod, which is part of the target path.
@@ -498,14 +509,12 @@ func podToken(request *csi.NodePublishVolumeRequest) (token string, _ error) {
 // checkIdentity compares what kubelet says of the Pod with the claims of its token. The keys are kubelet's
 // only while the CSIDriver object has podInfoOnMount; otherwise whoever writes a Pod can write them.
 func checkIdentity(pod podIdentity, targetUID string, volumeContext map[string]string) error {
-	claims := map[string]string{
-		"pod.name": pod.name, "pod.namespace": pod.namespace, "pod.uid": pod.uid,
-		"serviceAccount.name": pod.serviceAccount,
-	}
-	for key, claim := range claims {
-		if said, ok := volumeContext[kubeletKeyPrefix+key]; ok && said != claim {
-			return failuref(codes.PermissionDenied, "%s%s is %q, but the token is that of %q",
-				kubeletKeyPrefix, key, cut(said, maxQuotedBytes), claim)
+	for _, claim := range [][2]string{{"pod.name", pod.name}, {"pod.namespace", pod.namespace},
+		{"pod.uid", pod.uid}, {"serviceAccount.name", pod.serviceAccount}} {
+		key := kubeletKeyPrefix + claim[0]
+		if said, ok := volumeContext[key]; ok && said != claim[1] {
+			return failuref(codes.PermissionDenied, "%s is %q, but the token is that of %q", key,
+				cut(said, maxQuotedBytes), claim[1])
 		}
 	}
 	if pod.uid != targetUID {
@@ -582,6 +591,10 @@ func parseAttributes(volumeContext map[string]string, podNamespace string, built
 
 // check refuses for a new volume more than a volume may have.
 func (a attributes) check() error {
+	if a.size > maxAttributeBytes {
+		return fmt.Errorf("volumeAttributes may have %d bytes, not %d: make them smaller, or use several volumes",
+			maxAttributeBytes, a.size)
+	}
 	if len(a.connectors) > maxConnectors {
 		return fmt.Errorf("%s may name %d Connectors, not %d: use several volumes",
 			attrConnectors, maxConnectors, len(a.connectors))
@@ -611,7 +624,7 @@ func (a attributes) check() error {
 	return nil
 }
 
-// parseConnectors returns the Connectors that a volume names in one of two ways, each once and in that order.
+// parseConnectors returns the Connectors in the order in which a volume names them, in one of two ways.
 func parseConnectors(volumeContext map[string]string, podNamespace string) ([]reference, error) {
 	list, name, namespace := splitList(volumeContext[attrConnectors]), volumeContext[attrName],
 		volumeContext[attrNamespace]
@@ -721,7 +734,7 @@ func parseMode(text string) (os.FileMode, error) {
 	return mode, nil
 }
 
-// parseOwner reads the ID of the user whose the files are: root's if there is none.
+// parseOwner reads the ID of the user who owns the files: root's if there is none.
 func parseOwner(text string) (int, error) {
 	if text == "" {
 		return 0, nil
@@ -765,10 +778,10 @@ func (d *driver) newVolume(target string, memory *footprint) *volume {
 	return v
 }
 
-// lock finds or makes the record of a target path for a call of kubelet, and takes its turn, for which it ends a
-// push that has it: the call does the same. A second call is told to come again, as the CSI specification has it
-// (ABORTED: an operation is pending for the volume): kubelet does, half a second later.
-func (d *driver) lock(ctx context.Context, target, podUID string) (*volume, error) {
+// takeTurn takes the turn of a target path for a call of kubelet, and makes the record if there is none. It ends
+// a push that has the turn, since the call makes that superfluous. While one call waits for the turn or has it,
+// another is answered ABORTED, as the CSI specification has it; kubelet comes again half a second later.
+func (d *driver) takeTurn(ctx context.Context, target, podUID string) (*volume, error) {
 	d.mu.Lock()
 	v := d.volumes[target]
 	if v == nil {
@@ -792,12 +805,12 @@ func (d *driver) lock(ctx context.Context, target, podUID string) (*volume, erro
 	d.mu.Lock()
 	v.called = false
 	d.mu.Unlock()
-	go d.inTurn(v, func(context.Context) {}) // drops the record, if nobody else does
+	go d.inTurn(v, func(context.Context) {}) // drops the record when whoever has the turn ends
 	return nil, ctx.Err()
 }
 
-// unlock gives the turn back, and drops the record of a volume that is not published, unless a call waits.
-func (d *driver) unlock(v *volume) {
+// endTurn gives the turn back, and drops the record of a volume that is not published, unless a call waits.
+func (d *driver) endTurn(v *volume) {
 	d.mu.Lock()
 	if v.stop != nil {
 		v.stop = nil
@@ -816,7 +829,7 @@ func (d *driver) inTurn(v *volume, do func(ctx context.Context)) {
 	ctx, cancel := context.WithTimeout(context.Background(), publishTimeout)
 	defer cancel()
 	v.turn <- struct{}{}
-	defer d.unlock(v)
+	defer d.endTurn(v)
 	d.mu.Lock()
 	v.stop = cancel
 	if v.called || d.closed {
@@ -838,8 +851,8 @@ func (d *driver) pushSoon(v *volume) {
 }
 
 // push brings the files of a mounted volume up to date as a republish does, with what kubelet's last call said.
-// It waits for a call that is under way, and leaves the work to one that comes. A renewal is tried again until
-// it succeeds.
+// It waits for a call that has the turn, and leaves the work to one that comes meanwhile. A renewal that fails
+// is tried again.
 func (d *driver) push(v *volume, renewal bool) {
 	d.inTurn(v, func(ctx context.Context) {
 		d.mu.Lock()
@@ -848,33 +861,45 @@ func (d *driver) push(v *volume, renewal bool) {
 			v.due, v.pushed = time.Time{}, time.Now()
 		}
 		d.mu.Unlock()
-		p := v.publication
-		at, err := d.budget.look(v.target, v.memory)
-		if p == nil || err != nil || !at.complete || ctx.Err() != nil || !renewal && due.IsZero() {
-			return
-		}
-		start := time.Now()
-		changed, err := d.publish(ctx, v, p, at, renewal)
-		err = answer(err)
-		d.metrics.inc(pushesTotal, "code", status.Code(err).String())
-		d.mu.Lock()
-		if err != nil && renewal {
-			v.renewTimer = restart(v.renewTimer, retryInterval, func() { d.push(v, true) })
-		} else if err != nil {
-			v.failures = min(v.failures+1, 5)
-		}
-		d.mu.Unlock()
-		if changed && err == nil && !renewal {
-			d.metrics.observe(pushDuration, time.Since(due))
-		}
-		if stopped := errors.Is(ctx.Err(), context.Canceled); changed || err != nil && !stopped {
-			d.logPublish("push", p, err, start)
+		forgotten := v.publication == nil || !renewal && due.IsZero()
+		if at, err := d.budget.look(v.target, v.memory); err == nil && at.complete && !forgotten && ctx.Err() == nil {
+			d.pushInTurn(ctx, v, at, renewal, due)
 		}
 	})
 }
 
-// close ends the pushes, the streams and the renderers.
+// pushInTurn is a push for a change that was due then. The caller has the volume's turn.
+func (d *driver) pushInTurn(ctx context.Context, v *volume, at mountState, renewal bool, due time.Time) {
+	start, p := time.Now(), v.publication
+	changed, err := d.publish(ctx, v, p, at, renewal)
+	stopped := errors.Is(ctx.Err(), context.Canceled)
+	err = answer(err)
+	d.metrics.inc(pushesTotal, "code", status.Code(err).String())
+	d.mu.Lock()
+	switch {
+	case err == nil:
+		v.failures = 0
+	case renewal:
+		v.renewTimer = restart(v.renewTimer, retryInterval, func() { d.push(v, true) })
+	case !stopped:
+		v.failures = min(v.failures+1, 5)
+	}
+	d.mu.Unlock()
+	if changed && !renewal {
+		d.metrics.observe(pushDuration, time.Since(due))
+	}
+	if changed || err != nil && !stopped {
+		d.logPublish("push", p, err, start)
+	}
+}
+
+// close ends all that goes on beside kubelet's calls:
+//
+//  1. let no push begin, and stop those under way
+//  2. wait for each, and end its volume's timers and streams
+//  3. end the connections and the renderers
 func (d *driver) close() {
+	// 1. stop
 	d.mu.Lock()
 	d.closed = true
 	volumes := slices.Collect(maps.Values(d.volumes))
@@ -884,15 +909,19 @@ func (d *driver) close() {
 		}
 	}
 	d.mu.Unlock()
+
+	// 2. wait
 	for _, v := range volumes {
-		d.inTurn(v, func(context.Context) { d.forget(v) }) // after a push that has the turn
+		d.inTurn(v, func(context.Context) { d.forget(v) })
 	}
+
+	// 3. end
 	d.kube.close()
 	d.renderers.close()
 }
 
-// keep makes a publication the one that pushes use, if there is room for it; else kubelet's calls alone refresh
-// the volume, and nothing is watched for it. The caller has the volume's turn.
+// keep makes p the publication that pushes use. Without room for it, or with nil, there is none: kubelet's calls
+// alone refresh the volume, and nothing is watched for it. The caller has the volume's turn.
 func (d *driver) keep(v *volume, p *publication) {
 	size := 0
 	if p != nil {
@@ -915,7 +944,8 @@ func (d *driver) keep(v *volume, p *publication) {
 	}
 }
 
-// forget drops what is kept of a volume that is not mounted any more. The caller has its turn.
+// forget drops what the process keeps of a volume: of one that is not mounted any more, or of any at its end.
+// The caller has the volume's turn.
 func (d *driver) forget(v *volume) {
 	v.published = false
 	d.keep(v, nil)
@@ -975,29 +1005,37 @@ func collectSources(pod podIdentity, refs []reference, getConnector func(referen
 	return sources, nil
 }
 
-// proxyAudiences are the audiences that the proxies of the Connectors want in the token. Whoever may write a
+// proxyAudiences returns the audiences that the proxies of the Connectors want in the token. Whoever may write a
 // Connector's status could name any, and have tokens made for somebody else's service; so what a Connector
-// names counts only if its class names it too, or if it is the proxy's address, an http or https URL, which is
-// where the files send the token: plain words are the audiences of services that are no proxy.
+// names counts only if its class names it too, or if it is its proxy's address, which is where the files send
+// the token.
 func proxyAudiences(sources []source) ([]string, error) {
 	var audiences []string
 	for _, s := range sources {
-		connector, class := s.connector, s.class
-		audience := cmp.Or(connector.proxyAudience, class.proxyAudience)
-		u, err := url.Parse(audience)
-		isProxy := err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Hostname() != "" &&
-			audience == connector.proxyURL && (connector.proxyAddress == "" || connector.proxyAddress == connector.proxyURL)
-		if audience != "" && audience != class.proxyAudience && audience != class.classAudience && !isProxy {
-			return nil, failuref(codes.FailedPrecondition, "Connector %q: the audience %q in its status.proxy.httpAddress is neither one that "+
-				"ConnectorClass %q names (status.proxy.httpAddress.audience, spec.proxy.audience) nor "+
-				"the address of the Connector's proxy, an http or https URL",
-				connector.namespace+"/"+connector.name, cut(audience, maxQuotedBytes), class.name)
-		}
-		if audience != "" && !slices.Contains(audiences, audience) {
-			audiences = append(audiences, audience)
+		audience := cmp.Or(s.connector.proxyAudience, s.class.proxyAudience)
+		switch {
+		case audience == "":
+		case audience == s.class.proxyAudience, audience == s.class.classAudience, isProxy(audience, s.connector):
+			if !slices.Contains(audiences, audience) {
+				audiences = append(audiences, audience)
+			}
+		default:
+			return nil, failuref(codes.FailedPrecondition, "Connector %q: the audience %q in its "+
+				"status.proxy.httpAddress is neither one that ConnectorClass %q names "+
+				"(status.proxy.httpAddress.audience, spec.proxy.audience) nor the address of the Connector's "+
+				"proxy, an http or https URL",
+				s.connector.namespace+"/"+s.connector.name, cut(audience, maxQuotedBytes), s.class.name)
 		}
 	}
 	return audiences, nil
+}
+
+// isProxy reports whether an audience is the one address of the Connector's proxy, and an http or https URL: a
+// plain word is the audience of a service that is no proxy.
+func isProxy(audience string, connector *apiObject) bool {
+	u, err := url.Parse(audience)
+	return err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Hostname() != "" &&
+		audience == connector.proxyURL && audience == cmp.Or(connector.proxyAddress, audience)
 }
 
 // chooseToken returns the token for the files: kubelet's, which kubelet renews, or for another lifetime or
@@ -1036,8 +1074,8 @@ func (d *driver) chooseToken(ctx context.Context, l *lookup, v *volume, p *publi
 	return token.value, nil
 }
 
-// connectorError says why a Connector was not read: the object, the cause, the remedy. The functions after
-// it say so of the other things that a publish needs.
+// connectorError says why a Connector was not read: the object, the cause, the remedy. classError, tokenError,
+// renderError and mountError say so of the other things that a publish needs.
 func connectorError(err error, ref reference, pod podIdentity) error {
 	switch code, err := lookupError(err); code {
 	case codes.NotFound:
@@ -1107,7 +1145,7 @@ func mountError(err error) error {
 		"the node's kernel refused the volume: %v; look at the driver's log and at dmesg on the node", err)
 }
 
-// answer makes what kubelet hears of an error, within what an event can hold.
+// answer makes the error that kubelet hears, short enough for an event.
 func answer(err error) error {
 	if err == nil {
 		return nil
@@ -1116,16 +1154,16 @@ func answer(err error) error {
 }
 
 // logCall writes the one line of a call that failed or changed something.
-func (d *driver) logCall(call string, err error, attributes ...any) {
-	for i, a := range attributes {
+func (d *driver) logCall(call string, err error, pairs ...any) {
+	for i, a := range pairs {
 		if text, ok := a.(string); ok {
-			attributes[i] = cut(text, maxQuotedBytes)
+			pairs[i] = cut(text, maxQuotedBytes)
 		}
 	}
 	if err != nil {
-		d.log.Error(call, append(attributes, "code", status.Code(err).String(),
+		d.log.Error(call, append(pairs, "code", status.Code(err).String(),
 			"error", status.Convert(err).Message())...)
 	} else {
-		d.log.Info(call, attributes...)
+		d.log.Info(call, pairs...)
 	}
 }

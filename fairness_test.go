@@ -253,7 +253,7 @@ func TestDigestOfAJob(t *testing.T) {
 		p.attributes, err = n.driver.attributesFor(&volume{}, v.request(), p.pod.namespace)
 		must(t, err)
 		p.permissions.gid = gid
-		return identify(p, []source{{&apiObject{version: connector}, &apiObject{version: class}}})
+		return inputsDigest(p, []source{{&apiObject{version: connector}, &apiObject{version: class}}})
 	}
 	first := digest(n.volume(), 0, "1", "2")
 	if digest(n.volume(), 7, "1", "2") != first {

@@ -155,7 +155,7 @@ func run() error {
 	d, err := newDriver(driverConfig{
 		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, volumesBudget: int64(*volumesBudget) << 20,
 		binary: "/proc/self/exe", log: slog.Default(),
-		kube: kubeConfig{server: "https://" + net.JoinHostPort(host, port), directory: serviceAccountDir,
+		api: kubeConfig{server: "https://" + net.JoinHostPort(host, port), directory: serviceAccountDir,
 			refresh: *refresh},
 	})
 	if err != nil {
@@ -839,7 +839,7 @@ func (m *metrics) observe(name string, took time.Duration) {
 // text gives all metrics in the text format of Prometheus, always in the same order.
 func (m *metrics) text() string {
 	var b strings.Builder
-	volumes, used := m.budget.total()
+	volumes, used := m.budget.usage()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.values["connectors_csi_volumes"] = map[string]int64{"": int64(volumes)}

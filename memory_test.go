@@ -72,7 +72,7 @@ func TestMemoryIsKnownBeforeTheMount(t *testing.T) {
 		if need, used := f.charge(), usedAt(t, target); need != used {
 			t.Errorf("%s: %d bytes, but it takes %d", what, need, used)
 		}
-		_, err := unpublishVolume(target)
+		_, err := unmountVolume(target)
 		must(t, err)
 	}
 }
@@ -174,7 +174,7 @@ func TestPodsVolumesHaveALimitTogether(t *testing.T) {
 	first, second, third := pod.volume("first"), pod.volume("second"), pod.volume("third")
 	first.mustPublish()
 	second.mustPublish()
-	third.mustRefuse(codes.ResourceExhausted, "takes 1014 KiB of memory", "other volumes take 2029 KiB", "may take 2048 KiB")
+	third.mustRefuse(codes.ResourceExhausted, "takes 1014 KiB of memory", "other volumes and old files take 2029 KiB", "may take 2048 KiB")
 	n.volume().mustPublish() // of another Pod
 
 	// Files may be replaced by as many, which leaves no room for the old ones beside them.
@@ -189,7 +189,7 @@ func TestPodsVolumesHaveALimitTogether(t *testing.T) {
 	files := second.read()
 	n.api.put(sized(1010 << 10))
 	n.age()
-	wantError(t, second.publish(), codes.ResourceExhausted, "takes 1046 KiB of memory", "other volumes take 1014 KiB")
+	wantError(t, second.publish(), codes.ResourceExhausted, "takes 1046 KiB of memory", "other volumes and old files take 1014 KiB")
 	if !maps.Equal(second.read(), files) {
 		t.Error("the files changed")
 	}
@@ -215,7 +215,7 @@ func TestPodsVolumesAtOnce(t *testing.T) {
 		if err := <-results; err == nil {
 			published++
 		} else {
-			wantError(t, err, codes.ResourceExhausted, "other volumes take")
+			wantError(t, err, codes.ResourceExhausted, "other volumes and old files take")
 		}
 	}
 	if published != 3 || len(mountsBelow(n.podsDir())) != 3 {
@@ -234,7 +234,7 @@ func TestNodesBudget(t *testing.T) {
 		v.mustPublish()
 	}
 	v, refused := volumes[0], n.volume()
-	words := []string{"takes 334 KiB of memory", "other volumes take 1003 KiB", "may take 1024 KiB", "raise --volumes-budget"}
+	words := []string{"takes 334 KiB of memory", "other volumes and old files take 1003 KiB", "may take 1024 KiB", "raise --volumes-budget"}
 	refused.mustRefuse(codes.ResourceExhausted, words...)
 	if got := n.readMetrics(); got["connectors_csi_volumes_bytes"] != 3*334.5*1024 || got["connectors_csi_volumes_budget_bytes"] != 1<<20 || got["connectors_csi_volumes"] != 3 {
 		t.Errorf("metrics %v", got)
@@ -256,7 +256,7 @@ func TestNodesBudget(t *testing.T) {
 	// What grows beyond the budget is refused, and what grows within it is not.
 	files := v.read()
 	n.api.put(sized(324 << 10))
-	wantError(t, v.publish(), codes.ResourceExhausted, "takes 358 KiB of memory", "other volumes take 669 KiB", "--volumes-budget")
+	wantError(t, v.publish(), codes.ResourceExhausted, "takes 358 KiB of memory", "other volumes and old files take 669 KiB", "--volumes-budget")
 	if !maps.Equal(v.read(), files) {
 		t.Error("the files changed")
 	}
@@ -571,9 +571,9 @@ func TestBudgetIsGivenBack(t *testing.T) {
 	}
 
 	// One that is just being mounted is not forgotten.
-	next, err := n.driver.lock(t.Context(), n.volume().target, "uid")
+	next, err := n.driver.takeTurn(t.Context(), n.volume().target, "uid")
 	must(t, err)
-	defer n.driver.unlock(next)
+	defer n.driver.endTurn(next)
 	_, err = n.driver.budget.reserve(next.memory, 0, 1<<20)
 	must(t, err)
 	n.driver.forgetUnmounted()

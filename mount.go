@@ -23,13 +23,13 @@ import (
 // ConfigMap, so that a change of several files is one rename and file watchers behave as they do there:
 //
 //	name           -> ..data/name         what users see, one link for each file
-//	..data         -> ..gen-0123456789ab  the current generation
-//	..gen-0123456789ab/name               the files; the directory's name is a digest of all of them
+//	..data         -> ..gen-<digest>      the current generation
+//	..gen-<digest>/name                   the files; the digest is one of them and of who may read them
 //
 // The mounts are the only state that outlives the process: a restarted driver goes on from what it finds in
 // them, and from kubelet's next calls.
 const (
-	mountSource = "connectors-csi" // what /proc/mounts shows as the device
+	mountSource = driverName // what /proc/mounts shows as the device
 
 	maxVolumeBytes = 1 << 20 // all files of a volume together, as for a ConfigMap
 	maxVolumeFiles = 256
@@ -41,6 +41,8 @@ const (
 	// KiB.
 	mountMemory = 20 << 10
 	inodeMemory = 1536 // of a file, a link or a directory; the longer its name, the more
+
+	targetPattern = "*/volumes/kubernetes.io~csi/*/mount" // of target paths, below kubelet's pods directory
 
 	dataLink         = "..data"
 	nextDataLink     = "..data_tmp"
@@ -66,20 +68,20 @@ type permissions struct {
 
 // dirMode is the mode of directories: whoever may read the files may list and search them, and nobody may
 // write.
-func (a permissions) dirMode() os.FileMode {
-	read := a.mode & 0o444
+func (p permissions) dirMode() os.FileMode {
+	read := p.mode & 0o444
 	return read | read>>2
 }
 
 // mountState is what there is at a target path.
 type mountState struct {
 	mounted  bool      // something is, at the path itself
-	complete bool      // and it has the files of a volume
+	complete bool      // and ..data leads somewhere: it is a volume with its files, and no new one
 	id       unix.Fsid // of the file system; that of a tmpfs is random
 	used     int64     // the memory that it takes, if it is a tmpfs
 }
 
-// look finds out what there is at the target path, whatever else is mounted on the node.
+// look finds out what there is at the target path, without the mount table, whose length depends on others.
 func look(target string) (at mountState, _ error) {
 	var stat unix.Statx_t
 	err := unix.Statx(unix.AT_FDCWD, target, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_MODE, &stat)
@@ -110,7 +112,7 @@ func look(target string) (at mountState, _ error) {
 //
 // Until the last system call nobody sees anything, and after it everything; a process that dies in between
 // leaves at most an empty directory.
-func mountVolume(target string, f files, perm permissions) (at mountState, err error) {
+func mountVolume(target string, f files, p permissions) (at mountState, err error) {
 	// 1. create
 	mount, err := newTmpfs()
 	if err != nil {
@@ -119,7 +121,7 @@ func mountVolume(target string, f files, perm permissions) (at mountState, err e
 	defer unix.Close(mount)
 
 	writing.RLock()
-	_, err = writeGeneration(mount, f, perm) // 2. write
+	_, err = writeGeneration(mount, f, p) // 2. write
 	if err == nil {
 		err = setReadOnly(mount, true) // 3. read-only
 	}
@@ -140,7 +142,7 @@ func mountVolume(target string, f files, perm permissions) (at mountState, err e
 	return stateBehind(mount), nil
 }
 
-// stateBehind is what there is at the target path of a mount, or of a clone of it.
+// stateBehind returns the file system behind a mount, which may be a clone, or nothing if the kernel fails.
 func stateBehind(mount int) (at mountState) {
 	var usage unix.Statfs_t
 	if unix.Fstatfs(mount, &usage) == nil {
@@ -149,7 +151,7 @@ func stateBehind(mount int) (at mountState) {
 	return at
 }
 
-// stateOf is what the kernel says of a mounted file system.
+// stateOf returns what the kernel says of a mounted file system.
 func stateOf(usage *unix.Statfs_t) mountState {
 	at := mountState{mounted: true, id: usage.Fsid}
 	if usage.Type == unix.TMPFS_MAGIC {
@@ -161,9 +163,9 @@ func stateOf(usage *unix.Statfs_t) mountState {
 
 // updateVolume brings the files of a mounted volume up to date without ever making the mount writable for
 // the containers that use it: it writes through a private clone of the mount.
-func updateVolume(target string, f files, perm permissions) (at mountState, changed bool, err error) {
+func updateVolume(target string, f files, p permissions) (at mountState, changed bool, err error) {
 	at, err = throughClone(target, func(clone int) (err error) {
-		changed, err = writeGeneration(clone, f, perm)
+		changed, err = writeGeneration(clone, f, p)
 		return err
 	})
 	return at, changed, err
@@ -187,27 +189,27 @@ func sweepVolume(target string) (at mountState, err error) {
 
 // emptyVolume truncates and removes all that is in a volume, so that a descriptor that somebody has passed on
 // keeps next to nothing of it. It does so only in the file system of that id, where every name is one that
-// this driver gives. It returns a clone of the mount if there is still something in it, as an old file that
-// somebody has open, or else -1.
-func emptyVolume(target string, id unix.Fsid) (kept int) {
-	kept = -1
-	throughClone(target, func(clone int) error {
+// this driver gives. If something is left, as an old file that somebody has open, it returns a clone of the
+// mount, which the caller closes, or else -1.
+func emptyVolume(target string, id unix.Fsid) (pinned int) {
+	pinned = -1
+	throughClone(target, func(clone int) (err error) { // what fails leaves something
 		if stateBehind(clone).id != id {
 			return errNotOurs
 		}
-		err := empty(clone)
-		if err == nil && !stateBehind(clone).isEmpty() {
-			kept, err = unix.FcntlInt(uintptr(clone), unix.F_DUPFD_CLOEXEC, 0)
+		empty(clone)
+		if !stateBehind(clone).isEmpty() {
+			pinned, err = unix.FcntlInt(uintptr(clone), unix.F_DUPFD_CLOEXEC, 0)
 		}
 		return err
 	})
-	return kept
+	return pinned
 }
 
 // isEmpty reports whether a tmpfs has nothing but its root directory.
 func (at mountState) isEmpty() bool { return at.used <= charge(0, 1) }
 
-// empty truncates and removes all files, if all of them are a volume's.
+// empty truncates and removes all files.
 func empty(mount int) error {
 	root, present, err := openVolume(mount)
 	if err != nil {
@@ -215,8 +217,8 @@ func empty(mount int) error {
 	}
 	defer root.Close()
 	for name := range present {
-		files, _ := fs.Glob(root.FS(), name+"/*") // of a generation, also by ..data
-		for _, file := range files {
+		paths, _ := fs.Glob(root.FS(), name+"/*") // of a generation, also by ..data
+		for _, file := range paths {
 			if f, err := root.OpenFile(file, os.O_WRONLY|os.O_TRUNC, 0); err == nil {
 				f.Close()
 			}
@@ -228,8 +230,8 @@ func empty(mount int) error {
 	return nil
 }
 
-// openVolume opens the root directory behind a mount, and reads the names in it, if all of them are a
-// volume's.
+// openVolume opens the root directory behind a mount and reads the names in it. It refuses a directory with a
+// name that no volume has: one that is no link and does not begin with two dots.
 func openVolume(mount int) (_ *os.Root, present map[string]bool, _ error) {
 	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", mount))
 	if err != nil {
@@ -287,9 +289,9 @@ func throughClone(target string, change func(clone int) error) (at mountState, e
 	return stateBehind(clone), err
 }
 
-// unpublishVolume unmounts whatever is mounted at the target path and removes the directory. Nothing there,
+// unmountVolume unmounts whatever is mounted at the target path and removes the directory. Nothing there,
 // or nothing mounted, is success: kubelet may ask again, and it may ask after a reboot.
-func unpublishVolume(target string) (changed bool, err error) {
+func unmountVolume(target string) (changed bool, err error) {
 	for {
 		// Detached, so that a process standing in the directory cannot keep the Pod from being deleted.
 		// EINVAL: not a mount point.
@@ -298,13 +300,13 @@ func unpublishVolume(target string) (changed bool, err error) {
 			return changed, fmt.Errorf("umount %s: %w", target, err)
 		}
 		unmounted := err == nil
+		changed = changed || unmounted
 		switch err := unix.Rmdir(target); {
 		case err == nil:
 			return true, nil
 		case errors.Is(err, unix.ENOENT):
 			return changed, nil
 		case errors.Is(err, unix.EBUSY) && unmounted: // there was another mount below
-			changed = true
 		case errors.Is(err, unix.ENOTEMPTY), errors.Is(err, unix.ENOTDIR):
 			return changed, fmt.Errorf("rmdir %s: %w", target, errNotOurs)
 		default:
@@ -313,8 +315,8 @@ func unpublishVolume(target string) (changed bool, err error) {
 	}
 }
 
-// newTmpfs creates a tmpfs that is mounted nowhere, with room for two generations as large as a Pod may have
-// one.
+// newTmpfs creates a tmpfs that is mounted nowhere, with room for two generations, each as large as all volumes
+// of a Pod may be.
 func newTmpfs() (mount int, err error) {
 	options := [][2]string{
 		{"source", mountSource},
@@ -369,14 +371,14 @@ func setReadOnly(mount int, readOnly bool) error {
 //     since somebody may be following ..data into it at this very moment
 //
 // Every step finds by itself what is left to do, so an interrupted update is completed by the next one. It
-// reports whether it changed what users see; if not, nothing is left to do.
-func writeGeneration(mount int, f files, perm permissions) (changed bool, err error) {
+// reports whether it changed what users see; if not, and without an error, nothing is left to do.
+func writeGeneration(mount int, f files, p permissions) (changed bool, err error) {
 	root, present, err := openVolume(mount)
 	if err != nil {
 		return false, err
 	}
 	defer root.Close()
-	generation := generationPrefix + digest(f, perm)
+	generation := generationPrefix + digest(f, p)
 	current, err := root.Readlink(dataLink)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, err
@@ -384,57 +386,61 @@ func writeGeneration(mount int, f files, perm permissions) (changed bool, err er
 
 	// 1. write
 	if current != generation {
-		changed = true
 		if err := removeGenerations(root, present, current); err != nil {
-			return true, err
+			return false, err
 		}
-		if err := writeFiles(root, generation, f, perm); err != nil {
-			return true, errors.Join(err, root.RemoveAll(generation))
+		if err := writeFiles(root, generation, f, p); err != nil {
+			return false, errors.Join(err, root.RemoveAll(generation))
 		}
 	}
 
 	// 2. link
 	for name := range f {
-		if present[name] {
-			continue
-		}
-		changed = true
-		if err := root.Symlink(dataLink+"/"+name, name); err != nil {
-			return true, err
+		if !present[name] {
+			changed = true
+			if err := root.Symlink(dataLink+"/"+name, name); err != nil {
+				return true, err
+			}
 		}
 	}
 
 	// 3. switch
 	if current != generation {
-		if err := perm.applyTo(root); err != nil {
-			return true, err
+		if err := switchTo(root, generation, p); err != nil {
+			return changed, err
 		}
-		if err := root.RemoveAll(nextDataLink); err != nil {
-			return true, err
-		}
-		if err := root.Symlink(generation, nextDataLink); err != nil {
-			return true, err
-		}
-		if err := root.Rename(nextDataLink, dataLink); err != nil {
-			return true, err
-		}
+		changed = true
 	}
 
-	// 4. sweep
+	// 4. tidy
 	for name := range present {
 		if _, wanted := f[name]; wanted || name == generation || name == current || name == dataLink {
 			continue
 		}
 		if err := root.RemoveAll(name); err != nil {
-			return true, err
+			return changed, err
 		}
 	}
 	return changed, nil
 }
 
+// switchTo makes a generation the current one, for those who may read its files.
+func switchTo(root *os.Root, generation string, p permissions) error {
+	if err := p.applyTo(root); err != nil {
+		return err
+	}
+	if err := root.RemoveAll(nextDataLink); err != nil {
+		return err
+	}
+	if err := root.Symlink(generation, nextDataLink); err != nil {
+		return err
+	}
+	return root.Rename(nextDataLink, dataLink)
+}
+
 // writeFiles writes the directory of a generation. Modes are set after creation, since the umask would take
 // from them.
-func writeFiles(root *os.Root, generation string, f files, perm permissions) error {
+func writeFiles(root *os.Root, generation string, f files, p permissions) error {
 	if err := root.Mkdir(generation, 0o700); err != nil {
 		return err
 	}
@@ -449,16 +455,16 @@ func writeFiles(root *os.Root, generation string, f files, perm permissions) err
 			return err
 		}
 		_, err = file.Write(content)
-		if err := errors.Join(err, perm.apply(file, perm.mode), file.Close()); err != nil {
+		if err := errors.Join(err, p.apply(file, p.mode), file.Close()); err != nil {
 			return err
 		}
 	}
-	return perm.applyTo(dir)
+	return p.applyTo(dir)
 }
 
-// applyTo gives a directory to those who may read the volume. One that is theirs already stays untouched: in
-// between it is nobody's but the driver's, and somebody may be on the way through it.
-func (a permissions) applyTo(dir *os.Root) error {
+// applyTo gives a directory to those who may read the volume. One that is theirs already stays untouched: while
+// it changes it is root's, and somebody on the way through it would be refused.
+func (p permissions) applyTo(dir *os.Root) error {
 	self, err := dir.Open(".")
 	if err != nil {
 		return err
@@ -468,64 +474,63 @@ func (a permissions) applyTo(dir *os.Root) error {
 	if err := unix.Fstat(int(self.Fd()), &is); err != nil {
 		return err
 	}
-	if int(is.Uid) == a.uid && int(is.Gid) == a.gid && os.FileMode(is.Mode&0o7777) == a.dirMode() {
+	if int(is.Uid) == p.uid && int(is.Gid) == p.gid && os.FileMode(is.Mode&0o7777) == p.dirMode() {
 		return nil
 	}
 	if err := self.Chown(0, 0); err != nil {
 		return err
 	}
-	return a.apply(self, a.dirMode())
+	return p.apply(self, p.dirMode())
 }
 
-// apply gives a file or a directory of the driver's its mode and then its owners: afterwards, to change the mode
-// would take CAP_FOWNER.
-func (a permissions) apply(file *os.File, mode os.FileMode) error {
+// apply sets the mode before the owner, since changing the mode of another user's file takes CAP_FOWNER.
+func (p permissions) apply(file *os.File, mode os.FileMode) error {
 	if err := file.Chmod(mode); err != nil {
 		return err
 	}
-	err := file.Chown(a.uid, a.gid)
+	err := file.Chown(p.uid, p.gid)
 	if errors.Is(err, unix.EINVAL) {
 		return failuref(codes.FailedPrecondition, "the driver's user namespace has no user %d or no group %d: "+
-			"use a %s and an fsGroup that the node has", a.uid, a.gid, attrOwner)
+			"use a %s and an fsGroup that the node has", p.uid, p.gid, attrOwner)
 	}
 	return err
 }
 
 // digest names a generation: by its files and by who may read them, so that a change of either is a change.
-func digest(f files, perm permissions) string {
+func digest(f files, p permissions) string {
 	h := sha256.New()
-	fmt.Fprintf(h, "%v\n", perm)
+	fmt.Fprintf(h, "%v\n", p)
 	for _, name := range slices.Sorted(maps.Keys(f)) {
 		fmt.Fprintf(h, "%d:%s%d:%s", len(name), name, len(f[name]), f[name])
 	}
 	return hex.EncodeToString(h.Sum(nil)[:16])
 }
 
-// A tmpfs belongs to the memory of the container that wrote it, and outlives its processes: volumes without a
-// limit would kill the driver, and every driver after it. budget limits those of a Pod, and those of the
-// node.
+// budget limits the memory of a Pod's volumes, and of all. A tmpfs belongs to the memory of the container that
+// wrote it, and outlives its processes: volumes without a limit would kill the driver, and every driver after it.
 type budget struct {
 	limit int64 // of all volumes
 
-	oneAtATime sync.Mutex // held by an update that there is no room for beside the old files
+	oneAtATime sync.Mutex // held by an update that may not keep the old files beside the new ones
 
-	mu     sync.Mutex
+	mu     sync.Mutex // guards what follows
 	all    total
 	pods   map[string]total   // by the Pod's uid
 	pinned map[int]*footprint // of volumes that were unmounted and are not empty, by a clone of the mount
 }
 
-// total is that of several volumes.
+// total sums the footprints of several volumes.
 type total struct {
 	volumes     int
-	files, used int64 // as in a footprint
+	files, used int64
 }
 
-// footprint is the memory of a volume. The lock of the budget guards what is in it.
+// footprint is the memory of a volume. Whoever has the volume's turn may read it, and changes it with the lock of
+// the budget. The methods of budget that have one are for whoever has the turn.
 type footprint struct {
 	pod   string    // uid
 	id    unix.Fsid // of the tmpfs, if this driver mounted it
-	files int64     // by its files alone; 0 until it is mounted
+	files int64     // by its files alone, as far as that is known; 0 until it is mounted
 	used  int64     // by all that is in it: also by old files that somebody has open, and by what is set aside
 }
 
@@ -538,9 +543,9 @@ func newBudget(podsDir string, limit int64) (*budget, map[string]*footprint, err
 	for _, m := range mounts {
 		// Kubelet mounts single files of a volume below the Pod's directory as well, for subPath.
 		below, ok := strings.CutPrefix(m.point, podsDir+"/")
-		isTarget, _ := filepath.Match("*/volumes/kubernetes.io~csi/*/mount", below)
-		if v := left[m.point]; v != nil { // something else is mounted over it
-			v.id = unix.Fsid{}
+		isTarget, _ := filepath.Match(targetPattern, below)
+		if over := left[m.point]; over != nil { // something else is mounted over it
+			over.id = unix.Fsid{}
 		} else if ok && isTarget && m.source == mountSource {
 			at, err := look(m.point)
 			if err != nil {
@@ -557,117 +562,123 @@ func newBudget(podsDir string, limit int64) (*budget, map[string]*footprint, err
 // publish makes the files visible, complete and read-only, at the target path: by a new mount, or in place
 // where one is there already. Where the limits leave no room for the old files, these go at once. It reports
 // whether that changed what users see. When it fails, a target that was not mounted before is not mounted
-// afterwards, and one that was still shows its old files.
-func (b *budget) publish(target string, v *footprint, at mountState, f files, perm permissions) (changed bool, err error) {
+// afterwards, and one that was shows its old files, or the new ones if it was these that did not go.
+func (b *budget) publish(target string, m *footprint, at mountState, f files,
+	p permissions) (changed bool, err error) {
 	need := f.charge()
-	keepOld, err := b.reserve(v, at.used, need)
-	if !keepOld {
+	keepOld, err := b.reserve(m, at.used, need)
+	if !keepOld { // nor with an error, which may come of what others keep for a moment
 		b.oneAtATime.Lock()
 		defer b.oneAtATime.Unlock()
-		if v.files > 0 {
-			if swept, err := sweepVolume(target); err == nil {
-				at = swept
+		if m.files > 0 {
+			if swept, err := sweepVolume(target); err == nil && swept.mounted {
+				at.used = swept.used
 			}
 		}
-		keepOld, err = b.reserve(v, at.used, need) // since the one before may have used what there was
+		keepOld, err = b.reserve(m, at.used, need)
 	}
 	if err != nil {
 		return false, err
 	}
-	id := v.id
+	id, used := m.id, at.used
 	if at.mounted {
-		at, changed, err = updateVolume(target, f, perm)
+		at, changed, err = updateVolume(target, f, p)
 	} else {
-		at, err = mountVolume(target, f, perm)
-		changed, id = true, at.id
+		at, err = mountVolume(target, f, p)
+		changed, id = err == nil, at.id
 	}
 	if err == nil && !keepOld {
 		at, err = sweepVolume(target)
 	}
+	if at.mounted {
+		used = at.used
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	v.id = id
+	m.id = id
 	switch {
 	case err == nil:
-		b.set(v, need, at.used)
-	case v.files == 0: // it is not mounted, or not by us
-		b.set(v, 0, 0)
+		b.set(m, need, used)
+	case m.files == 0: // it is not mounted, or not by us
+		b.set(m, 0, 0)
 	default:
-		b.set(v, v.files, at.used)
+		b.set(m, m.files, used)
 	}
 	return changed, err
 }
 
 // sweep is sweepVolume, and gives the memory back.
-func (b *budget) sweep(target string, v *footprint) error {
+func (b *budget) sweep(target string, m *footprint) error {
 	at, err := sweepVolume(target)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if at.mounted && v.files > 0 {
-		b.set(v, v.files, at.used)
+	if at.mounted && m.files > 0 {
+		b.set(m, m.files, at.used)
 	}
 	return err
 }
 
-// unpublish is unpublishVolume, and gives the memory back, as far as nobody keeps it:
+// unpublish is unmountVolume, and gives the memory back, as far as nobody has it open:
 //
 //  1. empty the volume, if it is ours
 //  2. unmount it
-//  3. keep a clone and the charge of one that is not empty, for checkPinned
-func (b *budget) unpublish(target string, v *footprint) (changed bool, err error) {
+//  3. pin one that is not empty by a clone, which has the charge from now on, for checkPinned
+func (b *budget) unpublish(target string, m *footprint) (changed bool, err error) {
 	// 1. empty
 	clone := -1
-	if v.id != (unix.Fsid{}) {
-		clone = emptyVolume(target, v.id)
+	if m.id != (unix.Fsid{}) {
+		clone = emptyVolume(target, m.id)
 	}
 
 	// 2. unmount
-	changed, err = unpublishVolume(target)
+	changed, err = unmountVolume(target)
 
-	// 3. keep
+	// 3. pin
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if err == nil {
-		b.set(v, 0, 0)
-		v.id = unix.Fsid{}
+	if err == nil || clone >= 0 {
+		b.set(m, 0, 0)
+		m.id = unix.Fsid{}
 	}
 	if clone >= 0 {
-		b.pinned[clone] = &footprint{pod: v.pod}
+		b.pinned[clone] = &footprint{pod: m.pod}
 		b.set(b.pinned[clone], 0, stateBehind(clone).used)
 	}
 	return changed, err
 }
 
 // look is the function of that name, and notes the memory that the volume uses by now.
-func (b *budget) look(target string, v *footprint) (mountState, error) {
+func (b *budget) look(target string, m *footprint) (mountState, error) {
 	at, err := look(target)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if err == nil && at.mounted && v.files > 0 {
-		b.set(v, v.files, at.used)
+	if err == nil && at.mounted && m.files > 0 {
+		b.set(m, m.files, at.used)
 	}
 	return at, err
 }
 
 // forget gives the memory back of a volume that somebody else has unmounted.
-func (b *budget) forget(v *footprint) {
+func (b *budget) forget(m *footprint) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.set(v, 0, 0)
+	b.set(m, 0, 0)
 }
 
-// checkPinned lets go of the unmounted volumes that are empty by now.
+// checkPinned empties the unmounted volumes once more, and lets go of those that are empty by now.
 func (b *budget) checkPinned() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for clone, v := range b.pinned {
+	for clone, m := range b.pinned {
+		empty(clone)
 		at := stateBehind(clone)
-		b.set(v, 0, at.used)
-		if at.isEmpty() {
-			b.set(v, 0, 0)
-			delete(b.pinned, clone)
-			unix.Close(clone)
+		if !at.isEmpty() {
+			b.set(m, 0, at.used)
+			continue
 		}
+		b.set(m, 0, 0)
+		delete(b.pinned, clone)
+		unix.Close(clone)
 	}
 }
 
@@ -675,10 +686,10 @@ func (b *budget) checkPinned() {
 //
 //  1. see what the Pod's volumes use, and all
 //  2. refuse a volume that is new or grows, if that goes beyond a limit. One that does not grow needs no
-//     room, so that the tokens of what is mounted go on; but a Pod that keeps old files has to let go of them
-//     first where it, or with its help the node, is beyond the limit
+//     room, so that the tokens of what is mounted go on; but a Pod with old files has to let go of them first,
+//     if it is beyond its limit, or the node beyond its own
 //  3. let the old files stay beside the new ones (keepOld), where the limits leave room for both
-func (b *budget) reserve(v *footprint, used, need int64) (keepOld bool, err error) {
+func (b *budget) reserve(m *footprint, used, need int64) (keepOld bool, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	refuse := func(format string, a ...any) (bool, error) {
@@ -686,68 +697,73 @@ func (b *budget) reserve(v *footprint, used, need int64) (keepOld bool, err erro
 	}
 
 	// 1. see
-	if used == 0 || v.files == 0 { // it is not mounted, or not by us
-		b.set(v, 0, 0)
+	if used == 0 || m.files == 0 { // it is not mounted, or not by us
+		b.set(m, 0, 0)
 	} else {
-		b.set(v, v.files, used)
+		b.set(m, m.files, used)
 	}
-	pod, grows := b.pods[v.pod], max(need-v.files, 0)
+	pod, grows := b.pods[m.pod], max(need-m.files, 0)
+	oldFiles := pod.used - pod.files
 	keepOld = pod.used+need <= maxPodMemory && b.all.used+need <= b.limit
 
 	// 2. refuse
 	switch {
-	case v.files == 0 && pod.volumes >= maxPodVolumes:
+	case m.files == 0 && pod.volumes >= maxPodVolumes:
 		return refuse("the Pod has %d other volumes of %s, and may have %d in all: mount several "+
 			"configurations in one volume",
 			pod.volumes, mountSource, maxPodVolumes)
 	case grows > 0 && pod.used+grows > maxPodMemory:
-		return refuse("the volume takes %d KiB of memory and the Pod's other volumes take %d KiB, but "+
-			"together they may take %d KiB: mount fewer or smaller files", need>>10, (pod.used-v.used)>>10,
-			maxPodMemory>>10)
+		return refuse("the volume takes %d KiB of memory and the Pod's other volumes and old files take %d KiB, "+
+			"but together they may take %d KiB: mount fewer or smaller files", need>>10,
+			(pod.used-m.files)>>10, maxPodMemory>>10)
 	case grows > 0 && b.all.used+grows > b.limit:
-		return refuse("the volume takes %d KiB of memory and the node's other volumes take %d KiB, but "+
-			"together they may take %d KiB: raise --volumes-budget and the memory limit of the DaemonSet, "+
-			"or use another node", need>>10, (b.all.used-v.used)>>10, b.limit>>10)
+		return refuse("the volume takes %d KiB of memory and the node's other volumes and old files take %d KiB, "+
+			"but together they may take %d KiB: raise --volumes-budget and the memory limit of the DaemonSet, "+
+			"or use another node", need>>10, (b.all.used-m.files)>>10, b.limit>>10)
 	case !keepOld && pod.used > max(pod.files, maxPodMemory):
 		return refuse("the Pod's volumes take %d KiB of memory, %d KiB of it for old files that its "+
 			"containers have open or mount by subPath, but may take %d KiB: restart the containers",
-			pod.used>>10, (pod.used-pod.files)>>10, maxPodMemory>>10)
-	case !keepOld && pod.used > pod.files && b.all.used > max(b.all.files, b.limit):
+			pod.used>>10, oldFiles>>10, maxPodMemory>>10)
+	case !keepOld && oldFiles > 0 && b.all.used > max(b.all.files, b.limit):
 		return refuse("the node's volumes take %d KiB of memory, but may take %d KiB, and %d KiB of it are "+
 			"for old files that containers of this Pod have open or mount by subPath: restart them",
-			b.all.used>>10, b.limit>>10, (pod.used-pod.files)>>10)
+			b.all.used>>10, b.limit>>10, oldFiles>>10)
 	}
 
 	// 3. keep
+	room := grows
 	if keepOld {
-		b.set(v, v.files, v.used+need)
-	} else {
-		b.set(v, v.files, v.used+grows)
+		room = need
 	}
+	b.set(m, m.files, m.used+room)
 	return keepOld, nil
 }
 
-// set changes the footprint of a volume; one that uses nothing is none. The caller has the lock.
-func (b *budget) set(v *footprint, files, used int64) {
-	pod := b.pods[v.pod]
-	for _, m := range []*total{&pod, &b.all} {
-		if v.used > 0 {
-			m.volumes--
+// set changes the footprint of a volume; one that uses nothing has no files and counts as none. The caller has
+// the lock.
+func (b *budget) set(m *footprint, files, used int64) {
+	if used == 0 {
+		files = 0
+	}
+	pod := b.pods[m.pod]
+	for _, t := range []*total{&pod, &b.all} {
+		if m.used > 0 {
+			t.volumes--
 		}
 		if used > 0 {
-			m.volumes++
+			t.volumes++
 		}
-		m.files, m.used = m.files+files-v.files, m.used+used-v.used
+		t.files, t.used = t.files+files-m.files, t.used+used-m.used
 	}
-	v.files, v.used, b.pods[v.pod] = files, used, pod
+	m.files, m.used, b.pods[m.pod] = files, used, pod
 	if pod.volumes == 0 {
-		delete(b.pods, v.pod)
+		delete(b.pods, m.pod)
 	}
 }
 
-// total returns the number of mounted volumes and the memory that all use, also those that are not mounted any
+// usage returns the number of mounted volumes, and the memory that all take, also those that are not mounted any
 // more.
-func (b *budget) total() (count int, used int64) {
+func (b *budget) usage() (count int, used int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.all.volumes - len(b.pinned), b.all.used
@@ -767,10 +783,11 @@ func (f files) charge() int64 {
 	return charge(int64(pages*page), int64(len(f)*2+3))
 }
 
+// charge is what the kernel charges for a volume of so many bytes and inodes.
 func charge(bytes, inodes int64) int64 { return mountMemory + bytes + inodes*inodeMemory }
 
-// checkKernel creates and drops a volume that is never attached, which needs all that a publish needs: Linux
-// 5.12 (mount_setattr) and CAP_SYS_ADMIN.
+// checkKernel creates and drops a volume that is never attached, for which it takes the newest system call of a
+// publish, mount_setattr of Linux 5.12, and CAP_SYS_ADMIN.
 func checkKernel() error {
 	mount, err := newTmpfs()
 	if err == nil {

@@ -436,7 +436,7 @@ func TestFullVolume(t *testing.T) {
 	must(t, file.Close())
 
 	_, _, err = updateVolume(v.target, map[string][]byte{"token": []byte("new")}, permissions{mode: defaultMode})
-	wantError(t, mountError(err), codes.ResourceExhausted, "no room", "no space left on device")
+	wantError(t, answer(mountError(err)), codes.ResourceExhausted, "no room", "no space left on device")
 	if !maps.Equal(v.read(), files) {
 		t.Error("the files changed")
 	}

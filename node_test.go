@@ -101,7 +101,7 @@ func (n *node) start(change ...func(*driver)) {
 	n.t.Helper()
 	d, err := newDriver(driverConfig{nodeName: "node-1", podsDir: n.podsDir(), volumesBudget: 240 << 20,
 		binary: rendererBinary(), log: slog.New(slog.NewTextHandler(&n.log, nil)),
-		kube: kubeConfig{server: n.api.URL, directory: n.serviceAccount(), refresh: time.Hour}})
+		api: kubeConfig{server: n.api.URL, directory: n.serviceAccount(), refresh: time.Hour}})
 	must(n.t, err)
 	n.driver = d
 	for _, c := range change {
