@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 
 	"connectors-csi/e2e/machine"
@@ -32,7 +33,7 @@ func FetchNginx() (dir string, err error) {
 		fmt.Println("Without apt-get and dpkg there is no image of nginx, and so no proxy of examples/proxy.")
 		return "", nil
 	}
-	return machine.Unpack(nginxSuite, nginxPackages...)
+	return machine.Packages{Suites: []string{nginxSuite}, Arch: runtime.GOARCH, Names: nginxPackages}.Unpack()
 }
 
 // NginxFiles returns the image's files, or none without the packages. The certificates in the file ca are those of the

@@ -19,6 +19,7 @@ import (
 type boot struct {
 	release, arch string
 	suites        []string // of Debian, which have the kernel and busybox
+	debian        string   // how the name of its package begins
 	parameter     string   // of the kernel
 	refuses       bool     // says that the driver does not start there
 	noswap        bool     // says that a volume's files are kept out of swap space
@@ -28,12 +29,12 @@ type boot struct {
 
 // boots are all that are tried. No release of Debian has Linux 5.11 to 5.17.
 var boots = []boot{
-	{release: "5.10", arch: "amd64", suites: []string{"bullseye"}, refuses: true},
-	{release: "6.1", arch: "amd64", suites: []string{"bookworm"}},
-	{release: "6.12", arch: "amd64", suites: []string{"trixie"}, noswap: true},
-	{release: "7.3", arch: "amd64", suites: []string{"trixie", "trixie-backports"}, noswap: true},
-	{release: "6.12", arch: "arm64", suites: []string{"trixie"}, noswap: true},
-	{release: "6.12", arch: "amd64", suites: []string{"trixie"}, noswap: true, parameter: "sysctl.user.max_user_namespaces=0",
+	{release: "5.10", arch: "amd64", suites: []string{"bullseye"}, debian: "linux-image", refuses: true},
+	{release: "6.1", arch: "amd64", suites: []string{"bookworm"}, debian: "linux-image"},
+	{release: "6.12", arch: "amd64", suites: []string{"trixie"}, debian: "linux-image", noswap: true},
+	{release: "7.3", arch: "amd64", suites: []string{"trixie", "trixie-backports"}, debian: "linux-binary", noswap: true},
+	{release: "6.12", arch: "arm64", suites: []string{"trixie"}, debian: "linux-image", noswap: true},
+	{release: "6.12", arch: "amd64", suites: []string{"trixie"}, debian: "linux-image", noswap: true, parameter: "sysctl.user.max_user_namespaces=0",
 		lacks: "a user namespace, and a limit of processes", without: []string{"TestOwnersCannotWrite", "TestWithoutNamespaces"}},
 }
 

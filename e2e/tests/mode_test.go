@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -38,7 +39,7 @@ func ownerImageFiles() ([]image.File, error) {
 }
 
 func glab() (string, error) {
-	dir, err := machine.Unpack("trixie", "glab")
+	dir, err := machine.Packages{Suites: []string{"trixie"}, Arch: runtime.GOARCH, Names: []string{"glab"}}.Unpack()
 	return filepath.Join(dir, "usr/bin/glab"), err
 }
 
