@@ -37,6 +37,7 @@ func TestStandardProxy(t *testing.T) {
 		name string
 		test func(standardProxy)
 	}{
+		{"rights", standardProxy.hasNoRight},
 		{"tokens", standardProxy.admitsTokens},
 		{"malformed tokens", standardProxy.refusesMalformedTokens},
 		{"two Connectors", standardProxy.keepsConnectorsApart},
@@ -176,6 +177,25 @@ func (p standardProxy) podIPs() []string {
 	p.Helper()
 	return strings.Fields(p.kubectl("get", "pods", proxyPods, "--field-selector=status.phase=Running",
 		"--output=jsonpath={.items[*].status.podIP}"))
+}
+
+// hasNoRight looks for a token in the proxy's Pods, and for what their ServiceAccount may do beyond what every other may.
+func (p standardProxy) hasNoRight() {
+	const of = "--output=jsonpath={.items[*].spec.serviceAccountName} {.items[*].spec.volumes[*].projected}"
+	if got := strings.Fields(p.kubectl("get", "pods", proxyPods, of)); len(got) != 2 || got[0] != "default" || got[1] != "default" {
+		p.Errorf("the Pods' ServiceAccounts and projected volumes are %q", got)
+	}
+	other := newNamespace(p.T)
+	other.connector("git", "git", "https://one.example.com")
+	for _, in := range []namespace{other, {p.T, "kube-system"}} {
+		for _, right := range []string{"get connectors.connectors.alauda.io", "get secrets", "create serviceaccounts/token", "create tokenreviews"} {
+			answer, err := cluster.Kubectl(append([]string{"auth", "can-i", "--namespace=" + in.name, "--as=system:serviceaccount:" + p.name + ":default"},
+				strings.Fields(right)...)...)
+			if err == nil || strings.TrimSpace(answer) != "no" {
+				p.Errorf("%s in %s: %s", right, in.name, answer)
+			}
+		}
+	}
 }
 
 func (p standardProxy) admitsTokens() {
