@@ -582,6 +582,65 @@ func TestBudgetIsGivenBack(t *testing.T) {
 	}
 }
 
+// What fails does not move the account: an update that finds something else over the volume, and an unpublish that
+// cannot remove the directory of a volume whose old file somebody has open, however often kubelet tries it again.
+func TestBudgetOfWhatFails(t *testing.T) {
+	n := startNode(t)
+	n.api.put(class("git", configuration("config", "large", "{{ .context.token }}"+strings.Repeat("x", 500<<10))))
+	v := n.volume()
+	must(t, os.Mkdir(v.target, 0o755))
+	must(t, os.WriteFile(v.target+"/in-the-way", nil, 0o644))
+	v.mustPublish()
+	pods := func() map[string]total { return maps.Clone(n.driver.budget.pods) }
+	before := pods()
+	must(t, unix.Mount("/proc", v.target, "", unix.MS_BIND, ""))
+	v.pod.renewToken()
+	wantError(t, v.publish(), codes.FailedPrecondition, "did not mount")
+	must(t, unix.Unmount(v.target, unix.MNT_DETACH))
+	v.mustPublish()
+	eventually(t, "the old files are gone", func() bool { return v.generations() == 1 })
+	v.mustPublish() // sees what they have left
+	if after := pods(); !maps.Equal(after, before) {
+		t.Errorf("%v is counted, and not %v", after, before)
+	}
+
+	file, err := os.Open(v.target + "/large")
+	must(t, err)
+	for range 2 { // after the second the first is gone
+		v.pod.renewToken()
+		v.mustPublish()
+	}
+	for range 3 {
+		wantError(t, v.unpublish(), codes.FailedPrecondition, "did not mount")
+		if used := n.used(); len(n.driver.budget.pinned) != 1 || used > 500<<10+2*mountMemory {
+			t.Errorf("%d bytes are counted for %d volumes", used, len(n.driver.budget.pinned))
+		}
+	}
+	must(t, file.Close())
+	n.driver.forgetUnmounted()
+	must(t, os.Remove(v.target+"/in-the-way"))
+	v.mustUnpublish()
+	if used := n.used(); used != 0 {
+		t.Errorf("%d bytes are counted at the end", used)
+	}
+}
+
+// A sweep that was waiting while its volume was unpublished touches nothing of what is published there since.
+func TestSweepOfDroppedRecord(t *testing.T) {
+	n := startNode(t)
+	v := n.volume()
+	v.mustPublish()
+	must(t, os.Mkdir(v.writable()+"/..gen-next", 0o755))
+	n.driver.sweep(&volume{target: v.target, memory: &footprint{}})
+	if v.generations() != 2 {
+		t.Error("it has removed a generation")
+	}
+	n.driver.sweep(v.record())
+	if v.generations() != 1 {
+		t.Error("the volume's own sweep has left a generation")
+	}
+}
+
 // A scrape reads no list of mounts, so that no number of scrapers keeps a publish waiting. Here whoever opens the list
 // waits for ever.
 func TestMetricsDoNotReadMounts(t *testing.T) {
