@@ -10,8 +10,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"connectors-csi/e2e/machine"
@@ -28,8 +30,8 @@ var emulators = map[string]struct {
 }
 
 // run boots the kernel, shows which tests have ended, and returns all that was on the console, also where it fails, and
-// how long it took.
-func (b boot) run(tests []string, limit time.Duration) (console string, took time.Duration, _ error) {
+// how long it took. The console goes into the file as well.
+func (b boot) run(tests []string, limit time.Duration, file io.Writer) (console string, took time.Duration, _ error) {
 	qemu := emulators[b.arch]
 	if err := machine.Install([]machine.Need{{qemu.command, qemu.debian, machine.HasCommand(qemu.command)}}); err != nil {
 		return "", 0, err
@@ -53,6 +55,9 @@ func (b boot) run(tests []string, limit time.Duration) (console string, took tim
 		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", vmlinuz, "-initrd", initrd,
 		// A kernel that panics says so on the console, and restarts, which ends qemu.
 		"-append", "console="+qemu.console+" quiet loglevel=1 oops=panic panic=-1 "+b.parameter)...)
+	runtime.LockOSThread() // its end would be taken for the end of this process
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	stdout, err := cmd.StdoutPipe()
@@ -63,7 +68,7 @@ func (b boot) run(tests []string, limit time.Duration) (console string, took tim
 	if err := cmd.Start(); err != nil {
 		return "", 0, err
 	}
-	console = show(stdout)
+	console = show(io.TeeReader(stdout, file))
 	err = cmd.Wait()
 	took = time.Since(began)
 	if ctx.Err() != nil {

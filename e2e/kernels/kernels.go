@@ -51,13 +51,14 @@ var named = []string{
 	// budgets
 	"TestMemoryIsKnownBeforeTheMount", "TestMemoryIsWhatTheKernelCharges", "TestNodesBudget", "TestOldFilesThatAreOpenCount",
 	// fsGroup and owner
-	"TestModes", "TestModesAndOwners", "TestOwnersCannotWrite",
+	"TestModes", "TestRestartKeepsModeAndOwner", "TestOwnersCannotWrite",
 	// confinement and limits of renderers
 	"TestRendererIsConfined", "TestRendererCanDoNothing", "TestRenderersEndWithTheDriver", "TestWithoutNamespaces",
+	"TestOutputLimit", "TestKnownLimitIsNotTriedAgain",
 	// capabilities
 	"TestDriverGivesUpCapabilities",
 	// watch and push
-	"TestChangesArePushed", "TestKilledDuringPushes",
+	"TestChangesArePushed", "TestUnmountedBySomebodyElse",
 }
 
 // Run is the command kernels.
@@ -122,25 +123,32 @@ func checkNames(dir string) error {
 	return nil
 }
 
-// shown is how much of a console is shown where something has failed.
-const shown = 64 << 10
+// shown is how much of the end of a console is shown where something has failed.
+const shown = 8 << 10
 
 // try boots the kernel, runs the tests, and shows what is wrong.
 func (b boot) try(allTests bool) outcome {
+	log, err := os.CreateTemp("", "connectors-csi-kernels-"+b.release+"-"+b.arch+"-*.log")
+	if err != nil {
+		return outcome{problems: []string{err.Error()}}
+	}
+	defer log.Close()
 	fmt.Printf("\n%v\n", b)
 	tests, limit := b.tests(), 15*time.Minute
 	if allTests {
 		tests, limit = nil, 3*time.Hour
 	}
-	console, took, err := b.run(tests, limit)
+	console, took, err := b.run(tests, limit, log)
 	o := b.judge(console, tests)
 	if err != nil {
 		o.problems = append([]string{err.Error()}, o.problems...)
 	}
 	o.took = took
-	if len(o.problems) > 0 {
-		fmt.Printf("%s\n", console[max(0, len(console)-shown):])
+	if len(o.problems) == 0 {
+		os.Remove(log.Name())
+		return o
 	}
+	fmt.Printf("The end of the console, of which all is in %s:\n%s\n", log.Name(), console[max(0, len(console)-shown):])
 	for _, problem := range o.problems {
 		fmt.Printf("FAILED: %v: %s\n", b, problem)
 	}
