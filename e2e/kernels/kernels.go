@@ -51,14 +51,14 @@ var named = []string{
 	// budgets
 	"TestMemoryIsKnownBeforeTheMount", "TestMemoryIsWhatTheKernelCharges", "TestNodesBudget", "TestOldFilesThatAreOpenCount",
 	// fsGroup and owner
-	"TestModes", "TestRestartKeepsModeAndOwner", "TestOwnersCannotWrite",
+	"TestModes", "TestModesAndOwners", "TestRestartKeepsModeAndOwner", "TestOwnersCannotWrite",
 	// confinement and limits of renderers
 	"TestRendererIsConfined", "TestRendererCanDoNothing", "TestRenderersEndWithTheDriver", "TestWithoutNamespaces",
 	"TestOutputLimit", "TestKnownLimitIsNotTriedAgain",
 	// capabilities
 	"TestDriverGivesUpCapabilities",
 	// watch and push
-	"TestChangesArePushed", "TestUnmountedBySomebodyElse",
+	"TestChangesArePushed", "TestKilledDuringPushes", "TestUnmountedBySomebodyElse",
 }
 
 // Run is the command kernels.
