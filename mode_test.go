@@ -323,6 +323,7 @@ func TestKilledWhileTheOwnerChanges(t *testing.T) {
 		}()
 		time.Sleep(time.Duration(round) * 3 / 2 * time.Millisecond) // another moment each time
 		p.kill()
+		n.conn.Close() // or the next call would wait for another driver
 		<-updating
 		v.want("token", v.pod.token)
 	}

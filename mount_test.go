@@ -614,6 +614,7 @@ func TestKilledDuringUpdates(t *testing.T) {
 		}()
 		time.Sleep(time.Duration(round) * 3 / 2 * time.Millisecond) // another moment each time
 		p.kill()
+		n.conn.Close() // or the next call would wait for another driver
 		<-updating
 		if text := v.file("a"); len(text) < 5000 {
 			t.Fatalf("round %d: after the kill a file has %d bytes", round, len(text))
