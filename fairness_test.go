@@ -406,7 +406,7 @@ func TestFullNodeOfLargeAttributes(t *testing.T) {
 	var volumes []*podVolume
 	for range 110 {
 		pod := n.pod()
-		for i := range maxPodVolumes {
+		for i := range times(4, maxPodVolumes) {
 			v := pod.volume(fmt.Sprint("v", i))
 			v.change = func(r *csi.NodePublishVolumeRequest) { // made for each call, so that the test keeps none
 				r.VolumeContext["configuration.params"] = withParams(32000)["configuration.params"]

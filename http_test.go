@@ -26,9 +26,6 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 )
 
-// longTests is whether the tests take the minutes that they need to prove all that they can.
-var longTests = os.Getenv("CONNECTORS_CSI_LONG_TESTS") != ""
-
 // exchange sends the text to the driver's HTTP port and returns all that comes back until the connection ends.
 func (n *node) exchange(request string) string {
 	n.t.Helper()
@@ -357,10 +354,7 @@ func (n *node) probeEach(ctx context.Context) (times []time.Duration) {
 // its processors, so they get what nobody else wants, and stand still in times of peace.
 func TestHTTPUnderSiege(t *testing.T) {
 	const share = 64 << 20 // the driver's share of the memory limit in deploy.yaml
-	rounds := 3            // of 2 seconds of peace and 4 of war
-	if longTests {
-		rounds = 15
-	}
+	rounds := times(1, 15) // of 2 seconds of peace and 4 of war
 	n := newNode(t)
 	p := n.startProcess()
 	publish := func() time.Duration {

@@ -60,6 +60,17 @@ const (
 	driverUser  = "connectors-system/connectors-csi"
 )
 
+// times is how often a test does what finds more the longer it goes on: the second number where the tests are to find
+// all that they can, as in CI, and else the first.
+func times(short, long int) int {
+	if longTests {
+		return long
+	}
+	return short
+}
+
+var longTests = os.Getenv("CONNECTORS_CSI_LONG_TESTS") != ""
+
 // ---- The module ----
 
 func TestDirectDependencies(t *testing.T) {

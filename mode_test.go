@@ -198,8 +198,9 @@ func TestModeAndOwnerChange(t *testing.T) {
 			})
 		}
 	}
-	for _, from := range all {
-		for _, to := range all {
+	for i, from := range all {
+		for next := range times(2, len(all)) {
+			to := all[(i+next)%len(all)]
 			publish(from)
 			old, err := filepath.EvalSymlinks(v.target + "/..data")
 			must(t, err)
@@ -243,7 +244,7 @@ func asUser(uid, gid int, do func()) {
 	do()
 }
 
-// During 300 updates the owner of a file that is nobody else's reads it, and sees the same mode and owner each time.
+// During updates, 300 in long tests, the owner of a file that is nobody else's reads it, and sees the same mode and owner each time.
 func TestUpdatesKeepModeAndOwner(t *testing.T) {
 	n := newNode(t)
 	n.startProcess()
@@ -286,7 +287,7 @@ func TestUpdatesKeepModeAndOwner(t *testing.T) {
 	} else {
 		go look()
 	}
-	for i := 1; i <= 300 && len(result) == 0; i++ {
+	for i := 1; i <= times(60, 300) && len(result) == 0; i++ {
 		begun.Add(1)
 		publish(i)
 		done.Add(1)
@@ -295,7 +296,7 @@ func TestUpdatesKeepModeAndOwner(t *testing.T) {
 	if err := <-result; err != nil {
 		t.Error(err)
 	}
-	if reads < 100 {
+	if reads < times(20, 100) {
 		t.Errorf("only %d reads", reads)
 	}
 	v.wantBelongs(b)

@@ -456,7 +456,7 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
-// During 1,000 updates readers never see a file missing, a part of the files, or files of two generations, and
+// During updates, 1,000 in long tests, readers never see a file missing, a part of the files, or files of two generations, and
 // nobody can write. The files of a generation stay until the next but one comes, so a reader that is kept from
 // running for two updates, which take milliseconds here and a minute or more in a cluster, has to begin again.
 func TestReadersDuringUpdates(t *testing.T) {
@@ -499,7 +499,7 @@ func TestReadersDuringUpdates(t *testing.T) {
 			reads++
 		}
 	}()
-	for i := 1; i <= 1000 && len(result) == 0; i++ {
+	for i := 1; i <= times(100, 1000) && len(result) == 0; i++ {
 		begun.Add(1)
 		publish(i)
 		done.Add(1)
@@ -509,7 +509,7 @@ func TestReadersDuringUpdates(t *testing.T) {
 		t.Error(err)
 	}
 	v.wantClean()
-	if reads < 100 {
+	if reads < times(10, 100) {
 		t.Errorf("only %d reads", reads)
 	}
 }

@@ -356,8 +356,8 @@ func TestPushesAmongCalls(t *testing.T) {
 	for i, v := range volumes {
 		go func() {
 			var err error
-			for round := 0; round < 100 && err == nil; round++ {
-				if round%20 == 0 {
+			for round := 0; round < times(20, 100) && err == nil; round++ {
+				if round%10 == 0 {
 					v.pod.renewToken()
 				}
 				if i >= 4 && round%5 == 0 { // this one comes and goes
@@ -710,7 +710,7 @@ func TestRecordsAmongEverything(t *testing.T) {
 	var calls sync.WaitGroup
 	for i, v := range volumes {
 		calls.Go(func() {
-			for round := range 40 {
+			for round := range times(10, 40) {
 				var err error
 				switch {
 				case round%10 == 9:

@@ -103,7 +103,8 @@ func TestRenderersKilledAtAnyMoment(t *testing.T) {
 	n.driver.renderers.close()
 	before, log := descriptors(t), n.logFromNow()
 	var failed, ended atomic.Int32
-	const volumes, rounds, wanted = 8, 8, 3 // rounds at least, until so many publishes have failed
+	volumes, rounds := 8, times(2, 8)
+	const wanted = 3 // publishes have failed at least
 	for i := range volumes {
 		v := n.pod(fmt.Sprintf("team-%d/default", i%4)).volume("config", attrs{"connector.namespace": "default"})
 		go func() {
@@ -124,7 +125,7 @@ func TestRenderersKilledAtAnyMoment(t *testing.T) {
 		}()
 	}
 	killed := 0
-	for ended.Load() < volumes {
+	for ended.Load() < int32(volumes) {
 		for _, pid := range n.renderers() {
 			// Not by its number, which may be another's by now.
 			if p, err := os.FindProcess(pid); err == nil && children(t, os.Getpid())[pid] != "" && p.Kill() == nil {
