@@ -96,6 +96,7 @@ func quoted(text string) (all []string) {
 }
 
 func TestREADMEIsShort(t *testing.T) {
+	t.Parallel()
 	if lines := strings.Count(readText(t, "README.md"), "\n"); lines > 220 {
 		t.Errorf("README.md has %d lines, and may have 220", lines)
 	}
@@ -103,6 +104,7 @@ func TestREADMEIsShort(t *testing.T) {
 
 // Every link of a page leads to a file that there is, and to a heading that the page there has.
 func TestLinks(t *testing.T) {
+	t.Parallel()
 	all := pages(t)
 	link := regexp.MustCompile(`\]\(([^()\s]+)\)`)
 	linked, count := map[string]bool{}, 0
@@ -173,6 +175,7 @@ func anchors(text string) (all []string) {
 
 // What README.md says that its first command prints is what it prints.
 func TestPreviewOfTheREADME(t *testing.T) {
+	t.Parallel()
 	block := regexp.MustCompile("(?s)```bash\ngo run \\. (render [^\n]+) < (examples/[a-z]+\\.json)\n```\n\n```text\n(.*?)```").
 		FindStringSubmatch(readText(t, "README.md"))
 	if block == nil {
@@ -201,6 +204,7 @@ func TestPreviewOfTheREADME(t *testing.T) {
 
 // Every class of examples is linked to from the table of tools, and the alerts are the same text on the page.
 func TestExamplesAreDocumented(t *testing.T) {
+	t.Parallel()
 	classes, err := filepath.Glob("examples/*/class.yaml")
 	if err != nil || len(classes) < 8 {
 		t.Fatalf("%q, %v", classes, err)
@@ -218,6 +222,7 @@ func TestExamplesAreDocumented(t *testing.T) {
 
 // The parameters, flags and metrics that the pages have are those of the driver, and the defaults as well.
 func TestReferenceIsComplete(t *testing.T) {
+	t.Parallel()
 	names := func(page, title, prefix string) (names []string) {
 		for _, row := range rows(section(t, page, title)) {
 			for _, name := range quoted(row[0]) {
@@ -267,6 +272,7 @@ func TestReferenceIsComplete(t *testing.T) {
 
 // The table of functions has each of them once, where the code has it.
 func TestFunctionsAreDocumented(t *testing.T) {
+	t.Parallel()
 	var documented []string
 	for _, row := range rows(section(t, "docs/templates.md", "Functions")) {
 		names := quoted(row[0])
@@ -297,6 +303,7 @@ func TestFunctionsAreDocumented(t *testing.T) {
 
 // The figures in the table of limits are those of the code.
 func TestLimitsAreDocumented(t *testing.T) {
+	t.Parallel()
 	limits := section(t, "docs/operations.md", "Limits")
 	for _, want := range []string{
 		fmt.Sprintf("| files of a volume | %d MiB in %d files; names of 1 to %d letters", maxVolumeBytes>>20, maxVolumeFiles, maxNameBytes),
@@ -334,6 +341,7 @@ func thousands(number int) string { return fmt.Sprintf("%d,%03d", number/1000, n
 
 // Each message on the page is one that the driver's code, or deploy.yaml, has.
 func TestTroubleshootingHasTheDriversMessages(t *testing.T) {
+	t.Parallel()
 	have := readText(t, "deploy.yaml")
 	for _, name := range []string{"main", "csi", "kube", "render", "mount"} {
 		have += messagesOf(t, name+".go")
@@ -393,6 +401,7 @@ func textOf(e ast.Expr) string {
 
 // The modules on the page are those that are linked.
 func TestLicencesAreListed(t *testing.T) {
+	t.Parallel()
 	info, ok := debug.ReadBuildInfo()
 	if !ok || len(info.Deps) == 0 {
 		t.Fatal("the test has no build information")
@@ -415,6 +424,7 @@ func TestLicencesAreListed(t *testing.T) {
 // Each promise has a test, and each test that a promise names is there: of the driver in the second column, of the module
 // e2e in the third, with a part of it after a slash. What else stands in backticks there is a step of .ci/run.
 func TestPromisesHaveTests(t *testing.T) {
+	t.Parallel()
 	own, onNode, ci := testsIn(t, "."), testsIn(t, "e2e"), readText(t, ".ci/run")
 	named, promises := map[string]bool{}, rows(section(t, "docs/security.md", "Promises"))
 	for _, row := range promises {

@@ -25,6 +25,7 @@ import (
 // Answers to a tenant's eighteen namespaces come only when the test lets them, one at a time. A neighbour's read gets the
 // first place that is given back, since every namespace of the tenant that waits has a request under way.
 func TestNextRequestIsTheNeighbours(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	answer, asked := make(chan bool), make(chan string, 1000)
 	n.api.set(func() {
@@ -92,6 +93,7 @@ func TestNextRequestIsTheNeighbours(t *testing.T) {
 
 // With eighteen namespaces that each want all they can get, whoever comes last is behind one request of each at most.
 func TestTenantOfManyNamespaces(t *testing.T) {
+	t.Parallel()
 	q := newRequestQueue(maxRequests)
 	served := make(chan *turn)
 	ask := func(namespace string, waiting int) {
@@ -139,6 +141,7 @@ func TestTenantOfManyNamespaces(t *testing.T) {
 
 // Whoever gives up at the very moment at which a place is granted gives it back.
 func TestQueueLosesNoPlace(t *testing.T) {
+	t.Parallel()
 	q := newRequestQueue(2)
 	var all sync.WaitGroup
 	for i := range 64 {
@@ -175,6 +178,7 @@ func setOutcomes(p *renderers, change func(*outcome)) {
 
 // What is let in for being cheap, and is not, is ended after ten times what it took before, and not let in again.
 func TestCheapThatIsNot(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(class("git", configuration("config", "file", "{{ range 3000000 }}{{ end }}")), class("good", configuration("config", "file", "x")),
 		connector("default", "good", "good"))
@@ -206,6 +210,7 @@ func TestCheapThatIsNot(t *testing.T) {
 // A turn that has its place when the account becomes empty, or its job is no longer known to be cheap, has what it was
 // let in for.
 func TestAccountBecomesEmptyBetweenPlaceAndRenderer(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	p := n.driver.renderers
 	turn := &turn{namespace: "default", key: [32]byte{1}}
@@ -222,6 +227,7 @@ func TestAccountBecomesEmptyBetweenPlaceAndRenderer(t *testing.T) {
 
 // The limit of wall time, which a busy node causes, is not remembered; what hit it is not known to be cheap either.
 func TestWallTimeIsNotRemembered(t *testing.T) {
+	t.Parallel()
 	i := slices.IndexFunc(impostors(), func(i impostor) bool { return i.what == "endless steps" })
 	n := renderedBy(t, fmt.Sprint("impostor-", i))
 	v := n.volume()
@@ -244,6 +250,7 @@ func TestWallTimeIsNotRemembered(t *testing.T) {
 // What is remembered is one thing for all Pods of a namespace, whatever their tokens and groups, and another with any
 // other attribute, or version of an object.
 func TestDigestOfAJob(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	digests := map[[32]byte]string{}
 	digest := func(v *podVolume, gid int, connector, class string) [32]byte {
@@ -306,6 +313,7 @@ func (n *node) kept(pod string) (bytes int) {
 
 // Of a Pod's sixteen volumes of 30 KB three are kept. The others are refreshed by calls, and kept when there is room.
 func TestKeptOfAPodIsBounded(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	declared := configuration("config", "address", "{{ .connector.spec.address }}", "token", "{{ .context.token }}")
 	declared["params"] = []any{param("p", "default", "")}
@@ -374,6 +382,7 @@ func TestKeptOfAPodIsBounded(t *testing.T) {
 
 // The node's bound holds for all Pods together, and one Pod that goes makes room for another.
 func TestKeptOfANodeIsBounded(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	d := n.driver
 	first := n.volume()

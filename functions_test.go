@@ -178,6 +178,7 @@ var calls = map[string][]string{
 
 // The table of functions holds every one of sprig and of text/template, once, but those that must not be called.
 func TestTableOfFunctionsIsComplete(t *testing.T) {
+	t.Parallel()
 	want := slices.Collect(maps.Keys(sprig.TxtFuncMap()))
 	want = append(want, builtinFunctions(t)...)
 	forbidden := []string{"env", "expandenv", "getHostByName"}
@@ -195,6 +196,7 @@ func TestTableOfFunctionsIsComplete(t *testing.T) {
 
 // Each argument of each function is missing in each way.
 func TestEachArgumentMissing(t *testing.T) {
+	t.Parallel()
 	ways := []string{".none", ".none.of.this", ".null", "(index .list 1)", "(first (list))", `(get .map "none")`,
 		`(dict "a" .none).a`, "$missing"}
 	for name, arguments := range sorted(calls) {
@@ -248,6 +250,7 @@ func TestEachArgumentMissing(t *testing.T) {
 
 // Whatever prints refuses a value that is missing at any depth, and says where.
 func TestMissingAtAnyDepth(t *testing.T) {
+	t.Parallel()
 	for _, value := range []string{`(list "a" .none)`, `.list`, `.deep`, `(dict "a" (list (dict "b" .none)))`,
 		`(list (dict "a" .null))`, `(fromJson "[1,{\"a\":null}]")`, `(chunk 1 .list)`, `(prepend .list "b")`,
 		`(append (list 1) .none)`, `(set (dict) "a" .none)`, `(dict "a" nil)`, `(values (dict "a" .none))`,
@@ -316,6 +319,7 @@ func TestMissingAtAnyDepth(t *testing.T) {
 
 // What a function can make nothing of fails, with what the function is and why.
 func TestNonsenseFails(t *testing.T) {
+	t.Parallel()
 	for text, word := range sorted(map[string]string{
 		// printf
 		`printf "%s" .number`: "%!s(int64=8443)", `printf "%d" .text`: "%!d(string=text)",
@@ -419,6 +423,7 @@ func TestNonsenseFails(t *testing.T) {
 
 // Numbers are written as people write them, whatever prints them, and stay what they are.
 func TestNumbersAndOtherValues(t *testing.T) {
+	t.Parallel()
 	for text, want := range sorted(map[string]string{
 		`{{ .million }} {{ .huge }} {{ .tiny }} {{ .float }} {{ .numbers }} {{ 1000000.0 }} {{ 1e6 }}`:       "1000000 1000000000000000000000 0.0000001 1.5 [1 2.5 1000000] 1000000 1000000",
 		`{{ print .million 1e6 "a" .million }} {{ printf "%v %s" .million "a" }} {{ printf "%v" .numbers }}`: "1000000 1000000a1000000 1000000 a [1 2.5 1000000]",
@@ -478,6 +483,7 @@ func TestNumbersAndOtherValues(t *testing.T) {
 
 // The preview refuses what a node refuses, since what decides is as long as a token, and shows the word TOKEN.
 func TestPreviewDecidesAsANode(t *testing.T) {
+	t.Parallel()
 	form := regexp.MustCompile(`^[-_A-Za-z0-9]+\.[-_A-Za-z0-9]+\.[-_A-Za-z0-9]*-[-_A-Za-z0-9]*_[-_A-Za-z0-9]*$`)
 	if n := len(placeholderToken); !form.MatchString(placeholderToken) || n < 900 || n > 1500 {
 		t.Errorf("this is no token: %s", placeholderToken)
@@ -521,6 +527,7 @@ func TestPreviewDecidesAsANode(t *testing.T) {
 
 // A whole number of the parameters that is beyond 64 bits is refused, since a template would get another one.
 func TestNumbersOfParameters(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(class("git", configuration("config", "a", "{{ .configurations.a }} {{ toJson .configurations.a }}")))
 	for value, want := range sorted(map[string]string{
@@ -553,6 +560,7 @@ func TestNumbersOfParameters(t *testing.T) {
 // The documented ConnectorClasses are as they were before functions were checked: testdata/documented.json has them,
 // with the files of each configuration as commit a383bf0 made them of two Connectors, or what it said.
 func TestDocumentedClassesAreAsBefore(t *testing.T) {
+	t.Parallel()
 	text, err := os.ReadFile("testdata/documented.json")
 	must(t, err)
 	var documented []struct {

@@ -42,6 +42,7 @@ func (n *node) exchange(request string) string {
 }
 
 func TestHTTP(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	for path, want := range sorted(map[string]int{"/healthz": 200, "/healthz?verbose": 200, "/readyz": 503, "/metrics": 200,
 		"/": 404, "/healthz/": 404, "//healthz": 404}) {
@@ -77,6 +78,7 @@ func TestHTTP(t *testing.T) {
 // /healthz says how the socket does, which it asks once a second at most. What people see who may not see more has no
 // name and no path.
 func TestHealth(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	r := &registration{socket: n.dir + "/other"}
 	conn, err := grpc.NewClient("unix:"+r.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -141,6 +143,7 @@ func isOpen(conn net.Conn) bool {
 
 // A connection too many displaces the oldest of the address that has the most.
 func TestHTTPDisplacesTheOldestOfTheMost(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	var few, many []net.Conn
 	for range 3 {

@@ -27,6 +27,7 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/pem"
+	"flag"
 	"fmt"
 	"iter"
 	"log/slog"
@@ -56,6 +57,8 @@ const (
 	kubeletRoot  = "/run/k" // a shared mount, as kubelet's directory is; short, since it holds sockets
 	containerDir = "/run/c" // where the tests mount volumes as a container runtime does
 
+	testsAtOnce = "8" // since most of them wait more than they work
+
 	apiAudience = "https://kubernetes.default.svc.cluster.local"
 	driverUser  = "connectors-system/connectors-csi"
 )
@@ -74,6 +77,7 @@ var longTests = os.Getenv("CONNECTORS_CSI_LONG_TESTS") != ""
 // ---- The module ----
 
 func TestDirectDependencies(t *testing.T) {
+	t.Parallel()
 	text, err := os.ReadFile("go.mod")
 	must(t, err)
 	var direct []string
@@ -104,6 +108,9 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Setenv(roleKey, roleWorker)
+		if !slices.ContainsFunc(os.Args, func(a string) bool { return strings.HasPrefix(a, "-test.fuzz=") }) {
+			flag.Set("test.parallel", testsAtOnce) // the default: a flag of the command is parsed later
+		}
 		os.Exit(runTests(m))
 	case roleWorker:
 		os.Exit(runTests(m))

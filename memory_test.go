@@ -50,6 +50,7 @@ func (n *node) used() int64 {
 
 // The driver's figure for files that are to be mounted is the one for the volume that holds them.
 func TestMemoryIsKnownBeforeTheMount(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	target := n.volume().target
 	many := files{}
@@ -149,6 +150,7 @@ func TestMemoryIsWhatTheKernelCharges(t *testing.T) {
 }
 
 func TestPodMayHave16Volumes(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	pod := n.pod()
 	var volumes []*podVolume
@@ -168,6 +170,7 @@ func TestPodMayHave16Volumes(t *testing.T) {
 }
 
 func TestPodsVolumesHaveALimitTogether(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	n.api.put(sized(980 << 10))
 	pod := n.pod()
@@ -202,6 +205,7 @@ func TestPodsVolumesHaveALimitTogether(t *testing.T) {
 
 // Volumes of one Pod that are published at once do not pass the limit together.
 func TestPodsVolumesAtOnce(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(sized(500 << 10))
 	pod := n.pod()
@@ -225,6 +229,7 @@ func TestPodsVolumesAtOnce(t *testing.T) {
 
 // The node's budget: 1 MiB here, and volumes of 334.5 KiB.
 func TestNodesBudget(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	n.api.noWatch = true
 	n.api.put(sized(300 << 10))
@@ -283,6 +288,7 @@ func TestNodesBudget(t *testing.T) {
 
 // What an older driver has mounted beyond the limits is refreshed, by this one and the next.
 func TestVolumesBeyondTheLimitsGoOn(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	n.api.put(sized(300 << 10))
 	pod := n.pod()
@@ -317,6 +323,7 @@ func TestVolumesBeyondTheLimitsGoOn(t *testing.T) {
 // A Pod that keeps old files open gets new ones until it is beyond its limit, and again when it has closed them. Here
 // are two volumes of 1014 KiB each, so that there is room for no other.
 func TestOldFilesThatAreOpenCount(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(sized(980 << 10))
 	pod := n.pod()
@@ -437,6 +444,7 @@ func TestDescriptorsThatOutliveTheirPods(t *testing.T) {
 // one update for which it lets go of nothing, so that all take at most twice the budget, which deploy.yaml has room for.
 // A Pod that keeps none is refreshed all the time. Here is a tenth of a node, with Pods of two volumes of 1014 KiB each.
 func TestOldFilesOfAWholeNode(t *testing.T) {
+	t.Parallel()
 	const pods = 11
 	n := startNode(t, func(d *driver) { d.budget.limit = 24 << 20 })
 	n.api.put(sized(980<<10), connector("default", "small", "small"), class("small", configuration("config", "token", "{{ .context.token }}")))
@@ -547,6 +555,7 @@ func TestPinnedVolumesAreGivenBack(t *testing.T) {
 
 // Failed publishes take nothing, and neither does a volume that somebody has unmounted.
 func TestBudgetIsGivenBack(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v, failing := n.volume(), n.volume()
 	must(t, os.RemoveAll(filepath.Dir(failing.target)))
@@ -585,6 +594,7 @@ func TestBudgetIsGivenBack(t *testing.T) {
 // What fails does not move the account: an update that finds something else over the volume, and an unpublish that
 // cannot remove the directory of a volume whose old file somebody has open, however often kubelet tries it again.
 func TestBudgetOfWhatFails(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(class("git", configuration("config", "large", "{{ .context.token }}"+strings.Repeat("x", 500<<10))))
 	v := n.volume()
@@ -627,6 +637,7 @@ func TestBudgetOfWhatFails(t *testing.T) {
 
 // A sweep that was waiting while its volume was unpublished touches nothing of what is published there since.
 func TestSweepOfDroppedRecord(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	v.mustPublish()
@@ -644,6 +655,7 @@ func TestSweepOfDroppedRecord(t *testing.T) {
 // A scrape reads no list of mounts, so that no number of scrapers keeps a publish waiting. Here whoever opens the list
 // waits for ever.
 func TestMetricsDoNotReadMounts(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	p := n.startProcess()
 	fifo := t.TempDir() + "/mountinfo"
@@ -674,6 +686,7 @@ func TestMetricsDoNotReadMounts(t *testing.T) {
 
 // A line of the list of mounts may be longer than 64 KiB, since a path may; all that comes after it is read as well.
 func TestLongMountLine(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	dir, err := unix.Open(t.TempDir(), unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	must(t, err)

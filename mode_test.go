@@ -117,6 +117,7 @@ func someUsers(t *testing.T, ids ...string) []string {
 }
 
 func TestModesAndOwners(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	n.startProcess()
 	modes := []string{"", "0444", "444", "0400", "600", "0640", "0660", "0666", "0420", "0040", "0004", "0264"}
@@ -306,6 +307,7 @@ func TestUpdatesKeepModeAndOwner(t *testing.T) {
 // A driver that is killed while it gives the files to somebody else leaves them readable to no more than before and
 // after, and the next one completes it.
 func TestKilledWhileTheOwnerChanges(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	of := []belonging{{"0400", someUsers(t, "1000")[0], ""}, {"0640", "", someUsers(t, "2000")[0]}, {}}
 	v := n.volume()
@@ -339,6 +341,7 @@ func TestKilledWhileTheOwnerChanges(t *testing.T) {
 }
 
 func TestRestartKeepsModeAndOwner(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	b := belonging{"0004", someUsers(t, "1000")[0], someUsers(t, "2000")[0]}
 	p := n.startProcess()
@@ -375,6 +378,7 @@ func TestRestartKeepsModeAndOwner(t *testing.T) {
 // The owner of a file on a read-only mount changes neither the file nor the mount, not even as root of a user
 // namespace of his own.
 func TestOwnersCannotWrite(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	n.startProcess()
 	b := belonging{mode: "0600", owner: someUsers(t, "1000")[0]}
@@ -418,6 +422,7 @@ func TestOwnersCannotWrite(t *testing.T) {
 
 // A generation is one of its files and of who may read them.
 func TestDigestHasModeAndOwner(t *testing.T) {
+	t.Parallel()
 	f := files{"file": []byte("text")}
 	seen := map[string]permissions{}
 	for _, a := range []permissions{{}, {uid: 1}, {gid: 1}, {mode: 1}, {uid: 11}, {gid: 11}, {1, 1, 0}, {1, 0, 1},
@@ -431,6 +436,7 @@ func TestDigestHasModeAndOwner(t *testing.T) {
 }
 
 func TestModesAndOwnersRefused(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	for what, c := range sorted(map[string]struct{ mode, owner, words string }{
 		"a name":           {"rw-------", "", `file.mode "rw-------" is not an octal mode of three or four digits, such as 0600`},
@@ -491,6 +497,7 @@ func TestModesAndOwnersRefused(t *testing.T) {
 
 // A driver whose user namespace does not have the owner or the group says so, and leaves nothing, or what was there.
 func TestOwnerThatTheNodeDoesNotHave(t *testing.T) {
+	t.Parallel()
 	const missing = "2147483647"
 	if usersHere(t) > 1<<31 {
 		runInSmallNamespace(t, `exec "$@"`)

@@ -24,6 +24,7 @@ import (
 // ---- The mount ----
 
 func TestMountIsReadOnly(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	v.mustPublish()
@@ -52,6 +53,7 @@ func TestMountIsReadOnly(t *testing.T) {
 }
 
 func TestModes(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	gid := 0 // the only group there is in a user namespace of an ordinary user
 	if text, err := os.ReadFile("/proc/self/gid_map"); err != nil || strings.Fields(string(text))[2] != "1" {
@@ -89,6 +91,7 @@ func TestModes(t *testing.T) {
 }
 
 func TestPublishTwiceIsOneMount(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	v.mustPublish()
@@ -102,6 +105,7 @@ func TestPublishTwiceIsOneMount(t *testing.T) {
 }
 
 func TestOverlappingPublishes(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	gate := n.api.hold("/connectors/")
@@ -122,6 +126,7 @@ func TestOverlappingPublishes(t *testing.T) {
 }
 
 func TestPublishesOfDifferentTargetsRunInParallel(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	gate := n.api.hold("/connectors/")
 	pod := n.pod()
@@ -136,6 +141,7 @@ func TestPublishesOfDifferentTargetsRunInParallel(t *testing.T) {
 
 // At most 16 requests of Pods are under way, four of them for one namespace, and the driver's own have places beside them.
 func TestRequestsAtOnceAreBounded(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	gate := n.api.hold("/connectors/")
 	results := make(chan error)
@@ -178,6 +184,7 @@ func TestRequestsAtOnceAreBounded(t *testing.T) {
 }
 
 func TestConnectionIsReused(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.volume().settle()
 	n.awaitWatches(2)
@@ -193,6 +200,7 @@ func TestConnectionIsReused(t *testing.T) {
 }
 
 func TestUnpublish(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	mount := func(v *podVolume, fstype string) {
 		t.Helper()
@@ -235,6 +243,7 @@ func TestUnpublish(t *testing.T) {
 }
 
 func TestLeftoverDirectoryIsUsed(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	must(t, os.Mkdir(v.target, 0o750)) // of a process that was killed between mkdir and mount
@@ -244,6 +253,7 @@ func TestLeftoverDirectoryIsUsed(t *testing.T) {
 }
 
 func TestForeignMountIsLeftAlone(t *testing.T) {
+	t.Parallel()
 	for _, kind := range []string{"ramfs", "tmpfs"} {
 		t.Run(kind, func(t *testing.T) {
 			n := startNode(t)
@@ -261,6 +271,7 @@ func TestForeignMountIsLeftAlone(t *testing.T) {
 }
 
 func TestFileAtTargetIsLeftAlone(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	other := n.volume()
 	other.mustPublish()
@@ -282,6 +293,7 @@ func TestFileAtTargetIsLeftAlone(t *testing.T) {
 }
 
 func TestMissingParentIsNotCreated(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	must(t, os.RemoveAll(n.podsDir()+"/"+v.pod.uid))
@@ -290,6 +302,7 @@ func TestMissingParentIsNotCreated(t *testing.T) {
 
 // A container sees the volume by a mount of its own, which it keeps for its lifetime.
 func TestChangesReachRunningContainers(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	n.api.put(class("git", configuration("config", "address", "{{ .connector.spec.address }}", "old", "x")))
 	v := n.volume()
@@ -339,6 +352,7 @@ func startContainer(t testing.TB, v *podVolume) string {
 }
 
 func TestFailedRepublishKeepsTheFiles(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	v := n.volume()
 	v.mustPublish()
@@ -372,6 +386,7 @@ func TestFailedRepublishKeepsTheFiles(t *testing.T) {
 }
 
 func TestInterruptedUpdatesAreCompleted(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	next := files{"token": []byte("next"), "mark": []byte("next"), "more": []byte("next")}
 	half := generationPrefix + digest(next, permissions{mode: defaultMode})
@@ -412,6 +427,7 @@ func TestInterruptedUpdatesAreCompleted(t *testing.T) {
 }
 
 func TestMountWithoutFilesIsCompleted(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	v.settle()
@@ -423,6 +439,7 @@ func TestMountWithoutFilesIsCompleted(t *testing.T) {
 }
 
 func TestFullVolume(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	v.mustPublish()
@@ -571,6 +588,7 @@ func generationOf(text string) (int, error) {
 // ---- Killed and started again ----
 
 func TestKilledBeforeTheMount(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	p := n.startProcess()
 	v := n.volume()
@@ -588,6 +606,7 @@ func TestKilledBeforeTheMount(t *testing.T) {
 }
 
 func TestKilledDuringUpdates(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	names := []string{"a", "b", "c", "d", "e", "f"}
 	change := func(i int) {
@@ -635,6 +654,7 @@ func TestKilledDuringUpdates(t *testing.T) {
 }
 
 func TestRestartKeepsVolumes(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	p := n.startProcess()
 	v := n.volume()
@@ -660,6 +680,7 @@ func TestRestartKeepsVolumes(t *testing.T) {
 // What somebody else has mounted at the target path is unmounted by unpublish, as ever, and never emptied: neither under
 // our mount nor over it, whatever its files are called, not even with the device number that ours had.
 func TestForeignTmpfsIsNotEmptied(t *testing.T) {
+	t.Parallel()
 	over := func(t *testing.T, n *node, v *podVolume) { must(t, unix.Mount(mountSource, v.target, "tmpfs", 0, "")) }
 	for what, mount := range sorted(map[string]func(*testing.T, *node, *podVolume){
 		"instead": func(t *testing.T, n *node, v *podVolume) {

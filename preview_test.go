@@ -25,6 +25,7 @@ func runRenderOn(input string, arguments ...string) (stdout, stderr string, exit
 
 // What is no object of a cluster ends with one line, soon, and never with a panic.
 func TestPreviewOfHostileInput(t *testing.T) {
+	t.Parallel()
 	const ours = `"apiVersion":"connectors.alauda.io/v1alpha1",`
 	manyListsIn := func(before, after string, times int) string {
 		return strings.Repeat(before, times) + "{}" + strings.Repeat(after, times)
@@ -66,6 +67,7 @@ func TestPreviewOfHostileInput(t *testing.T) {
 
 // An endless input ends the command when there is too much of it, not the machine.
 func TestPreviewOfEndlessInput(t *testing.T) {
+	t.Parallel()
 	read, write, err := os.Pipe()
 	must(t, err)
 	go func() {
@@ -87,6 +89,7 @@ func TestPreviewOfEndlessInput(t *testing.T) {
 
 // Nothing that an object says moves a terminal's cursor or makes a second line.
 func TestPreviewErrorsArePrintable(t *testing.T) {
+	t.Parallel()
 	const escape = "\x1b]0;title\x07\x1b[2J\nconnectors-csi: all is well\r\u202e\u009b2J\x7f"
 	git := class("git", configuration("config", "a", "A"), configuration("fail", "a", `{{ fail .connector.spec.address }}`), configuration("name", "a"+escape, "x"))
 	one := connector("default", "one", "git", with("x"+escape, "spec", "params"))
@@ -119,6 +122,7 @@ func TestPreviewErrorsArePrintable(t *testing.T) {
 
 // What is in the directory already is neither followed nor written to.
 func TestPreviewOutputDirectory(t *testing.T) {
+	t.Parallel()
 	dir, elsewhere := t.TempDir(), t.TempDir()
 	git, one := class("git", configuration("config", "link", "1 {{ .context.token }}", "hard", "2", "open", "3", "dangling", "4", "new", "5", "same", "6")), connector("default", "one", "git")
 	for _, name := range []string{"target", "hard", "kept"} {
@@ -164,6 +168,7 @@ func TestPreviewOutputDirectory(t *testing.T) {
 
 // Others have a kind of the name Connector too.
 func TestPreviewKnowsItsAPI(t *testing.T) {
+	t.Parallel()
 	git, one := class("git", configuration("config", "a", "A")), connector("default", "one", "git")
 	tailscale := connector("default", "two", "", with("tailscale.com/v1alpha1", "apiVersion"))
 	unversioned := connector("default", "three", "git", with(nil, "apiVersion"))
@@ -196,6 +201,7 @@ func with2(o object, field string, value any) object {
 
 // A preview refuses what a new volume may not have.
 func TestPreviewHasTheLimitsOfAVolume(t *testing.T) {
+	t.Parallel()
 	objects := []object{class("git", configuration("config", "a", "A"))}
 	for i := range 33 {
 		objects = append(objects, connector("default", fmt.Sprint("c", i), "git"))
@@ -219,6 +225,7 @@ func TestPreviewHasTheLimitsOfAVolume(t *testing.T) {
 
 // All classes and Connectors of a cluster are checked by one command.
 func TestPreviewChecksACluster(t *testing.T) {
+	t.Parallel()
 	sound := class("sound", configuration("config", "a", "{{ .connector.spec.address }}"),
 		with2(configuration("params", "p", "{{ .configurations.x }}"), "params", []any{param("x")}),
 		with2(configuration("defaults", "p", "{{ .configurations.x }}"), "params", []any{param("x", "default", "y")}))

@@ -96,6 +96,7 @@ func (p *process) wantFailure(t *testing.T, word string) {
 }
 
 func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	p := n.startProcess()
 	mounted, v := n.volume(), n.volume()
@@ -119,6 +120,7 @@ func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
 
 // One line for a publish that changed something, with Pod, volume, Connector and duration; none for one that did not.
 func TestLog(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	p := n.startProcess()
 	v, missing := n.volume(), n.volume(attrs{"connector.name": "none"})
@@ -154,6 +156,7 @@ func TestLog(t *testing.T) {
 
 // Whatever a user writes, the log and the error hold no more than a little of it.
 func TestLogOfLargeRequests(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	long := strings.Repeat("x", 30<<10)
 	quotes := strings.Repeat("\"\x01\n", 10<<10)
@@ -253,6 +256,7 @@ func (n *node) wantReady(code int, text string) {
 }
 
 func TestRegistration(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.wantReady(503, "kubelet has not registered the driver yet")
 
@@ -310,6 +314,7 @@ func TestRegistration(t *testing.T) {
 }
 
 func TestSocket(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: n.socket()})
 	must(t, err)
@@ -332,6 +337,7 @@ func TestSocket(t *testing.T) {
 
 // Whatever takes the place of the socket stays there, when the driver ends and before.
 func TestSocketOfOthersStays(t *testing.T) {
+	t.Parallel()
 	file := func(path string) error { return os.WriteFile(path, []byte("other"), 0o644) }
 	socket := func(path string) error {
 		listener, err := net.Listen("unix", path)
@@ -381,6 +387,7 @@ func TestSocketOfOthersStays(t *testing.T) {
 // A new volume, other files in it, its end and a renderer's life need no more than what the driver keeps, also where
 // renderers have no user namespace. One that could not be confined as usual would be missed in the log.
 func TestDriverGivesUpCapabilities(t *testing.T) {
+	t.Parallel()
 	limit, err := os.ReadFile("/proc/sys/user/max_user_namespaces")
 	must(t, err)
 	missing := ""
@@ -477,6 +484,7 @@ func (n *node) readMetrics() map[string]float64 {
 }
 
 func TestMetrics(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	v, w := n.volume(), n.volume()
 	v.mustPublish()
@@ -550,6 +558,7 @@ func runPreview(t *testing.T, cmd *exec.Cmd, objects []object) (stdout, stderr s
 }
 
 func TestPreview(t *testing.T) {
+	t.Parallel()
 	git := class("git", configuration("config", ".gitconfig", "{{ .connector.spec.address }} {{ .context.token }}\n"), configuration("two", "a", "A", "b", "B\n"),
 		configuration("params", "p", "{{ .configurations.x }}"), configuration("names", "n", "{{ range .connectors }}{{ .metadata.namespace }}/{{ .name }} {{ end }}"))
 	one, two := connector("team-a", "one", "git"), connector("team-b", "two", "git")
@@ -627,6 +636,7 @@ func TestPreview(t *testing.T) {
 
 // The command says what a Pod's events would say.
 func TestPreviewRefusesAsAPublishDoes(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	for what, change := range sorted(map[string]struct{ class, connector object }{
 		"a missing value":   {class("git", configuration("config", "a", "x\n{{ .connector.spec.typo }}")), connector("default", "git", "git")},
@@ -655,6 +665,7 @@ func TestPreviewRefusesAsAPublishDoes(t *testing.T) {
 
 // Where a container's rules or the kernel refuse namespaces, the limits hold all the same.
 func TestWithoutNamespaces(t *testing.T) {
+	t.Parallel()
 	git, one := class("git", configuration("config", "a", "A"), configuration("large", "a", `{{ repeat 1000000000 "x" }}`)), connector("default", "one", "git")
 	preview := func(name string) (stdout, stderr string, code int) {
 		script := `for n in user mnt net pid ipc; do echo 0 > /proc/sys/user/max_${n}_namespaces || exit 9; done; exec "$@"`
@@ -672,6 +683,7 @@ func TestWithoutNamespaces(t *testing.T) {
 }
 
 func TestVersionAndHelp(t *testing.T) {
+	t.Parallel()
 	run := func(argument ...string) string {
 		cmd := exec.Command(rendererBinary(), argument...)
 		cmd.Env = []string{roleKey + "=" + roleDriver}

@@ -16,6 +16,7 @@ import (
 
 // The kernel swaps nothing of a volume out, where it can be told not to: from Linux 6.4 on, outside of user namespaces.
 func TestVolumesAreNotSwapped(t *testing.T) {
+	t.Parallel()
 	conf, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
 	must(t, err)
 	defer unix.Close(conf)
@@ -31,6 +32,7 @@ func TestVolumesAreNotSwapped(t *testing.T) {
 
 // Nothing in the metrics names an object, a place or a content, whatever happens.
 func TestMetricsNameNobody(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(class("class-name", configuration("config", "file-name", "the content {{ .context.token }}")),
 		connector("tenant-name", "connector-name", "class-name"))
@@ -56,6 +58,7 @@ func TestMetricsNameNobody(t *testing.T) {
 
 // Of the answers above 64 KiB two are read at once, whoever waits for them; smaller ones are not kept waiting.
 func TestLargeAnswersAtOnceAreBounded(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	rest := make(chan bool)
 	n.api.set(func() {
@@ -98,6 +101,7 @@ func TestLargeAnswersAtOnceAreBounded(t *testing.T) {
 // A watch lasts for half an hour at most. One that a ServiceAccount may not open again is no reason to go on with what it
 // was given: the next call that finds the object older than the refresh interval reads it, and is refused.
 func TestPermissionTakenAwayWhileNothingChanges(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	v.settle()

@@ -30,6 +30,7 @@ import (
 // ---- The contract of a volume ----
 
 func TestPublishMountsTheDocumentedExample(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume(attrs{"connector.name": "git", "connector.namespace": "default", "configuration.names": "config"})
 	v.mustPublish()
@@ -41,6 +42,7 @@ func TestPublishMountsTheDocumentedExample(t *testing.T) {
 }
 
 func TestAttributesAccepted(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(connector("team-a", "git", "git"), connector("team-a", "with.dots-1", "git"))
 	for what, attributes := range sorted(map[string]attrs{
@@ -69,6 +71,7 @@ func TestAttributesAccepted(t *testing.T) {
 }
 
 func TestAttributesRefused(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	for what, c := range sorted(map[string]struct {
 		attributes attrs
@@ -153,6 +156,7 @@ func numbered(name string, count int) string {
 
 // A volume may have as many names as the limits say.
 func TestAsManyNamesAsAllowed(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	var configurations []object
 	var files, connectors []string
@@ -174,6 +178,7 @@ func TestAsManyNamesAsAllowed(t *testing.T) {
 
 // The limits of new volumes do not end one that is mounted: its Pod would be left with an old token.
 func TestMountedVolumesMayHaveMoreThanNewOnes(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	v.mustPublish()
@@ -192,6 +197,7 @@ func TestMountedVolumesMayHaveMoreThanNewOnes(t *testing.T) {
 
 // A message that is too large never gets into the driver's hands.
 func TestLargestMessage(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	v.change = func(r *csi.NodePublishVolumeRequest) { r.Secrets["more"] = strings.Repeat("x", 120<<10) }
@@ -234,6 +240,7 @@ func TestMemoryOfVolumes(t *testing.T) {
 }
 
 func TestLaterConfigurationWins(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	for names, want := range sorted(map[string]string{"first,second": "from second", "second,first": "from first"}) {
 		v := n.volume(attrs{"configuration.names": names})
@@ -244,6 +251,7 @@ func TestLaterConfigurationWins(t *testing.T) {
 }
 
 func TestRequestsRefused(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	other := n.pod()
 	for what, c := range sorted(map[string]struct {
@@ -315,6 +323,7 @@ func tokens(text string) func(*csi.NodePublishVolumeRequest) {
 }
 
 func TestTargetPathsRefused(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	outside := n.dir + "/elsewhere"
 	must(t, os.MkdirAll(outside+"/mount", 0o755))
@@ -355,6 +364,7 @@ func TestTargetPathsRefused(t *testing.T) {
 }
 
 func TestTokenComesFromSecretsBeforeVolumeContext(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	older := v.pod.token
@@ -372,6 +382,7 @@ func TestTokenComesFromSecretsBeforeVolumeContext(t *testing.T) {
 }
 
 func TestPodInfoMayBeMissing(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	v.change = func(r *csi.NodePublishVolumeRequest) {
@@ -383,6 +394,7 @@ func TestPodInfoMayBeMissing(t *testing.T) {
 }
 
 func TestIdentityAndCapabilities(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	ctx := t.Context()
 	identity, nodeClient := csi.NewIdentityClient(n.conn), csi.NewNodeClient(n.conn)
@@ -413,6 +425,7 @@ func TestIdentityAndCapabilities(t *testing.T) {
 // ---- Errors that a user can meet ----
 
 func TestObjectErrors(t *testing.T) {
+	t.Parallel()
 	for what, c := range sorted(map[string]struct {
 		prepare func(*node)
 		code    codes.Code
@@ -475,6 +488,7 @@ func TestObjectErrors(t *testing.T) {
 }
 
 func TestManyFiles(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	var data []string
 	for i := range 256 {
@@ -493,6 +507,7 @@ func TestManyFiles(t *testing.T) {
 
 // The largest volume fits into its tmpfs, and so does its update by another one as large.
 func TestLargestVolume(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	large := func(letter string) object {
 		var data []string
@@ -512,6 +527,7 @@ func TestLargestVolume(t *testing.T) {
 }
 
 func TestAPIServerErrors(t *testing.T) {
+	t.Parallel()
 	for what, c := range sorted(map[string]struct {
 		code   int
 		body   string
@@ -553,6 +569,7 @@ func TestAPIServerErrors(t *testing.T) {
 }
 
 func TestAPIServerErrorsForClassAndToken(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume(attrs{"token.expiration": "1h"})
 	n.api.answer("/connectorclasses/", 500, statusBody(500, "InternalError", "etcd is gone"))
@@ -571,6 +588,7 @@ func TestAPIServerErrorsForClassAndToken(t *testing.T) {
 }
 
 func TestRetryAfterIsHonoured(t *testing.T) {
+	t.Parallel()
 	for _, seconds := range []string{"0", "1"} { // the least is a second
 		n := startNode(t)
 		var first time.Time
@@ -593,6 +611,7 @@ func TestRetryAfterIsHonoured(t *testing.T) {
 }
 
 func TestRedirectIsNotFollowed(t *testing.T) {
+	t.Parallel()
 	n, thief := startNode(t), newAPIServer(t)
 	n.api.answer("/connectors/", http.StatusFound, "", "Location", thief.URL+"/x")
 	n.volume().mustRefuse(codes.Unavailable, "HTTP 302")
@@ -602,6 +621,7 @@ func TestRedirectIsNotFollowed(t *testing.T) {
 }
 
 func TestAPIServerDown(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	n.api.Close()
@@ -609,6 +629,7 @@ func TestAPIServerDown(t *testing.T) {
 }
 
 func TestAPIServerSlow(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	gate := n.api.hold("/connectors/")
@@ -620,6 +641,7 @@ func TestAPIServerSlow(t *testing.T) {
 }
 
 func TestAnotherServersCertificate(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
@@ -637,6 +659,7 @@ func TestAnotherServersCertificate(t *testing.T) {
 // ---- Several Connectors, parameters, exclusions, built-in files ----
 
 func TestSeveralConnectors(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	see := "{{ .connector.name }}:{{ range .connectors }} {{ .namespace }}/{{ .name }}={{ .spec.address }}{{ end }} {{ .connectorclass.proxyAddress | default \"none\" }}"
 	a, b := class("a", configuration("both", "both", "a: "+see, "a", see), configuration("only-a", "x", "from a")), class("b", configuration("both", "both", "b: "+see, "b", see))
@@ -664,6 +687,7 @@ func TestSeveralConnectors(t *testing.T) {
 }
 
 func TestConfigurationParams(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	declared := configuration("config", "file", `{{ range $k, $v := .configurations }}{{ $k }}={{ $v }};{{ end }}`)
 	declared["params"] = []any{
@@ -709,6 +733,7 @@ func TestConfigurationParams(t *testing.T) {
 }
 
 func TestExclusions(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume(attrs{"configuration.names": "first, ! one ,second"})
 	v.mustPublish()
@@ -723,6 +748,7 @@ func TestExclusions(t *testing.T) {
 func builtInFiles(d *driver) { d.builtInFiles = true }
 
 func TestBuiltInFilesOfOneConnector(t *testing.T) {
+	t.Parallel()
 	n := startNode(t, builtInFiles)
 	n.api.put(connector("default", "git", "git", with(certificate("the CA"), "status", "proxy", "httpAddress", "CACerts")))
 	v := n.volume(attrs{"configuration.names": "-"})
@@ -767,6 +793,7 @@ func (v *podVolume) wantEnvironment(proxy string) {
 }
 
 func TestBuiltInFilesOfSeveralConnectors(t *testing.T) {
+	t.Parallel()
 	n := startNode(t, builtInFiles)
 	a, b := class("a"), class("b")
 	with("http://proxy-a", "status", "proxy", "httpAddress", "url")(a)
@@ -786,6 +813,7 @@ func TestBuiltInFilesOfSeveralConnectors(t *testing.T) {
 }
 
 func TestBuiltInFilesWithoutValues(t *testing.T) {
+	t.Parallel()
 	n := startNode(t, builtInFiles)
 	n.api.put(connector("default", "git", "git", with(nil, "status")))
 	v := n.volume(attrs{"configuration.names": "-"})
@@ -808,6 +836,7 @@ func TestBuiltInFilesWithoutValues(t *testing.T) {
 }
 
 func TestCA(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	ofConnector, ofClass := with(certificate("CA of the Connector"), "status", "proxy", "httpAddress", "CACerts"), with(certificate("CA of the class"), "status", "proxy", "httpAddress", "CACerts")
 	plain, withCA := class("git", configuration("config", "ca", "{{ .context.proxy.caCert }}")), class("git", configuration("config", "ca", "{{ .context.proxy.caCert }}"))
@@ -834,6 +863,7 @@ func TestCA(t *testing.T) {
 
 // Classes print addresses as they are; whoever writes a Connector shall not add lines to other people's configuration.
 func TestInjection(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	address := func(value string) func(object) { return with(value, "spec", "address") }
 	extension := func(value string) func(object) {
@@ -862,6 +892,7 @@ func TestInjection(t *testing.T) {
 }
 
 func TestProxyAddress(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(class("git", configuration("config", "file", "{{ .connector.status.proxyAddress }} {{ .connector.status.proxy.httpAddress.url }}")),
 		connector("default", "git", "git", with("http://as-it-is", "status", "proxyAddress")))

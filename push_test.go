@@ -23,6 +23,7 @@ import (
 
 // A new resourceVersion, or a status that nobody prints, writes nothing.
 func TestNothingIsWrittenIfNoByteChanges(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	generation, asked := v.generation(), n.api.count("")
@@ -40,6 +41,7 @@ func TestNothingIsWrittenIfNoByteChanges(t *testing.T) {
 
 // An object is read once for all volumes of a ServiceAccount, also for those of one Pod, and its class once for all.
 func TestChangeIsReadOnce(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	pod, builder := n.pod(), n.pod("default/builder")
 	volumes := []*podVolume{pod.volume("a"), pod.volume("b"), n.volume(), n.volume(), builder.volume("a"), builder.volume("b")}
@@ -69,6 +71,7 @@ func TestChangeIsReadOnce(t *testing.T) {
 
 // A volume is pushed at most once a second, however often its objects change: the others wait for nothing.
 func TestFloodOfChanges(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(connector("team-a", "git", "git"), connector("team-a", "events", "git"))
 	hostile, events, v := n.pod("team-a/default").volume("config"), n.pod("team-a/default").volume("config", attrs{"connector.name": "events"}), n.volume()
@@ -110,6 +113,7 @@ func TestFloodOfChanges(t *testing.T) {
 
 // A call of kubelet that comes during a push is not told to come again, and has kubelet's new token.
 func TestCallDuringAPush(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	asked, gate, result := n.api.count(gitPath), n.api.hold("/connectors/git"), make(chan error)
@@ -126,6 +130,7 @@ func TestCallDuringAPush(t *testing.T) {
 
 // A change that comes during a call of kubelet is pushed after it, also to a volume that is only then mounted.
 func TestPushDuringACall(t *testing.T) {
+	t.Parallel()
 	for _, mounted := range []bool{true, false} {
 		t.Run(fmt.Sprintf("mounted: %v", mounted), func(t *testing.T) {
 			n := startNode(t)
@@ -150,6 +155,7 @@ func TestPushDuringACall(t *testing.T) {
 
 // A volume that is unpublished in the middle of its push is gone, at once and for ever.
 func TestUnpublishDuringAPush(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	gate := n.api.hold("/connectors/git")
@@ -167,6 +173,7 @@ func TestUnpublishDuringAPush(t *testing.T) {
 
 // A volume that somebody else has unmounted is forgotten with its streams; a push does not mount it again.
 func TestUnmountedBySomebodyElse(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	must(t, unix.Unmount(v.target, unix.MNT_DETACH))
@@ -181,6 +188,7 @@ func TestUnmountedBySomebodyElse(t *testing.T) {
 
 // A volume that was never mounted has no streams.
 func TestNoStreamForWhatIsNotMounted(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(class("broken", configuration("config", "file", "{{ .none }}")), connector("default", "broken", "broken"))
 	n.volume(attrs{"connector.name": "broken"}).mustRefuse(codes.FailedPrecondition)
@@ -199,6 +207,7 @@ func TestNoStreamForWhatIsNotMounted(t *testing.T) {
 
 // A push uses the token that the driver asked for before.
 func TestPushAsksForNoToken(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume(attrs{"token.expiration": "1h"})
 	token := v.file("token")
@@ -212,6 +221,7 @@ func TestPushAsksForNoToken(t *testing.T) {
 
 // Functions that give something else each time are rendered again when an input changes, and after a restart.
 func TestRandomFunctionsAreRenderedOnce(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(class("git", configuration("config", "random", "{{ uuidv4 }}", "token", "{{ .context.token }}")))
 	v := n.watchedVolume()
@@ -246,6 +256,7 @@ func TestRandomFunctionsAreRenderedOnce(t *testing.T) {
 
 // Every call is validated, and every part of a request that the files are made from counts.
 func TestEveryPartOfARequestCounts(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	declared := configuration("config", "token", "{{ .context.token }}", "value", "{{ .configurations.p }}")
 	declared["params"] = []any{param("p", "default", "none")}
@@ -448,6 +459,7 @@ func TestKilledDuringPushes(t *testing.T) {
 
 // After a restart the first call writes nothing if nothing has changed, and from it on changes are pushed again.
 func TestRestartOfAWatchingDriver(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	p := n.startBinary(rendererBinary(), anHour)
 	v := n.watchedVolume()
@@ -507,6 +519,7 @@ func (v *podVolume) generations() int {
 // A program that watches one file, through its container's mount, hears of each change soon, without a call of kubelet:
 // of one that is pushed, and of one that a call brings.
 func TestWatchedFileIsRemoved(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	dir := startContainer(t, v)
@@ -531,6 +544,7 @@ func TestWatchedFileIsRemoved(t *testing.T) {
 // Within the second after an update kubelet's calls go on as ever, and are never told to come again, also while old files
 // are being removed.
 func TestCallsWithinTheSecond(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	d, r := n.driver, v.record()
@@ -561,6 +575,7 @@ func TestCallsWithinTheSecond(t *testing.T) {
 
 // A volume that is unmounted within the second, by unpublish or by somebody else, is no matter for the log.
 func TestUnmountedWithinTheSecond(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	for what, unmount := range sorted(map[string]func(*podVolume){
 		"unpublish":     func(v *podVolume) { v.mustUnpublish() },
@@ -587,6 +602,7 @@ func TestUnmountedWithinTheSecond(t *testing.T) {
 // A driver that is killed within the second leaves old files, which the next one's first call removes, whether it changes
 // something or not.
 func TestKilledWithinTheSecond(t *testing.T) {
+	t.Parallel()
 	for _, change := range []bool{false, true} {
 		t.Run(fmt.Sprintf("a change: %v", change), func(t *testing.T) {
 			n := newNode(t)
@@ -623,6 +639,7 @@ func TestKilledWithinTheSecond(t *testing.T) {
 // A volume that somebody else has unmounted, and that kubelet's next call cannot mount, is forgotten with all that was
 // kept of it.
 func TestUnmountedAndRefused(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume(attrs{"token.expiration": "1h"})
 	must(t, unix.Unmount(v.target, unix.MNT_DETACH))
@@ -636,6 +653,7 @@ func TestUnmountedAndRefused(t *testing.T) {
 
 // A push that is due when its volume is forgotten, while a call waits, does not keep later ones from coming.
 func TestForgottenWhileAPushIsDue(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	d, v := n.driver, n.watchedVolume()
 	r := v.record()

@@ -17,6 +17,7 @@ import (
 // ---- Refresh and tokens ----
 
 func TestUnchangedRepublishAsksNobody(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	v := n.volume()
 	v.settle()
@@ -39,6 +40,7 @@ func TestUnchangedRepublishAsksNobody(t *testing.T) {
 
 // The volumes of a node share what is read: once for each Connector and ServiceAccount, once for each class.
 func TestReadsAreShared(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	n.api.put(connector("default", "other", "git"))
 	var volumes []*podVolume
@@ -70,6 +72,7 @@ func TestReadsAreShared(t *testing.T) {
 
 // A read that fails fails for all who wait for it; those who came while it was under way share the next one.
 func TestReadsThatFailAreShared(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	var volumes []*podVolume
 	for range 10 {
@@ -101,6 +104,7 @@ func TestReadsThatFailAreShared(t *testing.T) {
 func padded(bytes int) func(object) { return with(strings.Repeat("x", bytes), "spec", "padding") }
 
 func TestObjectsOfAVolumeAreLimited(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	large := class("git", configuration("config", "token", "x", "padding", "{{/*"+strings.Repeat("x", 100<<10)+"*/}}"))
 	n.api.put(large)
@@ -147,6 +151,7 @@ func TestObjectsOfAVolumeAreLimited(t *testing.T) {
 
 // What the calls under way hold is bounded for each namespace and for all; what is beyond has to come again.
 func TestObjectsUnderWayAreLimited(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(connector("team-a", "git", "git"))
 	k := n.driver.kube
@@ -185,6 +190,7 @@ func TestObjectsUnderWayAreLimited(t *testing.T) {
 // The cache has each object once, whoever reads it, keeps to its limit by what was used longest ago, and has nothing
 // of reads that failed.
 func TestCache(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	k, volumes := n.driver.kube, []*podVolume{}
 	for i := range 3 {
@@ -246,6 +252,7 @@ func TestCache(t *testing.T) {
 
 // Of two reads the one counts that began later, whichever ends first: no file goes back to an older content.
 func TestSlowReadDoesNotRollBack(t *testing.T) {
+	t.Parallel()
 	for _, fresh := range []bool{true, false} {
 		t.Run(fmt.Sprintf("the slow one is fresh: %v", fresh), func(t *testing.T) {
 			n := startPolling(t)
@@ -294,6 +301,7 @@ func TestSlowReadDoesNotRollBack(t *testing.T) {
 
 // Callers that give up do not spoil the read for the one that waits behind them.
 func TestCallersThatGiveUp(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	volumes := []*podVolume{n.volume(), n.volume(), n.volume()}
 	for _, v := range volumes {
@@ -319,6 +327,7 @@ func TestCallersThatGiveUp(t *testing.T) {
 
 // Whether a Pod may read a Connector is the API server's decision on the Pod's own token, each time a volume is new.
 func TestFirstPublishChecksThePodsOwnToken(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	git := connectorPath("default", "git")
 	n.volume().mustPublish()
@@ -363,6 +372,7 @@ func TestFirstPublishChecksThePodsOwnToken(t *testing.T) {
 }
 
 func TestPermissionTakenAway(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	v := n.volume()
 	v.mustPublish()
@@ -374,6 +384,7 @@ func TestPermissionTakenAway(t *testing.T) {
 }
 
 func TestDriversTokenIsReadAsItRotates(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.volume().mustPublish()
 	n.awaitWatches(2) // one of them comes with the driver's token too
@@ -387,6 +398,7 @@ func TestDriversTokenIsReadAsItRotates(t *testing.T) {
 }
 
 func TestKubeletsNewTokenReachesTheFile(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume()
 	v.mustPublish()
@@ -403,6 +415,7 @@ func TestKubeletsNewTokenReachesTheFile(t *testing.T) {
 }
 
 func TestOwnTokenForAnotherExpiration(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume(attrs{"token.expiration": "1h"})
 	path := tokenPath("default", "default")
@@ -431,6 +444,7 @@ func TestOwnTokenForAnotherExpiration(t *testing.T) {
 }
 
 func TestOwnTokenIsRenewedAt80Percent(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	path := tokenPath("default", "default")
 	v := n.volume(attrs{"token.expiration": "1h"})
@@ -479,6 +493,7 @@ func (v *podVolume) endToken() {
 
 // The clocks of the node and of the API server may differ as they like; the lifetime is what the answer grants.
 func TestRenewalIsCountedFromTheRequest(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	for what, c := range sorted(map[string]struct{ clock, granted, renew time.Duration }{
 		"25 minutes behind": {-25 * time.Minute, 0, 48 * time.Minute},
@@ -508,6 +523,7 @@ func TestRenewalIsCountedFromTheRequest(t *testing.T) {
 }
 
 func TestRenewalThatFailsKeepsTheToken(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.volume(attrs{"token.expiration": "1h"})
 	v.mustPublish()
@@ -524,6 +540,7 @@ func TestRenewalThatFailsKeepsTheToken(t *testing.T) {
 }
 
 func TestAudience(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	proxy := []string{"status", "proxy", "httpAddress", "audience"}
 	git, other := gitClass(), class("other", configuration("config", "other", "x"))
@@ -552,6 +569,7 @@ func TestAudience(t *testing.T) {
 
 // Whoever writes a Connector's status decides where tokens go. That must not be a way to have them made for another service.
 func TestAudienceOfSomebodyElse(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	httpAddress := func(fields object) func(object) { return with(fields, "status", "proxy", "httpAddress") }
 	for _, c := range []struct {
@@ -607,6 +625,7 @@ func (v *podVolume) renewNow() {
 // nothing of the Pod's, whose own token has expired; also where its objects are not watched, and are older than a
 // refresh would take.
 func TestDriverRenewsItsTokenByItself(t *testing.T) {
+	t.Parallel()
 	for what, start := range sorted(map[string]func(testing.TB, ...func(*driver)) *node{"watched": startNode, "polled": startPolling}) {
 		t.Run(what, func(t *testing.T) {
 			n := start(t)
@@ -647,6 +666,7 @@ func TestDriverRenewsItsTokenByItself(t *testing.T) {
 
 // The driver renews nothing for a volume that is gone, nor for one that has kubelet's token.
 func TestNothingIsRenewedForNobody(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	v, other := n.volume(attrs{"token.expiration": "1h"}), n.volume()
 	v.mustPublish()
@@ -688,6 +708,7 @@ func TestNothingIsRenewedForNobody(t *testing.T) {
 
 // A call of kubelet that comes while the driver renews a token does it in its place; an unpublish ends it.
 func TestCallsDuringARenewal(t *testing.T) {
+	t.Parallel()
 	for what, call := range sorted(map[string]func(*podVolume) error{
 		"publish":   (*podVolume).publish,
 		"unpublish": (*podVolume).unpublish,
@@ -730,6 +751,7 @@ func TestCallsDuringARenewal(t *testing.T) {
 // One of two ServiceAccounts loses the right between two versions: it is given the new one by nobody else's read, at no
 // moment, and the other goes on. Both orders, and with a read of the one that is still under way.
 func TestReaderIsGivenWhatItWasGiven(t *testing.T) {
+	t.Parallel()
 	n := startPolling(t)
 	a, b := n.volume(), n.pod("default/builder").volume("config")
 	a.settle()
@@ -795,6 +817,7 @@ func TestReaderIsGivenWhatItWasGiven(t *testing.T) {
 
 // The streams that the driver has with its own token count for no namespace, and have a number of their own.
 func TestDriversStreamsCountForNoNamespace(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	k := n.driver.kube

@@ -146,6 +146,7 @@ func TestRenderersKilledAtAnyMoment(t *testing.T) {
 }
 
 func TestRenderersEndWithTheDriver(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	n.api.put(class("endless", configuration("config", "file", "{{ range 9223372036854775807 }}{{ end }}")), connector("default", "endless", "endless"))
 	p := n.startBinary(rendererBinary())
@@ -350,6 +351,7 @@ func awaitTurns(t *testing.T, p *renderers, count int) {
 }
 
 func TestFullestAccountIsNext(t *testing.T) {
+	t.Parallel()
 	p := newRenderers("", nil, nil)
 	changeRenderers(p, func() {
 		p.capacity = 0
@@ -378,6 +380,7 @@ func TestFullestAccountIsNext(t *testing.T) {
 
 // One namespace's templates have taken both renderers for a while, and more of them wait.
 func TestOthersDoNotWaitForHostileVolumes(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(class("hostile", configuration("config", "file", `{{ fail "x" }}`)), connector("hostile", "git", "hostile"))
 	p := n.driver.renderers
@@ -471,6 +474,7 @@ func TestEmptyAccount(t *testing.T) {
 
 // What has hit a limit is not tried again at once, by no Pod of the namespace, until it or the time has changed.
 func TestKnownLimitIsNotTriedAgain(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(class("large", configuration("config", "file", `{{ $x := repeat 200000000 "x" }}`)), connector("default", "large", "large"))
 	p := n.driver.renderers
@@ -516,6 +520,7 @@ func TestKnownLimitIsNotTriedAgain(t *testing.T) {
 
 // What is remembered is bounded, and one namespace's does not displace another's.
 func TestOutcomesAreBounded(t *testing.T) {
+	t.Parallel()
 	p := newRenderers("", nil, nil)
 	what := func(namespace, number int) (key [32]byte) {
 		key[0], key[1], key[2] = byte(namespace), byte(number>>8), byte(number)

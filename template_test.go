@@ -30,6 +30,7 @@ func (n *node) rendered(text string, change ...func(object)) (string, error) {
 }
 
 func TestTemplates(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	for template, want := range sorted(map[string]string{
 		"":                      "",
@@ -89,6 +90,7 @@ func TestTemplates(t *testing.T) {
 }
 
 func TestTemplatesThatFail(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	missing := "no value"
 	for template, word := range sorted(map[string]string{
@@ -148,6 +150,7 @@ func TestTemplatesThatFail(t *testing.T) {
 
 // The driver's log and its errors are searched for secrets in every test; here templates try to get them there.
 func TestTemplatesThatWantToTellTheToken(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	for _, template := range []string{
 		`{{ fail .context.token }}`,
@@ -208,6 +211,7 @@ func TestTemplatesThatWantToTellTheToken(t *testing.T) {
 }
 
 func TestOutputLimit(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	if got, err := n.rendered(`{{ repeat 1048576 "x" }}`); err != nil || len(got) != 1<<20 {
 		t.Errorf("%d bytes, %v", len(got), err)
@@ -225,6 +229,7 @@ func TestOutputLimit(t *testing.T) {
 
 // Other files and other volumes share the objects, and sprig has functions that change their arguments.
 func TestTemplatesCannotChangeWhatOthersSee(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	change := `{{ $_ := set .connector.spec "address" "changed" }}{{ $_ := set .context "token" "changed" }}{{ $_ := unset .connector.metadata "name" }}` +
 		`{{ $_ := set .configurations "p" "changed" }}{{ $_ := set (index .connector.spec.list 0) "x" "changed" }}{{ .connector.spec.address }}`
@@ -243,6 +248,7 @@ func TestTemplatesCannotChangeWhatOthersSee(t *testing.T) {
 }
 
 func TestFileNames(t *testing.T) {
+	t.Parallel()
 	for name, ok := range sorted(map[string]bool{
 		"a": true, ".a": true, "a.b": true, "a..b": true, "-": true, "_": true, "A-z_0.9": true, ".env": true, "...": false, strings.Repeat("a", 253): true,
 		"": false, ".": false, "..": false, "..a": false, "..data": false, "a/b": false, "/a": false, "a\\b": false, "a b": false, "a\n": false, "é": false,
@@ -285,6 +291,7 @@ func basic(text string) string {
 }
 
 func TestDocumentedGitClasses(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	const one, two = "http://c-git.default.svc.cluster.local", "http://c-other.team-a.svc.cluster.local"
 	for what, c := range sorted(map[string]struct {
@@ -413,6 +420,7 @@ func parseLines(t *testing.T, text string, line *regexp.Regexp) map[string]strin
 }
 
 func TestDocumentedNPMClass(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(class("npm", configuration("npmrc", "ca.cert", "{{ .context.proxy.caCert }}", ".npmrc", npmrc),
 		configuration("yarnrc", "ca.cert", "{{ .context.proxy.caCert }}", ".yarnrc.yml", yarnrc)),
@@ -445,6 +453,7 @@ func TestDocumentedNPMClass(t *testing.T) {
 }
 
 func TestDocumentedClassesForSeveralConnectors(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	lines := "{{- range .connectors }}\n# Configuration for Connector: {{ .name }}\nparam_name = {{ .name }}\nparam_value = {{ .spec.address }}\n{{- end }}\n"
 	n.api.put(class("multi-connector", configuration("config", ".multi-connector-config", lines)),

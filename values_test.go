@@ -39,6 +39,7 @@ func addressPatterns(t *testing.T) []*regexp.Regexp {
 
 // The API server refuses what the driver refuses, of all characters that there are.
 func TestPatternsOfAddressesAreTheDrivers(t *testing.T) {
+	t.Parallel()
 	patterns := map[string]*regexp.Regexp{}
 	for _, pattern := range addressPatterns(t) {
 		patterns[pattern.String()] = pattern
@@ -68,6 +69,7 @@ func TestPatternsOfAddressesAreTheDrivers(t *testing.T) {
 
 // Characters that start commands and variables, end elements, or cannot be told from others.
 func TestCharactersOfAddresses(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	const rule = ", but an address is ASCII without white space, control characters, quotes and any of \\ ` $ < > { } | ^: "
 	for part, message := range sorted(map[string]string{
@@ -137,6 +139,7 @@ func (n *node) publishBundle(bundle string) (string, error) {
 
 // A bundle of certificates may have lines between them that say what they are, or something else.
 func TestBundlesThatAreKept(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	a, b, c := certificate("a"), certificate("b"), certificate("c")
 	labelled := func(label string) string { return strings.ReplaceAll(b, " CERTIFICATE-", " "+label+" CERTIFICATE-") }
@@ -179,6 +182,7 @@ func TestBundlesThatAreKept(t *testing.T) {
 
 // Where one certificate cannot be kept, somebody hears of it before TLS fails.
 func TestBundlesThatAreRefused(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	a, b, c := certificate("a"), certificate("b"), certificate("c")
 	lines := strings.SplitAfter(b, "\n")
@@ -274,6 +278,7 @@ func TestBundlesThatAreRefused(t *testing.T) {
 
 // Whether the operator is to be waited for depends on what fails, not on the words of the template.
 func TestHintOfAProxyThatIsNotThereYet(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	const hint = "Connector default/git has no proxy address yet (status.proxy.httpAddress.url): wait for the "
 	noStatus, noURL := with(nil, "status"), with(nil, "status", "proxy", "httpAddress", "url")
@@ -316,6 +321,7 @@ func TestHintOfAProxyThatIsNotThereYet(t *testing.T) {
 
 // The types of JSON schema. Values of the others that classes declare could never be given.
 func TestTypesOfParams(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	values := map[string]string{"string": `"s"`, "integer": "8080", "number": "1.5", "boolean": "true", "array": `["a"]`,
 		"object": `{"a":1}`}
@@ -365,6 +371,7 @@ func TestTypesOfParams(t *testing.T) {
 
 // What a message tells somebody to do has to work.
 func TestRemediesOfMessages(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	// Two ServiceAccounts of one name are bound by two RoleBindings, whatever their namespaces' names are.
 	names, command := map[string]string{}, regexp.MustCompile(`kubectl create rolebinding (\S+-connectors) --namespace=default `)

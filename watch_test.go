@@ -24,6 +24,7 @@ import (
 // A change of any object reaches the files of its volumes without a call of kubelet: of a Connector, of its status,
 // and of its class.
 func TestChangesArePushed(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	volumes := []*podVolume{n.volume(), n.volume(), n.pod("default/builder").volume("config")}
 	for _, v := range volumes {
@@ -47,6 +48,7 @@ func TestChangesArePushed(t *testing.T) {
 
 // There is one stream for each reader and object, whatever the number of volumes, and none when they are gone.
 func TestStreamsAreShared(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(connector("default", "other", "git"))
 	pod := n.pod()
@@ -76,6 +78,7 @@ func TestStreamsAreShared(t *testing.T) {
 }
 
 func TestNothingIsReadWhileNothingChanges(t *testing.T) {
+	t.Parallel()
 	n := startNode(t, func(d *driver) { d.kube.refresh = time.Nanosecond }) // without a stream each call would read
 	v := n.volume()
 	v.settle()
@@ -178,6 +181,7 @@ func (n *node) wantForgotten() {
 
 // Whatever comes over a stream, and however it ends: the file stays as it is, and the next change reaches it.
 func TestWhateverAStreamSays(t *testing.T) {
+	t.Parallel()
 	event := func(kind, name, uid string, version int) string {
 		return fmt.Sprintf(`{"type":%q,"object":{"kind":"PartialObjectMetadata","apiVersion":"meta.k8s.io/v1",`+
 			`"metadata":{"name":%q,"namespace":"default","uid":%q,"resourceVersion":"%d"}}}`, kind, name, uid, version) + "\n"
@@ -259,6 +263,7 @@ func TestWhateverAStreamSays(t *testing.T) {
 // kubectl apply leaves the whole object in an annotation: an event can be larger than what is looked into, and says that
 // something has changed all the same, on a stream that goes on.
 func TestEventsWithLargeAnnotations(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	annotated := with(strings.Repeat("x", 100<<10), "metadata", "annotations", "kubectl.kubernetes.io/last-applied-configuration")
 	put := func(i int) {
@@ -277,6 +282,7 @@ func TestEventsWithLargeAnnotations(t *testing.T) {
 
 // Where the API server does not open streams, objects are polled, and it is not asked again and again.
 func TestWatchesThatAreRefused(t *testing.T) {
+	t.Parallel()
 	thief := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		t.Errorf("somebody else has got %s %s", r.Method, r.URL)
 	}))
@@ -364,6 +370,7 @@ func TestWatchesThatAreRefused(t *testing.T) {
 // A stream that ended goes on from its last event or bookmark; only one that the API server cannot continue begins
 // with the object as it is. Nothing is read for that if nothing has changed.
 func TestStreamsGoOnWhereTheyEnded(t *testing.T) {
+	t.Parallel()
 	for what, c := range sorted(map[string]struct {
 		before func(n *node) // the stream ends
 		want   []string      // the resourceVersions from which it is tried to go on
@@ -409,6 +416,7 @@ func TestStreamsGoOnWhereTheyEnded(t *testing.T) {
 
 // What changes between the read and the beginning of the stream, or while there is none, is not lost.
 func TestChangesWithoutAStream(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	gate := n.api.hold("watch=1")
 	v := n.volume()
@@ -427,6 +435,7 @@ func TestChangesWithoutAStream(t *testing.T) {
 
 // What changes while the API server is away arrives without a call of kubelet.
 func TestAPIServerAway(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	n.api.Close()
@@ -442,6 +451,7 @@ func TestAPIServerAway(t *testing.T) {
 
 // A change that could not be read is not forgotten when the stream has to begin again.
 func TestChangeThatCouldNotBeRead(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	n.api.answer("/connectors/git", 500, statusBody(500, "InternalError", "etcd is gone"))
@@ -455,6 +465,7 @@ func TestChangeThatCouldNotBeRead(t *testing.T) {
 
 // Nor is it when the stream is not opened again: kubelet's next call reads it, however young the last read is.
 func TestChangeThatCouldNotBeReadBeforeItsStreamEnded(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	n.api.answer("/connectors/git", 500, statusBody(500, "InternalError", "etcd is gone"))
@@ -472,6 +483,7 @@ func TestChangeThatCouldNotBeReadBeforeItsStreamEnded(t *testing.T) {
 
 // A first publish has nothing that was read before it began, whatever happens to streams meanwhile.
 func TestFirstPublishWhileAStreamEnds(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.watchedVolume()
 	n.api.put(connector("default", "other", "git"))
@@ -491,6 +503,7 @@ func TestFirstPublishWhileAStreamEnds(t *testing.T) {
 // A push that fails is logged and counted, kubelet's next call says the same, and the files stay. The next change is
 // tried again.
 func TestFailedPush(t *testing.T) {
+	t.Parallel()
 	for code, c := range sorted(map[codes.Code]struct {
 		words string
 		fail  func(*apiServer)
@@ -520,6 +533,7 @@ func TestFailedPush(t *testing.T) {
 
 // A volume that cannot be pushed waits 2, 4 and more seconds between two tries.
 func TestPushesThatFailBecomeRarer(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	var failed []time.Time
@@ -536,6 +550,7 @@ func TestPushesThatFailBecomeRarer(t *testing.T) {
 }
 
 func TestConnectorMadeAgainAtOnce(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	n.api.remove(gitPath)
@@ -547,6 +562,7 @@ func TestConnectorMadeAgainAtOnce(t *testing.T) {
 
 // A stream that begins without the object says by its first bookmark that there is none.
 func TestConnectorThatIsGoneWhenItsStreamBegins(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	old := n.api.stream("default/default", gitPath)
@@ -564,6 +580,7 @@ func TestConnectorThatIsGoneWhenItsStreamBegins(t *testing.T) {
 
 // When a Connector gets another class, that one is watched, and the old one no longer once nobody uses it.
 func TestConnectorGetsAnotherClass(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(connector("default", "other", "git"), class("new", configuration("config", "file", "of the new class")))
 	v, w := n.volume(), n.volume(attrs{"connector.name": "other"})
@@ -584,6 +601,7 @@ func TestConnectorGetsAnotherClass(t *testing.T) {
 // What a ServiceAccount may no longer read does not reach its files, though its stream goes on; and others are not
 // concerned.
 func TestPermissionTakenAwayFromAStream(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v, w := n.volume(), n.pod("default/builder").volume("config")
 	v.settle()
@@ -609,6 +627,7 @@ func TestPermissionTakenAwayFromAStream(t *testing.T) {
 
 // With a role that has get only, objects are polled, which is said once. With the next token it is tried again.
 func TestRoleWithoutWatch(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	n.api.forbid("default/default", "watch "+gitPath)
 	n.start(func(d *driver) { d.kube.refresh = time.Nanosecond })
@@ -636,6 +655,7 @@ func TestRoleWithoutWatch(t *testing.T) {
 
 // An API server that has just started knows no roles yet and refuses everything. That is no reason to poll for minutes.
 func TestWatchThatIsRefusedOnce(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	log, v, w := n.logFromNow(), n.volume(), n.volume()
 	v.settle()
@@ -655,6 +675,7 @@ func TestWatchThatIsRefusedOnce(t *testing.T) {
 
 // Where it is the driver's role that has get only, the tokens of Pods are no reason to try again.
 func TestDriversRoleWithoutWatch(t *testing.T) {
+	t.Parallel()
 	n := newNode(t)
 	n.api.forbid(driverUser, "watch "+classPath("git"))
 	n.start(func(d *driver) { d.kube.refresh = time.Nanosecond })
@@ -685,6 +706,7 @@ func (a *apiServer) endTokens(pods ...*testPod) {
 
 // When the Pod is deleted that brought the newest token, the others of its ServiceAccount go on with theirs.
 func TestPodOfTheNewestTokenIsDeleted(t *testing.T) {
+	t.Parallel()
 	for _, unpublished := range []bool{true, false} {
 		t.Run(fmt.Sprintf("its volume is unpublished: %v", unpublished), func(t *testing.T) {
 			n := startNode(t)
@@ -710,6 +732,7 @@ func TestPodOfTheNewestTokenIsDeleted(t *testing.T) {
 
 // A ServiceAccount that is deleted and made again has new tokens, with which all goes on.
 func TestServiceAccountMadeAgain(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v, w := n.volume(), n.volume()
 	v.settle()
@@ -740,6 +763,7 @@ func TestServiceAccountMadeAgain(t *testing.T) {
 
 // The driver's own token ends and is replaced in its file: classes are watched with the new one.
 func TestDriversTokenOfAStream(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
 	class := n.api.stream(driverUser, classPath("git"))
@@ -761,6 +785,7 @@ func classWith(name, content string) object {
 
 // A node has at most 256 streams, and 64 for the Pods of a namespace. What is beyond is polled, until there is room.
 func TestMoreObjectsThanStreams(t *testing.T) {
+	t.Parallel()
 	n := startNode(t)
 	n.api.put(class("git", configuration("config", "all", "{{ range .connectors }}{{ .spec.address }} {{ end }}")))
 	const each, namespaces = 32, 5
@@ -832,6 +857,7 @@ func TestMoreObjectsThanStreams(t *testing.T) {
 // A stream that is lost waits as long as the API server asks for, and never longer than five minutes; or else a time that
 // grows to half a minute.
 func TestStreamsArePostponed(t *testing.T) {
+	t.Parallel()
 	for range 1000 {
 		for _, c := range []struct {
 			failures              int
