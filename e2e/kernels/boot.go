@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -31,63 +32,77 @@ var emulators = map[string]struct {
 
 // run boots the kernel, shows which tests have ended, and returns all that was on the console, also where it fails, and
 // how long it took. The console goes into the file as well.
-func (b boot) run(tests []string, limit time.Duration, file io.Writer) (console string, took time.Duration, _ error) {
-	qemu := emulators[b.arch]
-	if err := machine.Install([]machine.Need{{qemu.command, qemu.debian, machine.HasCommand(qemu.command)}}); err != nil {
-		return "", 0, err
-	}
-	vmlinuz, busybox, err := b.fetch()
-	if err != nil {
-		return "", 0, err
-	}
+func (b boot) run(ctx context.Context, tests []string, limit time.Duration, file io.Writer) (console string, took time.Duration, _ error) {
 	work, err := os.MkdirTemp("", "connectors-csi-kernels-")
 	if err != nil {
 		return "", 0, err
 	}
 	defer os.RemoveAll(work)
-	initrd := filepath.Join(work, "initramfs")
-	if err := b.makeInitramfs(initrd, busybox, tests); err != nil {
+	limited, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	cmd, err := b.machine(limited, work, tests)
+	if err != nil {
 		return "", 0, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, qemu.command, append(qemu.options, "-accel", "tcg,thread=multi", "-smp", "2", "-m", "2048",
-		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", vmlinuz, "-initrd", initrd,
-		// A kernel that panics says so on the console, and restarts, which ends qemu.
-		"-append", "console="+qemu.console+" quiet loglevel=1 oops=panic panic=-1 "+b.parameter)...)
-	runtime.LockOSThread() // its end would be taken for the end of this process
-	defer runtime.UnlockOSThread()
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		return "", 0, err
 	}
+	runtime.LockOSThread() // its end would be taken for the end of this process
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	began := time.Now()
 	if err := cmd.Start(); err != nil {
 		return "", 0, err
 	}
 	console = show(io.TeeReader(stdout, file))
 	err = cmd.Wait()
-	took = time.Since(began)
-	if ctx.Err() != nil {
-		return console, took, fmt.Errorf("it hangs: it has not ended within %v", limit)
+	switch {
+	case ctx.Err() != nil:
+		err = errors.New("interrupted")
+	case limited.Err() != nil:
+		err = fmt.Errorf("it hangs: it has not ended within %v", limit)
+	case err != nil:
+		err = fmt.Errorf("%v: %w\n%s", cmd, err, stderr.String())
 	}
-	if err != nil {
-		return console, took, fmt.Errorf("%s: %w\n%s", qemu.command, err, stderr.String())
-	}
-	return console, took, nil
+	return console, time.Since(began), err
 }
+
+// machine returns the command that is the machine, with the kernel and what it has in memory, which is made in the
+// directory.
+func (b boot) machine(ctx context.Context, work string, tests []string) (*exec.Cmd, error) {
+	qemu := emulators[b.arch]
+	if err := machine.Install([]machine.Need{{qemu.command, qemu.debian, machine.HasCommand(qemu.command)}}); err != nil {
+		return nil, err
+	}
+	vmlinuz, busybox, err := b.fetch()
+	if err != nil {
+		return nil, err
+	}
+	initrd := filepath.Join(work, "initramfs")
+	if err := b.makeInitramfs(initrd, busybox, tests); err != nil {
+		return nil, err
+	}
+	// A kernel that panics says so on the console, and restarts, which ends qemu.
+	parameters := "console=" + qemu.console + " quiet loglevel=1 oops=panic panic=-1 " + b.parameter
+	return exec.CommandContext(ctx, qemu.command, append(qemu.options, "-accel", "tcg,thread=multi", "-smp", "2", "-m", "2048",
+		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", vmlinuz, "-initrd", initrd,
+		"-append", parameters)...), nil
+}
+
+// escapes are those by which firmware clears a screen.
+var escapes = regexp.MustCompile(`\x1b(\[[0-9;?]*[A-Za-z]|c)`)
 
 // show reads a console to its end, and prints which tests have ended.
 func show(console io.Reader) string {
 	var all strings.Builder
 	for lines := bufio.NewReader(console); ; {
 		line, err := lines.ReadString('\n')
-		line = strings.TrimRight(line, "\r\n")
+		line = escapes.ReplaceAllString(strings.TrimRight(line, "\r\n"), "")
 		all.WriteString(line + "\n")
-		if strings.HasPrefix(line, "--- ") || strings.Contains(line, markOfInit) {
+		if strings.HasPrefix(line, "--- ") || strings.HasPrefix(line, "kernels: ") {
 			fmt.Println(" ", line)
 		}
 		if err != nil {
@@ -107,13 +122,10 @@ type outcome struct {
 	problems []string
 }
 
-// markOfInit is what the lines of init.sh have. The first one stands behind what the firmware writes to the screen.
-const markOfInit = "kernels: "
-
 var (
 	kernelPanicked = regexp.MustCompile(`Kernel panic - not syncing: .*`)
-	driverEnded    = regexp.MustCompile(`(?s)kernels: Linux (\S+)\n(.*)\nkernels: the driver ended with (\d+)\n`)
-	testsEnded     = regexp.MustCompile(`\nkernels: the tests ended with (\d+)\n`)
+	driverEnded    = regexp.MustCompile(`(?ms)^kernels: Linux (\S+)\n(.*)^kernels: the driver ended with (\d+)$`)
+	testsEnded     = regexp.MustCompile(`(?m)^kernels: the tests ended with (\d+)$`)
 	testEnded      = regexp.MustCompile(`(?m)^--- (PASS|FAIL|SKIP): (\w+) `)
 
 	// What tests log.
@@ -138,7 +150,7 @@ func (b boot) judge(console string, tests []string) (o outcome) {
 		return o
 	}
 	o.release = driver[1]
-	if !strings.HasPrefix(driver[2], says) || strings.Contains(driver[2], "\n") || driver[3] != "1" {
+	if !strings.HasPrefix(driver[2], says) || strings.Count(driver[2], "\n") != 1 || driver[3] != "1" {
 		problem("the driver has not said %q alone and ended with 1, but said %q and ended with %s", says, driver[2], driver[3])
 	}
 	if b.refuses {

@@ -30,7 +30,7 @@ echo "kernels: Linux $(uname -r)"
 echo "kernels: the driver ended with $?"
 if [ -e /driver.test ]; then
 	cd /src
-	/driver.test -test.v -test.timeout=0 -test.run="$(cat /etc/tests)"
+	/driver.test -test.v -test.parallel=1 -test.timeout=0 -test.run="$(cat /etc/tests)"
 	echo "kernels: the tests ended with $?"
 fi
 poweroff -f

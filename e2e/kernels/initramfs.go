@@ -19,7 +19,7 @@ var initScript []byte
 const passwd = "root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
 
 // readByTests are the files of the repository that tests read.
-var readByTests = []string{"*.go", "*.md", "go.mod", "deploy.yaml", "docs", "e2e", "examples", "testdata"}
+var readByTests = []string{".ci", "*.go", "*.md", "go.mod", "deploy.yaml", "docs", "e2e", "examples", "testdata"}
 
 // makeInitramfs writes the archive that the kernel unpacks into memory: the driver, its tests, a shell and init.sh.
 func (b boot) makeInitramfs(to, busybox string, tests []string) error {

@@ -5,12 +5,15 @@ package kernels
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"flag"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 )
@@ -74,16 +77,21 @@ func Run(arguments []string) error {
 	if err := checkNames(".."); err != nil {
 		return err
 	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
 	var table strings.Builder
 	rows := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(rows, "kernel\tprocessor\tparameter\ttests passed\tseconds\trenderers lack\tnoswap\tcharged for a volume")
 	tried, failed := 0, 0
 	for _, b := range boots {
+		if ctx.Err() != nil {
+			break
+		}
 		if cmp.Or(*release, b.release) != b.release || cmp.Or(*arch, b.arch) != b.arch {
 			continue
 		}
 		tried++
-		o := b.try(*allTests)
+		o := b.try(ctx, *allTests)
 		fmt.Fprintln(rows, b.row(o))
 		if len(o.problems) > 0 {
 			failed++
@@ -127,7 +135,7 @@ func checkNames(dir string) error {
 const shown = 8 << 10
 
 // try boots the kernel, runs the tests, and shows what is wrong.
-func (b boot) try(allTests bool) outcome {
+func (b boot) try(ctx context.Context, allTests bool) outcome {
 	log, err := os.CreateTemp("", "connectors-csi-kernels-"+b.release+"-"+b.arch+"-*.log")
 	if err != nil {
 		return outcome{problems: []string{err.Error()}}
@@ -138,7 +146,7 @@ func (b boot) try(allTests bool) outcome {
 	if allTests {
 		tests, limit = nil, 3*time.Hour
 	}
-	console, took, err := b.run(tests, limit, log)
+	console, took, err := b.run(ctx, tests, limit, log)
 	o := b.judge(console, tests)
 	if err != nil {
 		o.problems = append([]string{err.Error()}, o.problems...)

@@ -25,7 +25,7 @@ func TestNamedTestsExist(t *testing.T) {
 
 // good is the console of a boot where everything is as it is to be.
 func (b boot) good(tests []string) string {
-	console := "\x1b[2JSeaBIOS\nkernels: Linux " + b.release + ".0-1\n"
+	console := "kernels: Linux " + b.release + ".0-1\n"
 	if b.refuses {
 		return console + "connectors-csi: this kernel is too old: Linux 5.12 or later is needed (function not implemented)\n" +
 			"kernels: the driver ended with 1\n"
@@ -61,6 +61,7 @@ func TestVerdicts(t *testing.T) {
 		"it refuses":            {b, []string{"KUBERNETES_SERVICE_HOST", "this kernel is too old"}, "the driver has not said"},
 		"it says more":          {b, []string{"kernels: the driver", "more\nkernels: the driver"}, "the driver has not said"},
 		"another exit code":     {b, []string{"the driver ended with 1", "the driver ended with 2"}, "and ended with 2"},
+		"it says nothing":       {b, []string{"connectors-csi: KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not set: the driver runs in a Pod only\n", ""}, `but said ""`},
 		"an old one starts":     {old, []string{"this kernel is too old", "started"}, "the driver has not said"},
 		"an old one and 0":      {old, []string{"ended with 1", "ended with 0"}, "and ended with 0"},
 		"a failing test":        {b, []string{"--- PASS: TestTwo ", "--- FAIL: TestTwo "}, "TestTwo failed"},

@@ -35,6 +35,14 @@ func (p Packages) Unpack() (dir string, _ error) {
 	if err := Install([]Need{{"Debian's keyring", "debian-archive-keyring", Exists(keyring)}}); err != nil {
 		return "", err
 	}
+	unlock, err := Lock(filepath.Join(cache, "packages.lock"), "fetching packages")
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	if Exists(dir) {
+		return dir, nil
+	}
 	work, err := os.MkdirTemp(cache, "packages-unfinished-")
 	if err != nil {
 		return "", err
