@@ -235,7 +235,7 @@ func (d *driver) publish(ctx context.Context, v *volume, p *publication, at moun
 		renewal: renewal})
 	defer l.end()
 	defer func() { // before the lookup ends
-		if v.publication != nil && d.kube.subscribe(&v.subscriber, l, err == nil) {
+		if v.publication != nil && l.subscribe(err == nil) {
 			d.pushSoon(v)
 		}
 	}()

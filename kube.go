@@ -32,11 +32,11 @@ const (
 
 	requestTimeout = 15 * time.Second
 
-	// Requests under way, with Pods' tokens, and as many with the driver's own: in all, and for the Pods of one
+	// Requests at once, with Pods' tokens, and as many with the driver's own: in all, and for the Pods of one
 	// namespace.
 	maxRequests          = 16
 	maxNamespaceRequests = 4
-	// Answers that are read at once of those that are larger than what each request may have.
+	// Answers that are read at once, of those that are larger than what each request may have.
 	maxLargeAnswers  = 2
 	smallAnswerBytes = 64 << 10
 
@@ -52,24 +52,23 @@ const (
 
 	maxTokenBytes = 16 << 10
 
-	// Streams at once: in all, for the Pods of one namespace, and with the driver's own token. What is beyond is
-	// polled.
+	// Watches at once: in all, for the Pods of one namespace, and with the driver's own token. Objects beyond
+	// are polled.
 	maxWatches          = 256
 	maxNamespaceWatches = 64
 	maxOwnWatches       = 128
 
-	// How long a stream may last, from the smaller to the larger, so that those of a node do not end
-	// together.
+	// A watch lasts for some time from the smaller to the larger, so that those of a node do not end together.
 	minWatchTime, maxWatchTime = 25 * time.Minute, 30 * time.Minute
-	// How long to wait before a stream that was lost is opened again, at most; and one that was refused once,
-	// and more than once, at least.
+	// Before a watch is opened again the driver waits, at most, if it was lost; and at least, if it was refused
+	// once, and more than once.
 	maxReopenTime    = 30 * time.Second
 	firstRefusedTime = 5 * time.Second
 	refusedTime      = 4 * time.Minute
 	maxPostponeTime  = 5 * time.Minute // by Retry-After
 
 	maxEventBytes = 4 << 10 // that are looked into
-	// What is read of a stream at once. Each has this buffer all its life, an event for a moment.
+	// What is read of a watch at once. Each has this buffer all its life, an event for a moment.
 	eventBufferBytes = 512
 
 	noVersion      = ""  // of no object
@@ -85,7 +84,7 @@ type kubeConfig struct {
 	metrics   *metrics
 }
 
-// kube reads from the Kubernetes API, for all volumes of the node.
+// kube speaks to the Kubernetes API for all volumes of the node.
 type kube struct {
 	kubeConfig
 	client *http.Client
@@ -94,8 +93,8 @@ type kube struct {
 	ownRequests  *queue // and with the driver's own
 	largeAnswers *queue // for the large answers of both
 
-	mu         sync.Mutex
-	charged    map[string]int               // bytes of objects that lookups hold, by the Pod's namespace; of all by ""
+	mu         sync.Mutex                   // guards what follows
+	charged    map[string]int               // bytes of lookups' objects, by the Pod's namespace; of all by ""
 	entries    map[string]map[string]*entry // by path, then by reader
 	cacheBytes int                          // of the objects in entries
 	watches    map[string]int               // by the namespace of the reader; those of the driver by ""
@@ -121,7 +120,7 @@ func newKube(c kubeConfig) (*kube, error) {
 		IdleConnTimeout:       5 * time.Minute,
 		TLSHandshakeTimeout:   requestTimeout,
 		ResponseHeaderTimeout: requestTimeout,
-		// Finds out that a connection is dead, which TCP alone may take a quarter of an hour for.
+		// Pings find out that a connection is dead, which TCP alone may take a quarter of an hour for.
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 5 * time.Second,
 			MaxReceiveBufferPerStream: smallAnswerBytes},
 	}
@@ -140,7 +139,8 @@ func newKube(c kubeConfig) (*kube, error) {
 	return k, err
 }
 
-// ownToken is the token of the driver's ServiceAccount. Kubelet replaces the file before the token expires.
+// ownToken returns the token of the driver's ServiceAccount. Kubelet replaces the file before the token
+// expires.
 func (k *kube) ownToken() (string, error) {
 	token, err := os.ReadFile(filepath.Join(k.directory, "token"))
 	if err != nil {
@@ -149,24 +149,23 @@ func (k *kube) ownToken() (string, error) {
 	return strings.TrimSpace(string(token)), nil
 }
 
-// lookup is the part of one publish or push that concerns the API server and the memory of its objects.
+// lookup is what one publish or push asks the API server for, and the objects that it keeps meanwhile.
 type lookup struct {
 	subscriber *subscriber
 	pod        podIdentity
 	token      string // the Pod's
 	first      bool   // nothing counts that was read before; Connectors are read with this very token
-	renewal    bool   // what the user is made from is current, since its token may be too old to read anything
+	renewal    bool   // what the volume's files were made from is current: the token may be too old to read
 
 	kube     *kube
 	began    time.Time
-	versions map[*entry]string // of the objects that were asked for; noVersion of one that was not given
+	versions map[*entry]string // of the objects that it asked for; noVersion of one that it was not given
 	objects  []*apiObject
 	sizes    sizes
 }
 
-// begin begins a lookup, of which the caller has filled in for whom it is, and which the caller ends. One for a
-// volume that is mounted goes on when it is larger than a new one may be, and takes from the cache what is
-// current.
+// begin begins a lookup, in which the caller has said for whom it is, and which the caller ends. The objects
+// of a mounted volume may be larger than those of a new one.
 func (k *kube) begin(l *lookup) *lookup {
 	l.kube, l.began, l.versions, l.sizes.limit = k, time.Now(), map[*entry]string{}, maxVolumeObjectsBytes
 	if !l.first {
@@ -175,7 +174,7 @@ func (k *kube) begin(l *lookup) *lookup {
 	return l
 }
 
-// end lets go of the objects and the entries that the lookup holds.
+// end lets go of the objects and the entries that the lookup has.
 func (l *lookup) end() {
 	k := l.kube
 	k.mu.Lock()
@@ -215,7 +214,8 @@ func (s *sizes) add(o *apiObject) error {
 
 var errObjectSize = failuref(codes.FailedPrecondition, "it has more than %d KiB", maxObjectBytes>>10)
 
-// charge counts an object that the lookup keeps until its end. One that many have counts once, since they share it.
+// charge charges the lookup for an object until its end. One that several lookups have counts once, since
+// they share it.
 func (l *lookup) charge(o *apiObject) error {
 	if err := l.sizes.add(o); err != nil {
 		return err
@@ -245,10 +245,10 @@ func (l *lookup) charge(o *apiObject) error {
 	return nil
 }
 
-// reference names a Connector.
+// reference names a Connector, or without a namespace a ConnectorClass.
 type reference struct{ namespace, name string }
 
-// String is for messages and the log.
+// String returns the name for messages and the log.
 func (r reference) String() string { return cut(r.namespace+"/"+r.name, maxQuotedBytes) }
 
 // connector reads a Connector with the token of the Pod that mounts it, so that the API server decides
@@ -271,9 +271,9 @@ type issuedToken struct {
 	audiences []string
 }
 
-// requestToken asks for a token of the Pod's ServiceAccount that ends with the Pod: the API server refuses it
-// when the Pod's uid is another. When to renew it is counted from the request, by the monotonic clock: the
-// node's time of day may be another than the API server's.
+// requestToken asks for a token of the Pod's ServiceAccount that ends with the Pod: the API server refuses
+// one for another uid. Its lifetime is counted from the request, by the monotonic clock: the node's time of
+// day may be another than the API server's.
 func (l *lookup) requestToken(ctx context.Context, audiences []string,
 	lifetime time.Duration) (issuedToken, error) {
 	pod := l.pod
@@ -317,7 +317,7 @@ func (l *lookup) requestToken(ctx context.Context, audiences []string,
 }
 
 // apiObject is an object as the API server sent it, with the few fields that the driver itself needs. It is
-// never decoded here: a small text can take fifty times its size then. Nobody may change it, since volumes
+// never decoded here, where a small text could take fifty times its size. Nobody may change it, since volumes
 // share it.
 type apiObject struct {
 	raw             []byte
@@ -359,9 +359,10 @@ func contentVersion(uid, resourceVersion string) string { return uid + "@" + res
 // fields are the wanted ones of a JSON object by name: a *string for a string, fields for an object.
 type fields map[string]any
 
-// scanFields stores what is wanted of a JSON text, if it is an object. Unlike encoding/json it takes no memory for
-// the rest, and names count to the letter, as they do in templates: encoding/json would take "URL" for "url". A
-// name is found if it is written without escapes, as the API server writes those that are wanted.
+// scanFields stores what is wanted of a JSON text, if it is an object. Unlike encoding/json it takes no
+// memory for the rest, and names count to the letter, as they do in templates: encoding/json would take "URL"
+// for "url". A name is found if it is written without escapes, as the API server writes those that are
+// wanted.
 func scanFields(text []byte, wanted fields) (isObject bool) {
 	if !json.Valid(text) || skipSpace(text)[0] != '{' {
 		return false
@@ -370,7 +371,8 @@ func scanFields(text []byte, wanted fields) (isObject bool) {
 	return true
 }
 
-// scanValue stores what is wanted of the first value in a text that is valid, and returns what follows the value.
+// scanValue stores what is wanted of the first value in a text that is valid, and returns what follows the
+// value.
 func scanValue(text []byte, wanted any) (rest []byte) {
 	text = skipSpace(text)
 	switch opening := text[0]; opening {
@@ -410,12 +412,13 @@ func cutString(text []byte) (quoted, rest []byte) {
 	return text[:end+1], text[end+1:]
 }
 
-// entry is what is known of one object for one reader: what one ServiceAccount may see, another may not.
+// entry is what the driver knows of one object for one reader: what one ServiceAccount may see, another may
+// not.
 type entry struct {
 	path   string
 	reader string // namespace/name of a ServiceAccount, or empty for the driver
 
-	// The lock of kube guards all of it.
+	// kube.mu guards the rest.
 	object        *apiObject // what the reader was given last, as long as the cache has room for it
 	used          time.Time  // when it was asked for last
 	read          time.Time  // when the request for it began
@@ -423,16 +426,16 @@ type entry struct {
 	reading       *reading   // under way
 	lookups       int        // that have asked for it and not ended
 	subscriptions map[*subscriber]*subscription
-	watch         *watch // nil while nobody uses the object, or if there are too many
+	watch         *watch // nil without a subscription, or if there are too many
 }
 
-// reading is a read under way, which everyone waits for who needs the object.
+// reading is a read under way, which all lookups wait for that need the object.
 type reading struct {
 	began  time.Time
 	done   chan struct{}
 	object *apiObject
 	err    error
-	failed bool // the one who reads has given up, or his token is refused: which says nothing to others
+	failed bool // the reading lookup has given up, or its token is refused, which says nothing to others
 }
 
 // isCurrent reports whether the lookup may take the object as it is:
@@ -440,27 +443,27 @@ type reading struct {
 //   - one for a new token alone, if the volume's files were made from it
 //   - none, if another version is known to be newer
 //   - any, if the read of it began later than the lookup
-//   - one for a mounted volume, while its stream is open, unless that has named another version since the read
-//   - one for a mounted volume, for as long as the refresh interval from the read, or from the end of such a stream
+//   - one for a mounted volume, while a watch is open, unless that has named another version since the read
+//   - one for a mounted volume, for the refresh interval after the read, or after the end of such a watch
 //
 // The caller holds the lock.
 func (e *entry) isCurrent(l *lookup) bool {
-	switch s, u := e.watch, e.subscriptions[l.subscriber]; {
+	switch w, s := e.watch, e.subscriptions[l.subscriber]; {
 	case e.object == nil:
 		return false
-	case l.renewal && u != nil && u.version == e.object.version:
+	case l.renewal && s != nil && s.version == e.object.version:
 		return true
 	case e.outdated:
 		return false
 	case e.read.After(l.began):
 		return true
-	case l.first || s != nil && s.latest != e.object.version && !e.read.After(s.heard):
+	case l.first || w != nil && w.latest != e.object.version && !e.read.After(w.heard):
 		return false
-	case s != nil && s.open:
+	case w != nil && w.open:
 		return true
 	default:
 		refresh := l.kube.refresh
-		return time.Since(e.read) < refresh || s != nil && time.Since(s.ended) < refresh
+		return time.Since(e.read) < refresh || w != nil && time.Since(w.ended) < refresh
 	}
 }
 
@@ -565,10 +568,10 @@ func (l *lookup) read(ctx context.Context, e *entry) (*apiObject, error) {
 	return parseObject(data)
 }
 
-// keep puts an object into its entry, if no later read of the same reader is there, and returns what the reader
-// was given by the latest. Of the others who read the object, who was given the same version shares it, and who was
-// given another one before has to ask the API server again. What was used longest ago leaves the cache for it. The
-// caller holds the lock.
+// keep puts an object into its entry, if no later read of the same reader is there, and returns what the
+// reader was given by the latest. Of the others who read the object, who was given the same version shares
+// it, and who was given another one before has to ask the API server again. What was used longest ago leaves
+// the cache for it. The caller holds the lock.
 func (k *kube) keep(e *entry, o *apiObject, began time.Time) *apiObject {
 	if e.object != nil && !began.After(e.read) {
 		return e.object
@@ -633,39 +636,40 @@ func (k *kube) dropUnused(e *entry) {
 	}
 }
 
-// subscriber is a volume, as far as the objects are concerned that it is made from.
+// subscriber is a volume, which wants to know of changes of the objects that its files are made from.
 type subscriber struct {
-	notify  func()          // called, without a lock, when one of them has changed
-	entries map[*entry]bool // the lock of kube guards it
+	notify  func()          // is called, without a lock, when one of them has changed
+	entries map[*entry]bool // kube.mu guards it
 }
 
-// subscription is what a user has to do with an object.
+// subscription is what a subscriber knows of an object, and reads it with.
 type subscription struct {
-	version string    // the version that its files were made from
+	version string    // from which its files were made
 	token   string    // of its Pod, for a Connector
 	since   time.Time // when kubelet brought the token
 	refused bool      // the API server does not accept the token
 }
 
-// watch is a watch of one object for one reader, for as long as a volume uses the object. It says that the
-// object has changed; what it is then is read, so that the API server decides at every change whether the
-// reader may have it.
+// watch watches one object for one reader, as long as there is a subscription. It says that the object has
+// changed; what it is then is read, so that the API server decides at every change whether the reader may
+// have it.
 type watch struct {
-	newToken chan struct{} // has an element when a user has brought another token
+	newToken chan struct{} // has an element when a subscriber has brought another token
 	stop     context.CancelFunc
 	resume   string // the resourceVersion from which to go on; follow's own
 
-	// The lock of kube guards the rest.
+	// kube.mu guards the rest.
 	open   bool
 	ended  time.Time // when it was open last, if it is not
 	heard  time.Time // when its last event came
 	latest string    // the version that its last event named
 }
 
-// subscribe makes the user one of all objects that the lookup asked for, and with only of no others: their streams
-// begin, and those that nobody needs end. It reports whether an object has changed since the lookup began,
-// which the user was not told.
-func (k *kube) subscribe(u *subscriber, l *lookup, only bool) (missed bool) {
+// subscribe subscribes to all objects that the lookup asked for, and with only to no others, and watches
+// them. It reports whether an object has changed since the lookup began, of which the subscriber was not
+// told.
+func (l *lookup) subscribe(only bool) (missed bool) {
+	k, u := l.kube, l.subscriber
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if only {
@@ -676,34 +680,34 @@ func (k *kube) subscribe(u *subscriber, l *lookup, only bool) (missed bool) {
 		}
 	}
 	for e, version := range l.versions {
-		c := e.subscriptions[u]
-		if c == nil {
-			c = &subscription{}
-			e.subscriptions[u], u.entries[e] = c, true
+		s := e.subscriptions[u]
+		if s == nil {
+			s = &subscription{}
+			e.subscriptions[u], u.entries[e] = s, true
 		}
 		if version != noVersion {
-			c.version = version
+			s.version = version
 		}
-		renewed := e.reader != "" && c.token != l.token // the driver's own comes from its file
+		renewed := e.reader != "" && s.token != l.token // the driver's own comes from its file
 		if renewed {
-			c.token, c.since, c.refused = l.token, time.Now(), false
+			s.token, s.since, s.refused = l.token, time.Now(), false
 		}
-		s := e.watch
+		w := e.watch
 		switch {
-		case s == nil:
+		case w == nil:
 			k.startWatch(e) // which takes the newest token
 		case renewed:
 			select {
-			case s.newToken <- struct{}{}:
+			case w.newToken <- struct{}{}:
 			default:
 			}
 		}
-		missed = missed || s != nil && s.open && s.heard.After(l.began) && s.latest != c.version
+		missed = missed || w != nil && w.open && w.heard.After(l.began) && w.latest != s.version
 	}
 	return missed
 }
 
-// unsubscribe ends all that the user has to do with objects.
+// unsubscribe ends all subscriptions of a subscriber.
 func (k *kube) unsubscribe(u *subscriber) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -712,16 +716,18 @@ func (k *kube) unsubscribe(u *subscriber) {
 	}
 }
 
-// unsubscribeFrom ends what the user has to do with one object. The caller holds the lock.
+// unsubscribeFrom ends one subscription, and the watch with the last of its object. The caller holds the
+// lock.
 func (k *kube) unsubscribeFrom(u *subscriber, e *entry) {
 	delete(u.entries, e)
-	if delete(e.subscriptions, u); len(e.subscriptions) == 0 {
+	delete(e.subscriptions, u)
+	if len(e.subscriptions) == 0 {
 		k.stopWatch(e)
 		k.dropUnused(e)
 	}
 }
 
-// startWatch begins a stream, unless there are too many: of the driver's own, of those for the Pods of a
+// startWatch starts a watch, unless there are too many: of the driver's own, of those for the Pods of a
 // namespace, or of all. The caller holds the lock.
 func (k *kube) startWatch(e *entry) {
 	namespace, _, _ := strings.Cut(e.reader, "/")
@@ -741,14 +747,14 @@ func (k *kube) startWatch(e *entry) {
 	go k.follow(ctx, e, e.watch)
 }
 
-// stopWatch ends the stream of an entry, if there is one. The caller holds the lock.
+// stopWatch stops the watch of an entry, if there is one. The caller holds the lock.
 func (k *kube) stopWatch(e *entry) {
-	s := e.watch
-	if s == nil {
+	w := e.watch
+	if w == nil {
 		return
 	}
-	s.stop()
-	k.noteClosed(e, s)
+	w.stop()
+	k.noteClosed(e, w)
 	e.watch = nil
 	namespace, _, _ := strings.Cut(e.reader, "/")
 	if k.watches[namespace]--; k.watches[namespace] == 0 {
@@ -756,15 +762,15 @@ func (k *kube) stopWatch(e *entry) {
 	}
 }
 
-// noteClosed notes that a stream is not open any more. The caller holds the lock.
-func (k *kube) noteClosed(e *entry, s *watch) {
-	if s.open {
-		s.open, s.ended = false, time.Now()
+// noteClosed notes that a watch is not open any more. The caller holds the lock.
+func (k *kube) noteClosed(e *entry, w *watch) {
+	if w.open {
+		w.open, w.ended = false, time.Now()
 		k.metrics.add(watchesOpen, -1)
 	}
 }
 
-// close ends all streams.
+// close stops all watches.
 func (k *kube) close() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -773,33 +779,33 @@ func (k *kube) close() {
 	}
 }
 
-// follow keeps a stream open until it is stopped:
+// follow keeps a watch open until it is stopped:
 //
-//  1. open it, from where it ended before if it did, and take its events
+//  1. open it, from where it ended before if it did, and receive its events
 //  2. if the API server has forgotten what happened since then (410), or does not take it (400), begin with
 //     what there is now
 //  3. if a token was refused (401), as that of a deleted Pod is, use another Pod's
 //  4. wait: if the ServiceAccount may not watch the object (403), for another token or some minutes, but
 //     after the first refusal some seconds, since an API server that has just started refuses what it allows
-//     later; otherwise a random time, since many streams end together, which grows while this one fails
-func (k *kube) follow(ctx context.Context, e *entry, s *watch) {
-	failures, refusals, told := 0, 0, false
+//     later; otherwise a random time, since many watches end together, which grows while this one fails
+func (k *kube) follow(ctx context.Context, e *entry, w *watch) {
+	failures, refusals, warned := 0, 0, false
 	for ctx.Err() == nil {
 		// 1. open
 		select {
-		case <-s.newToken: // it is among those to choose from
+		case <-w.newToken: // it is among those to choose from
 		default:
 		}
-		began, from, token := time.Now(), s.resume, k.newestToken(e)
-		atLeast, err := k.receive(ctx, e, s, token)
+		began, from, token := time.Now(), w.resume, k.newestToken(e)
+		atLeast, err := k.receive(ctx, e, w, token)
 		k.mu.Lock()
-		k.noteClosed(e, s)
+		k.noteClosed(e, w)
 		k.mu.Unlock()
 
 		// 2. forgotten
-		if (isStatus(err, http.StatusGone) || isStatus(err, http.StatusBadRequest)) && s.resume != "" {
-			forgotten := s.resume == from
-			if s.resume = ""; forgotten {
+		if (isStatus(err, http.StatusGone) || isStatus(err, http.StatusBadRequest)) && w.resume != "" {
+			forgotten := w.resume == from
+			if w.resume = ""; forgotten {
 				continue
 			}
 		}
@@ -811,7 +817,8 @@ func (k *kube) follow(ctx context.Context, e *entry, s *watch) {
 		}
 
 		// 4. wait
-		if failures = min(failures+1, 5); time.Since(began) > maxReopenTime {
+		failures = min(failures+1, 5)
+		if time.Since(began) > maxReopenTime {
 			failures = 0
 		}
 		wait, renewed := reopenTime(failures, atLeast), (chan struct{})(nil)
@@ -819,12 +826,12 @@ func (k *kube) follow(ctx context.Context, e *entry, s *watch) {
 		case !forbidden && !unauthorized:
 			refusals = 0
 		case refusals == 0:
-			refusals, wait, renewed = 1, firstRefusedTime+rand.N(2*firstRefusedTime), s.newToken
+			refusals, wait, renewed = 1, firstRefusedTime+rand.N(2*firstRefusedTime), w.newToken
 		default:
-			refusals, wait, renewed = 2, refusedTime+rand.N(refusedTime), s.newToken
+			refusals, wait, renewed = 2, refusedTime+rand.N(refusedTime), w.newToken
 		}
-		if forbidden && refusals > 1 && !told {
-			told = true
+		if forbidden && refusals > 1 && !warned {
+			warned = true
 			k.log.Warn("an object is polled, since it may not be watched: grant the verb watch beside get",
 				"object", e.path, "reader", cmp.Or(e.reader, driverName), "error", err)
 		}
@@ -836,8 +843,8 @@ func (k *kube) follow(ctx context.Context, e *entry, s *watch) {
 	}
 }
 
-// reopenTime is how long to wait before a stream that was lost is opened again: a random time, or as long as
-// the API server asks for.
+// reopenTime returns how long to wait before a watch that was lost is opened again: a random time, or as long
+// as the API server asks for.
 func reopenTime(failures int, atLeast time.Duration) time.Duration {
 	return max(rand.N(min(time.Second<<failures, maxReopenTime)), min(atLeast, maxPostponeTime))
 }
@@ -848,9 +855,9 @@ func (k *kube) newestToken(e *entry) string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	newest := &subscription{refused: true}
-	for _, u := range e.subscriptions {
-		if newest.refused && !u.refused || newest.refused == u.refused && u.since.After(newest.since) {
-			newest = u
+	for _, s := range e.subscriptions {
+		if newest.refused && !s.refused || newest.refused == s.refused && s.since.After(newest.since) {
+			newest = s
 		}
 	}
 	return newest.token
@@ -860,18 +867,18 @@ func (k *kube) newestToken(e *entry) string {
 func (k *kube) markRefused(e *entry, token string) (another bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for _, u := range e.subscriptions {
-		u.refused = u.refused || u.token == token
-		another = another || !u.refused
+	for _, s := range e.subscriptions {
+		s.refused = s.refused || s.token == token
+		another = another || !s.refused
 	}
 	return another && e.reader != ""
 }
 
-// receive opens a stream of the metadata of one object and takes its events until it ends. Without a
-// resourceVersion it begins with the object as it is; that of a read would not do, since the API server may have
-// forgotten it, and will not know it better later. It returns how long the API server wants not to be asked
-// again, and why the stream ended, unless it did so in the usual way.
-func (k *kube) receive(ctx context.Context, e *entry, s *watch,
+// receive opens a watch of the metadata of one object, and handles its events until it ends. Without a
+// resourceVersion it begins with the object as it is; that of a read would not do, since the API server may
+// have forgotten it, and will not know it better later. It returns how long the API server wants not to be
+// asked again, and why the watch ended, unless it did so in the usual way.
+func (k *kube) receive(ctx context.Context, e *entry, w *watch,
 	token string) (atLeast time.Duration, _ error) {
 	ctx, cancel := context.WithTimeout(ctx, maxWatchTime+time.Minute)
 	defer cancel()
@@ -881,10 +888,11 @@ func (k *kube) receive(ctx context.Context, e *entry, s *watch,
 		"watch": {"1"}, "allowWatchBookmarks": {"true"}, "fieldSelector": {"metadata.name=" + name},
 		"timeoutSeconds": {strconv.Itoa(int(lifetime.Seconds()))},
 	}
-	if s.resume != "" {
-		query.Set("resourceVersion", s.resume)
+	if w.resume != "" {
+		query.Set("resourceVersion", w.resume)
 	}
-	response, err := k.send(ctx, "watch", strings.TrimSuffix(resource, "/")+"?"+query.Encode(), e.reader, token, nil)
+	target := strings.TrimSuffix(resource, "/") + "?" + query.Encode()
+	response, err := k.send(ctx, "watch", target, e.reader, token, nil)
 	if err != nil {
 		return 0, err
 	}
@@ -896,8 +904,8 @@ func (k *kube) receive(ctx context.Context, e *entry, s *watch,
 		}
 		return decodeFailure(response, data)
 	}
-	if s.resume != "" {
-		k.noteVersion(e, s, s.latest, s.heard) // nothing is missing
+	if w.resume != "" {
+		k.noteVersion(e, w, w.latest, w.heard) // nothing is missing
 	}
 	events := bufio.NewReaderSize(response.Body, eventBufferBytes)
 	for {
@@ -908,17 +916,17 @@ func (k *kube) receive(ctx context.Context, e *entry, s *watch,
 		case err != nil:
 			return 0, err
 		case len(line) > maxEventBytes: // whatever it is, something has changed
-			s.resume = ""
-			k.noteVersion(e, s, unknownVersion, time.Now())
+			w.resume = ""
+			k.noteVersion(e, w, unknownVersion, time.Now())
 		default:
-			if err := k.handle(e, s, line); err != nil {
+			if err := k.handle(e, w, line); err != nil {
 				return 0, err
 			}
 		}
 	}
 }
 
-// readEvent returns the next line of a stream, or of one that has more than maxEventBytes its beginning.
+// readEvent returns the next line of a watch, or the beginning of one that has more than maxEventBytes.
 func readEvent(events *bufio.Reader) (line []byte, err error) {
 	for {
 		part, err := events.ReadSlice('\n')
@@ -931,9 +939,9 @@ func readEvent(events *bufio.Reader) (line []byte, err error) {
 	}
 }
 
-// handle takes one event of a stream:
+// handle handles one event of a watch:
 // https://kubernetes.io/docs/reference/using-api/api-concepts/#watch-bookmarks
-func (k *kube) handle(e *entry, s *watch, line []byte) error {
+func (k *kube) handle(e *entry, w *watch, line []byte) error {
 	var event struct {
 		Type   string
 		Object struct {
@@ -943,48 +951,48 @@ func (k *kube) handle(e *entry, s *watch, line []byte) error {
 		}
 	}
 	if err := json.Unmarshal(line, &event); err != nil {
-		return &apiError{http.StatusBadGateway, "the stream has something else than events"}
+		return &apiError{http.StatusBadGateway, "the watch has something else than events"}
 	}
 	about := event.Object.Metadata
 	switch event.Type {
 	case "ADDED", "MODIFIED":
-		s.resume = about.ResourceVersion
-		k.noteVersion(e, s, contentVersion(about.UID, about.ResourceVersion), time.Now())
+		w.resume = about.ResourceVersion
+		k.noteVersion(e, w, contentVersion(about.UID, about.ResourceVersion), time.Now())
 	case "DELETED":
-		s.resume = about.ResourceVersion
-		k.noteVersion(e, s, noVersion, time.Now())
+		w.resume = about.ResourceVersion
+		k.noteVersion(e, w, noVersion, time.Now())
 	case "BOOKMARK":
 		k.mu.Lock()
-		open := s.open
+		open := w.open
 		k.mu.Unlock()
-		if !open { // a new stream begins with the object, if there is one
-			k.noteVersion(e, s, noVersion, time.Now())
+		if !open { // a new watch begins with the object, if there is one
+			k.noteVersion(e, w, noVersion, time.Now())
 		}
-		s.resume = about.ResourceVersion
+		w.resume = about.ResourceVersion
 	case "ERROR":
 		return &apiError{event.Object.Code, event.Object.Message}
 	default:
-		return &apiError{http.StatusBadGateway, "the stream has events of an unknown type"}
+		return &apiError{http.StatusBadGateway, "the watch has events of an unknown type"}
 	}
 	return nil
 }
 
-// noteVersion takes what a stream says, which makes it an open one, and tells the users that are made from another
-// version.
-func (k *kube) noteVersion(e *entry, s *watch, version string, at time.Time) {
+// noteVersion notes what a watch says, which makes it an open one, and notifies the subscribers whose files
+// were made from another version.
+func (k *kube) noteVersion(e *entry, w *watch, version string, at time.Time) {
 	k.mu.Lock()
-	if e.watch != s { // it was ended
+	if e.watch != w { // it was ended
 		k.mu.Unlock()
 		return
 	}
-	if !s.open {
-		s.open = true
+	if !w.open {
+		w.open = true
 		k.metrics.add(watchesOpen, 1)
 	}
-	s.heard, s.latest = at, version
+	w.heard, w.latest = at, version
 	var others []*subscriber
-	for u, c := range e.subscriptions {
-		if c.version != version {
+	for u, s := range e.subscriptions {
+		if s.version != version {
 			others = append(others, u)
 		}
 	}
@@ -1003,8 +1011,8 @@ func newRequestQueue(places int) *queue {
 	return q
 }
 
-// request sends a request with the reader's token, and returns what the API server answers with. It waits as the API
-// server asks (429 and 503 with Retry-After) and tries again, for as long as ctx allows.
+// request sends a request with the reader's token, and returns what the API server answers with. It waits as
+// the API server asks (429 and 503 with Retry-After) and tries again, for as long as ctx allows.
 func (l *lookup) request(ctx context.Context, path, reader string, body []byte) ([]byte, error) {
 	for {
 		answer, wait, err := l.requestOnce(ctx, path, reader, body)
@@ -1022,8 +1030,8 @@ func (l *lookup) request(ctx context.Context, path, reader string, body []byte) 
 	}
 }
 
-// requestOnce sends a request when it is its turn. A wait above zero means that the API server wants to be asked again
-// after it.
+// requestOnce sends a request when it is its turn. A wait above zero means that the API server wants to be
+// asked again after it.
 func (l *lookup) requestOnce(ctx context.Context, path, reader string,
 	body []byte) (_ []byte, wait time.Duration, _ error) {
 	k, requests, verb := l.kube, l.kube.requests, "get"
@@ -1067,8 +1075,8 @@ func (l *lookup) readAnswer(ctx context.Context, body io.Reader) ([]byte, error)
 	return io.ReadAll(io.LimitReader(io.MultiReader(bytes.NewReader(data), body), maxObjectBytes+1))
 }
 
-// send sends a request with the reader's token, which for the driver itself is its own, and counts it by what the
-// API server has answered, if it has.
+// send sends a request with the reader's token, which for the driver itself is its own, and counts it by what
+// the API server has answered, if it has.
 func (k *kube) send(ctx context.Context, verb, target, reader, token string,
 	body []byte) (*http.Response, error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, k.server+target, bytes.NewReader(body))
@@ -1104,7 +1112,7 @@ func isStatus(err error, code int) bool {
 	return errors.As(err, &answer) && answer.code == code
 }
 
-// decodeFailure takes the error and the time to wait out of an answer. One that is not Kubernetes' own is
+// decodeFailure returns the error and the time to wait in an answer. One that is not Kubernetes' own is
 // never quoted.
 func decodeFailure(response *http.Response, data []byte) (wait time.Duration, _ error) {
 	var answer struct{ Kind, Message string }
@@ -1211,9 +1219,9 @@ func failuref(code codes.Code, format string, a ...any) error {
 	return failure{code, fmt.Errorf(format, a...)}
 }
 
-// codeOf is the gRPC code of a failure, of an answer of the API server, or of a context that has ended; OK for
-// any other error. For kubelet Unavailable, ResourceExhausted, DeadlineExceeded, Canceled and Aborted mean
-// "perhaps mounted": it sends an Unpublish when the Pod goes. All others mean "not mounted".
+// codeOf is the gRPC code of a failure, of an answer of the API server, or of a context that has ended; OK
+// for any other error. For kubelet Unavailable, ResourceExhausted, DeadlineExceeded, Canceled and Aborted
+// mean "perhaps mounted": it sends an Unpublish when the Pod goes. All others mean "not mounted".
 func codeOf(err error) codes.Code {
 	var f failure
 	var answer *apiError

@@ -455,8 +455,8 @@ func (in *input) add(raw json.RawMessage, depth int) error {
 	return nil
 }
 
-// writeOut writes the files into a directory, each as a new one, since one that is there may be a link, or open
-// to others.
+// writeOut writes the files into a directory, each as a new one, since one that is there may be a link, or
+// open to others.
 func writeOut(f files, dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
@@ -736,10 +736,10 @@ func (r *registration) notified(registered bool, message string) {
 	}
 }
 
-// registrationService is kubelet's API. Instead of a module with its two messages it takes others that are the
-// same on the wire: PluginInfo has the strings type = 1, name = 2 and supported_versions = 4, and without an
-// endpoint kubelet takes the socket that it found; RegistrationStatus has plugin_registered = 1, a bool, and
-// error = 2, a string, where gRPC's own Status has code and message.
+// registrationService is kubelet's API. Instead of a module with its two messages it takes others that are
+// the same on the wire: PluginInfo has the strings type = 1, name = 2 and supported_versions = 4, and without
+// an endpoint kubelet takes the socket that it found; RegistrationStatus has plugin_registered = 1, a bool,
+// and error = 2, a string, where gRPC's own Status has code and message.
 var registrationService = grpc.ServiceDesc{
 	ServiceName: "pluginregistration.Registration",
 	HandlerType: (*any)(nil),
