@@ -22,7 +22,6 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"os/signal"
 	"reflect"
 	"regexp"
 	"runtime"
@@ -30,7 +29,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"text/template"
 	"text/template/parse"
@@ -1279,10 +1277,9 @@ const (
 	renderProcessorTime = 2 * time.Second
 	renderTime          = 5 * time.Second
 
-	// lifeProcessorTime is what the kernel kills a renderer at. One that has had half of it is replaced.
-	lifeProcessorTime = 60 * time.Second
-	// exitProcessorTime is the exit code of a renderer whose request takes more than renderProcessorTime.
-	exitProcessorTime = 3
+	// lifeProcessorTime is what the kernel kills a renderer at, whether there is a driver or not. One that has
+	// had half of it is replaced.
+	lifeProcessorTime = 5 * time.Second
 
 	// The account of processor time that each namespace has. accountRefill is in seconds a second.
 	accountSize   = 10 * time.Second
@@ -1307,22 +1304,22 @@ type job struct {
 	sources   []source
 	selection selection
 	token     string
-	key      [sha256.Size]byte // a digest of all of it but the token
+	key       [sha256.Size]byte // a digest of all of it but the token
 }
 
 // turn is a place that somebody waits for, or has.
 type turn struct {
 	namespace string
-	key      [sha256.Size]byte // of a job
+	key       [sha256.Size]byte // of a job
 	granted   chan error        // has room for the answer
 }
 
 // queue gives a number of places to those who wait for one.
 type queue struct {
-	capacity  int
-	before  func(a, b *turn) bool // whether a gets the next place rather than b
-	ready   func(*turn) bool      // whether it may have one now; nil: always
-	refusal func(*turn) error     // why it gets none; nil: never
+	capacity int
+	before   func(a, b *turn) bool // whether a gets the next place rather than b
+	ready    func(*turn) bool      // whether it may have one now; nil: always
+	refusal  func(*turn) error     // why it gets none; nil: never
 
 	mu      sync.Mutex // which the functions above are called with
 	waiting []*turn    // the longest first
@@ -1496,15 +1493,15 @@ func (p *renderers) left(namespace string) time.Duration {
 }
 
 // knownLimit returns the limit that a job hit the last time, while it is not tried again.
-func (p *renderers) knownLimit(what [sha256.Size]byte) error {
+func (p *renderers) knownLimit(key [sha256.Size]byte) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.refuseKnown(what)
+	return p.refuseKnown(key)
 }
 
 // refuseKnown is knownLimit for a caller that holds the lock.
-func (p *renderers) refuseKnown(what [sha256.Size]byte) error {
-	o := p.outcomes[what]
+func (p *renderers) refuseKnown(key [sha256.Size]byte) error {
+	o := p.outcomes[key]
 	if wait := time.Until(o.at.Add(o.pause)); o.limit != nil && wait > 0 {
 		return fmt.Errorf("%w; it is tried again after %v, or when something has changed", o.limit,
 			wait.Truncate(time.Second)+time.Second)
@@ -1532,8 +1529,8 @@ func (p *renderers) refuse(t *turn) error {
 
 // allowance is the processor time that a job may have while its account is empty: ten times what it took before,
 // within bounds; 0 if that is not known. The caller holds the lock.
-func (p *renderers) allowance(what [sha256.Size]byte) time.Duration {
-	if o, known := p.outcomes[what]; known && o.limit == nil && o.took <= maxAllowance {
+func (p *renderers) allowance(key [sha256.Size]byte) time.Duration {
+	if o, known := p.outcomes[key]; known && o.limit == nil && o.took <= maxAllowance {
 		return min(max(10*o.took, minAllowance), maxAllowance)
 	}
 	return 0
@@ -1595,29 +1592,19 @@ func (p *renderers) charge(r *renderer, t *turn, used time.Duration, err error) 
 
 // remember keeps an outcome, in the place of the namespace's oldest, or of all, where there are too many. The
 // caller holds the lock.
-func (p *renderers) remember(what [sha256.Size]byte, o outcome) {
-	delete(p.outcomes, what)
-	inAll, inNamespace := what, what // the oldest ones
-	count := 0
-	for other, old := range p.outcomes {
-		if inAll == what || old.at.Before(p.outcomes[inAll].at) {
-			inAll = other
-		}
-		if old.namespace != o.namespace {
-			continue
-		}
-		count++
-		if inNamespace == what || old.at.Before(p.outcomes[inNamespace].at) {
-			inNamespace = other
-		}
+func (p *renderers) remember(key [sha256.Size]byte, o outcome) {
+	delete(p.outcomes, key)
+	keys := slices.Collect(maps.Keys(p.outcomes))
+	full := len(keys) >= maxOutcomes
+	ofOthers := func(key [sha256.Size]byte) bool { return p.outcomes[key].namespace != o.namespace }
+	if own := slices.DeleteFunc(slices.Clone(keys), ofOthers); len(own) >= maxNamespaceOutcomes {
+		keys, full = own, true
 	}
-	switch {
-	case count >= maxNamespaceOutcomes:
-		delete(p.outcomes, inNamespace)
-	case len(p.outcomes) >= maxOutcomes:
-		delete(p.outcomes, inAll)
+	if full {
+		older := func(a, b [sha256.Size]byte) int { return p.outcomes[a].at.Compare(p.outcomes[b].at) }
+		delete(p.outcomes, slices.MinFunc(keys, older))
 	}
-	p.outcomes[what] = o
+	p.outcomes[key] = o
 }
 
 // retire ends a renderer if it is idle.
@@ -1788,14 +1775,10 @@ func (r *renderer) end() {
 //
 //  1. write the request
 //  2. read the answer, of which everything is checked again
-//  3. note the processor time that it took
+//  3. note the processor time that it took, and end a renderer that does not go on
 //  4. if there is no answer, say why, from the renderer's last step and from how it ended
-//
-// After step 4 the renderer has ended.
 func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, error) {
-	watchdog := time.AfterFunc(renderTime, r.kill)
-	stop := context.AfterFunc(ctx, r.kill)
-	enough := r.allow(most)
+	before, stop := r.used, r.watch(ctx, most)
 
 	// 1. write
 	_, err := r.steps.WriteAt([]byte("a request: reading it\x00"), 0)
@@ -1809,12 +1792,11 @@ func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, e
 	if err == nil {
 		f, failed, err = r.readAnswer(j.token)
 	}
-	inTime, wanted := watchdog.Stop(), stop()
 
 	// 3. note
-	before, within := r.used, enough()
+	killed := stop()
 	r.noteStep(j.token)
-	if err != nil || !inTime || !wanted || !within || r.processorTime() > lifeProcessorTime/2 {
+	if err != nil || killed != "" || r.processorTime() > lifeProcessorTime/2 {
 		r.end()
 	}
 	r.used = r.processorTime()
@@ -1825,20 +1807,20 @@ func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, e
 	// 4. say why
 	state := r.process.ProcessState
 	switch {
-	case ctx.Err() != nil:
+	case killed == "call":
 		return nil, ctx.Err()
-	case !within && most < renderProcessorTime:
+	case killed == "processor" && most < renderProcessorTime:
 		return nil, failuref(codes.ResourceExhausted, "%s takes more than the %v of processor time that it may "+
 			"have while its namespace has used up its own", r.step, most)
-	case !inTime && r.used-before < renderProcessorTime/4: // no template waits for anything but the processor
+	case killed == "processor":
+		r.limit = killed
+		return nil, fmt.Errorf("%s takes more than %v of processor time", r.step, renderProcessorTime)
+	case killed == "time" && r.used-before < renderProcessorTime/4: // no template waits but for the processor
 		return nil, failuref(codes.Unavailable, "the node is too busy: %s had %v of processor time in %v",
 			r.step, r.used-before, renderTime)
-	case !inTime:
-		r.limit = "time"
+	case killed == "time":
+		r.limit = killed
 		return nil, fmt.Errorf("%s takes more than %v", r.step, renderTime)
-	case !within, state.ExitCode() == exitProcessorTime:
-		r.limit = "processor"
-		return nil, fmt.Errorf("%s takes more than %v of processor time", r.step, renderProcessorTime)
 	case state.ExitCode() == 2: // Go's own, after a fatal error
 		r.limit = "memory"
 		return nil, fmt.Errorf("%s takes more than %d MiB of memory", r.step, renderMemory>>20)
@@ -1847,32 +1829,37 @@ func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, e
 		r.step)
 }
 
-// allow kills the process soon after it has used so much processor time from now on; the kernel does so at a
-// whole second. What it returns ends that, and reports whether it was within.
-func (r *renderer) allow(most time.Duration) (enough func() (within bool)) {
-	var over atomic.Bool
-	stop, done := make(chan struct{}), make(chan struct{})
+// watch kills the process when ctx ends, or when it takes more time than it may. What it returns ends that,
+// and says why it was killed, if it was: "call", "time" or "processor".
+func (r *renderer) watch(ctx context.Context, most time.Duration) (stop func() (killed string)) {
+	stopped, killed := make(chan struct{}), make(chan string, 1)
 	pid, before := r.process.Process.Pid, r.used
 	go func() {
-		defer close(done)
-		tick := time.NewTicker(most / 10)
+		tick, late := time.NewTicker(most/10), time.NewTimer(renderTime)
 		defer tick.Stop()
-		for !over.Load() {
+		defer late.Stop()
+		reason := ""
+		for reason == "" {
 			select {
-			case <-tick.C:
-			case <-stop:
+			case <-stopped:
+				killed <- ""
 				return
-			}
-			if used, err := processorClock(pid); err == nil && used-before > most {
-				over.Store(true)
-				r.kill()
+			case <-ctx.Done():
+				reason = "call"
+			case <-late.C:
+				reason = "time"
+			case <-tick.C:
+				if used, err := processorClock(pid); err == nil && used-before > most {
+					reason = "processor"
+				}
 			}
 		}
+		r.kill()
+		killed <- reason
 	}()
-	return func() bool {
-		close(stop)
-		<-done
-		return !over.Load()
+	return func() string {
+		close(stopped)
+		return <-killed
 	}
 }
 
@@ -1977,29 +1964,30 @@ func readFrame(r io.Reader, limit int) (kind byte, content []byte, err error) {
 	return header[0], content, err
 }
 
-// jobHeader is the first frame of a request. The objects follow it: the Connectors, then the classes.
+// jobHeader is the first frame of a request.
 type jobHeader struct {
 	selection
-	Connectors []string // namespace/name
-	Classes    []string
-	ClassOf    []int // an index into Classes for each Connector
-	Token      string
+	Objects []string // that follow: what messages call each
+	Mounted [][2]int // of them: the Connectors of the volume, each with its class
+	Token   string
 }
 
-// write sends the job to a renderer.
+// write sends the job to a renderer, each object once.
 func (j job) write(w io.Writer) error {
 	h := jobHeader{selection: j.selection, Token: j.token}
-	var objects, classes []*apiObject
-	for _, s := range j.sources {
-		i := slices.Index(classes, s.class)
-		if i < 0 {
-			i = len(classes)
-			classes = append(classes, s.class)
-			h.Classes = append(h.Classes, s.class.name)
+	var objects []*apiObject
+	add := func(o *apiObject, name string) (index int) {
+		if i := slices.Index(objects, o); i >= 0 {
+			return i
 		}
-		objects = append(objects, s.connector)
-		h.Connectors, h.ClassOf = append(h.Connectors, s.connector.namespace+"/"+s.connector.name),
-			append(h.ClassOf, i)
+		objects, h.Objects = append(objects, o), append(h.Objects, name)
+		return len(objects) - 1
+	}
+	for _, s := range j.sources {
+		h.Mounted = append(h.Mounted, [2]int{
+			add(s.connector, fmt.Sprintf("Connector %q", s.connector.namespace+"/"+s.connector.name)),
+			add(s.class, fmt.Sprintf("ConnectorClass %q", s.class.name)),
+		})
 	}
 	header, err := json.Marshal(h)
 	if err != nil {
@@ -2009,7 +1997,7 @@ func (j job) write(w io.Writer) error {
 	if err := writeFrame(out, frameJob, header); err != nil {
 		return err
 	}
-	for _, o := range append(objects, classes...) {
+	for _, o := range objects {
 		if err := writeFrame(out, frameObject, o.raw); err != nil {
 			return err
 		}
@@ -2208,12 +2196,6 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 	if err := errors.Join(unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0), unix.Close(2)); err != nil {
 		return 1
 	}
-	processorTimeOver := make(chan os.Signal, 1)
-	signal.Notify(processorTimeOver, unix.SIGXCPU)
-	go func() {
-		<-processorTimeOver
-		os.Exit(exitProcessorTime)
-	}()
 	steps, err := unix.Mmap(stepsDescriptor, 0, stepBytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil || unix.Close(stepsDescriptor) != nil {
 		return 1
@@ -2224,7 +2206,7 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 	for answers.Flush() == nil {
 		collectGarbage()
 		kind, header, err := readFrame(requests, maxFrameBytes)
-		if err != nil || kind != frameJob || limitProcessorTime() != nil {
+		if err != nil || kind != frameJob {
 			return 1
 		}
 		f, err := serveJob(requests, header, announce)
@@ -2284,20 +2266,6 @@ func limitMemory() error {
 	return nil
 }
 
-// limitProcessorTime lets SIGXCPU come when this process has used renderProcessorTime from now on, to the
-// next whole second.
-func limitProcessorTime() error {
-	var used unix.Rusage
-	var limit unix.Rlimit
-	err := errors.Join(unix.Getrusage(unix.RUSAGE_SELF, &used), unix.Getrlimit(unix.RLIMIT_CPU, &limit))
-	if err != nil {
-		return err
-	}
-	seconds := time.Duration(used.Utime.Nano()+used.Stime.Nano()) + renderProcessorTime + time.Second - 1
-	limit.Cur = uint64(seconds / time.Second)
-	return unix.Setrlimit(unix.RLIMIT_CPU, &limit)
-}
-
 // serveJob reads the objects of a job, decodes them and renders.
 func serveJob(requests io.Reader, header []byte, announce func(step string)) (f files, err error) {
 	defer func() {
@@ -2309,29 +2277,25 @@ func serveJob(requests io.Reader, header []byte, announce func(step string)) (f 
 	if err := json.Unmarshal(header, &h); err != nil {
 		return nil, err
 	}
-	raw := make([][]byte, len(h.Connectors)+len(h.Classes))
+	raw := make([][]byte, len(h.Objects))
 	for i := range raw {
 		if _, raw[i], err = readFrame(requests, maxFrameBytes); err != nil {
 			return nil, err
 		}
 	}
 	objects := make([]object, len(raw))
-	for i, name := range slices.Concat(h.Connectors, h.Classes) {
-		what := fmt.Sprintf("Connector %q", name)
-		if i >= len(h.Connectors) {
-			what = fmt.Sprintf("ConnectorClass %q", name)
-		}
-		announce(what + ": decoding it")
+	for i, name := range h.Objects {
+		announce(name + ": decoding it")
 		value, err := decodeJSON(raw[i])
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", what, err)
+			return nil, fmt.Errorf("%s: %w", name, err)
 		}
 		objects[i], _ = value.(object)
 		raw[i] = nil
 	}
-	mounted := make([]mountedConnector, len(h.Connectors))
-	for i := range mounted {
-		mounted[i] = mountedConnector{objects[i], objects[len(h.Connectors)+h.ClassOf[i]]}
+	var mounted []mountedConnector
+	for _, m := range h.Mounted {
+		mounted = append(mounted, mountedConnector{objects[m[0]], objects[m[1]]})
 	}
 	return render(mounted, h.selection, h.Token, announce)
 }
