@@ -652,7 +652,7 @@ func TestRendererIsConfined(t *testing.T) {
 			must(t, err)
 			for name, most := range sorted(map[string]int{
 				"address space": kilobytes(t, pid, "VmSize")<<10 + 72<<20, "data size": kilobytes(t, pid, "VmData")<<10 + 72<<20,
-				"cpu time": 60, "file size": 0, "open files": 16, "core file size": 0, "locked memory": 0, "processes": 32,
+				"cpu time": 5, "file size": 0, "open files": 16, "core file size": 0, "locked memory": 0, "processes": 32,
 			}) {
 				if name == "processes" && !countsProcesses(c.name) {
 					continue

@@ -1261,8 +1261,7 @@ const (
 	confineArgument = "renderer"          // the first argument of a process that is to call confine
 	serveArgument   = "confined-renderer" // and of one that is to call serve
 
-	stepsDescriptor  = 3  // of the memory that a renderer shares with the driver
-	statusDescriptor = 15 // of /proc/self/status, from confine to serve; the highest that it may have
+	statusDescriptor = 15 // of /proc/self/status, from confine to serve; the highest that a renderer may have
 
 	maxRenderers = 2
 	rendererIdle = 10 * time.Second
@@ -1636,7 +1635,6 @@ type renderer struct {
 	process    *exec.Cmd
 	requests   io.WriteCloser
 	answers    *bufio.Reader
-	steps      *os.File // memory that it shares, with what it is about to do
 	retirement *time.Timer
 	used       time.Duration // processor time, since its start
 	step       string        // what it said last
@@ -1700,14 +1698,8 @@ func (p *renderers) startConfined(namespace, confinement string, flags uintptr, 
 		cmd.SysProcAttr.GidMappingsEnableSetgroups = uid == rendererUID
 		cmd.SysProcAttr.Credential = &syscall.Credential{NoSetGroups: true}
 	}
-	steps, err := shareMemory(stepBytes)
-	if err != nil {
-		return nil, err
-	}
-	cmd.ExtraFiles = []*os.File{steps} // stepsDescriptor there
-	r := &renderer{namespace: namespace, process: cmd, steps: steps}
+	r := &renderer{namespace: namespace, process: cmd}
 	if err := r.begin(); err != nil {
-		steps.Close()
 		return nil, fmt.Errorf("confining a renderer (%s): %w", confinement, err)
 	}
 	return r, nil
@@ -1739,28 +1731,6 @@ func (r *renderer) begin() (err error) {
 	return cmp.Or(err, errors.New(string(text)))
 }
 
-// shareMemory makes memory that a child process can have as well, which costs neither of them a system call
-// for what it writes there.
-func shareMemory(size int64) (*os.File, error) {
-	memory, err := unix.MemfdCreate("connectors-csi", unix.MFD_CLOEXEC)
-	if err != nil {
-		return nil, fmt.Errorf("memfd_create: %w", err)
-	}
-	file := os.NewFile(uintptr(memory), "shared memory")
-	if err := file.Truncate(size); err != nil {
-		return nil, errors.Join(err, file.Close())
-	}
-	return file, nil
-}
-
-// noteStep reads what the process said last that it was about to do.
-func (r *renderer) noteStep(token string) {
-	var memory [stepBytes]byte
-	n, _ := r.steps.ReadAt(memory[:], 0) // of a renderer that has made it smaller, what is left
-	text, _, _ := bytes.Cut(memory[:n], []byte{0})
-	r.step = plainText(text, token)
-}
-
 func (r *renderer) kill() { r.process.Process.Kill() }
 
 // end ends the process, unless it has ended by itself, and waits for it.
@@ -1768,7 +1738,6 @@ func (r *renderer) end() {
 	r.ended = true
 	r.kill()
 	r.process.Wait()
-	r.steps.Close()
 }
 
 // ask gets one volume rendered, in so much processor time at most:
@@ -1781,10 +1750,8 @@ func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, e
 	before, stop := r.used, r.watch(ctx, most)
 
 	// 1. write
-	_, err := r.steps.WriteAt([]byte("a request: reading it\x00"), 0)
-	if err == nil {
-		err = j.write(r.requests)
-	}
+	r.step = "a request: reading it"
+	err := j.write(r.requests)
 
 	// 2. read
 	var f files
@@ -1795,7 +1762,6 @@ func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, e
 
 	// 3. note
 	killed := stop()
-	r.noteStep(j.token)
 	if err != nil || killed != "" || r.processorTime() > lifeProcessorTime/2 {
 		r.end()
 	}
@@ -1893,6 +1859,8 @@ func (r *renderer) readAnswer(token string) (_ files, failure, err error) {
 			return nil, nil, err
 		}
 		switch kind {
+		case frameStep:
+			r.step = plainText(content, token)
 		case frameName:
 			name = string(content)
 		case frameContent:
@@ -1921,14 +1889,13 @@ func plainText(said []byte, token string) string {
 }
 
 // A frame is a kind, a length in four bytes, and as many bytes. A request is a frameJob, whose JSON says how
-// many frameObjects follow it; an answer is any number of pairs of frameName and frameContent, and then a
-// frameDone, a frameFailure or a framePodFailure. A renderer begins with a frameDone, or with a frameFailure.
-//
-// What it is about to do, in case it does not come back, it writes into memory that it shares with the
-// driver.
+// many frameObjects follow it; an answer is a frameStep for each thing that the renderer is about to do, in case
+// it does not come back, pairs of frameName and frameContent, and then a frameDone, a frameFailure or a
+// framePodFailure. A renderer begins with a frameDone, or with a frameFailure.
 const (
 	frameJob        = 'J'
 	frameObject     = 'O'
+	frameStep       = 'S'
 	frameName       = 'N'
 	frameContent    = 'C'
 	frameDone       = 'D'
@@ -1936,7 +1903,6 @@ const (
 	framePodFailure = 'P'
 
 	maxTextBytes  = 2000    // of a step or a failure
-	stepBytes     = 1024    // of the shared memory; a text ends with a zero
 	maxFrameBytes = 4 << 20 // of a request
 )
 
@@ -2025,7 +1991,7 @@ func confine(confinement string) error {
 		return fmt.Errorf("open /proc/self/status: %w", err)
 	}
 	// Whoever started the driver may have left it descriptors that are inherited.
-	if err := unix.CloseRange(stepsDescriptor+1, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return fmt.Errorf("close_range: %w", err)
 	}
 
@@ -2051,11 +2017,8 @@ func confine(confinement string) error {
 		return fmt.Errorf("dup3: %w", err)
 	}
 	arguments, err := syscall.SlicePtrFromStrings([]string{driverName, serveArgument})
-	if err != nil {
-		return err
-	}
-	environment, err := syscall.SlicePtrFromStrings(os.Environ())
-	if err != nil {
+	environment, err2 := syscall.SlicePtrFromStrings(os.Environ())
+	if err := errors.Join(err, err2); err != nil {
 		return err
 	}
 	noPath := []byte{0}
@@ -2196,12 +2159,11 @@ func serveJobs(in io.Reader, out io.Writer) (exitCode int) {
 	if err := errors.Join(unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0), unix.Close(2)); err != nil {
 		return 1
 	}
-	steps, err := unix.Mmap(stepsDescriptor, 0, stepBytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil || unix.Close(stepsDescriptor) != nil {
-		return 1
-	}
-	announce := func(step string) { steps[copy(steps[:stepBytes-1], step)] = 0 }
 	requests, answers := bufio.NewReader(in), bufio.NewWriter(out)
+	announce := func(step string) {
+		writeFrame(answers, frameStep, []byte(cut(step, maxTextBytes)))
+		answers.Flush()
+	}
 	writeFrame(answers, frameDone, nil)
 	for answers.Flush() == nil {
 		collectGarbage()

@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -239,10 +238,6 @@ func impostors() []impostor {
 			say(strings.Repeat("x", huge))
 			os.Exit(0)
 		}},
-		{"no memory for steps", codes.Unavailable, `the renderer ended .*; its last step was $`, func(string, write) {
-			unix.Ftruncate(stepsDescriptor, 0)
-			os.Exit(0)
-		}},
 		{"what is not UTF-8", codes.FailedPrecondition, `^\?x\?$`, func(_ string, write write) { write(frameFailure, "\xffx\xff") }},
 		{"half an answer", codes.Unavailable, `unexpected EOF`, func(_ string, write write) {
 			write(frameName, "a")
@@ -269,7 +264,7 @@ func impostors() []impostor {
 }
 
 // say says what a renderer is about to do.
-func say(step string) { unix.Pwrite(stepsDescriptor, []byte(step+"\x00"), 0) }
+func say(step string) { writeFrame(os.Stdout, frameStep, []byte(step)) }
 
 // serve is what an impostor does in place of rendererMain.
 func (i impostor) serve() (exitCode int) {
