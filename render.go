@@ -84,7 +84,13 @@ var errTooLarge = fmt.Errorf("a volume may hold %d KiB in %d files", maxVolumeBy
 func render(mounted []mountedConnector, want selection, token string,
 	announce func(step string)) (files, error) {
 	for _, m := range mounted {
-		if err := checkValues(m); err != nil {
+		connector, class := fmt.Sprintf("Connector %q", fullName(m.connector)),
+			fmt.Sprintf("ConnectorClass %q", nameOf(m.class))
+		err := cmp.Or(checkObject(connector, m.connector), checkObject(class, m.class))
+		if err == nil {
+			err = cmp.Or(keepCertificates(connector, m.connector), keepCertificates(class, m.class))
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -131,37 +137,21 @@ func render(mounted []mountedConnector, want selection, token string,
 	return out.files, nil
 }
 
-// checkValues refuses addresses that are more than an address where a class puts them, since whoever writes a
-// Connector shall not write other people's configuration, and keeps of CACerts just the certificates.
-func checkValues(m mountedConnector) error {
-	connector, class := fmt.Sprintf("Connector %q", fullName(m.connector)),
-		fmt.Sprintf("ConnectorClass %q", nameOf(m.class))
-	for _, field := range []struct {
-		of   string
-		in   object
-		path []string
-	}{
-		{connector, m.connector, []string{"spec", "address"}},
-		{connector, m.connector, []string{"status", "proxyAddress"}},
-		{connector, m.connector, []string{"status", "proxy", "httpAddress", "url"}},
-		{class, m.class, []string{"status", "proxyAddress"}},
-		{class, m.class, []string{"status", "proxy", "httpAddress", "url"}},
-	} {
-		if err := checkAddress(field.of, strings.Join(field.path, "."),
-			stringAt(field.in, field.path...)); err != nil {
+// checkObject refuses addresses that are more than an address where a class puts them, since whoever writes a
+// Connector may not write other people's configuration.
+func checkObject(of string, o object) error {
+	for _, path := range [][]string{{"spec", "address"}, {"status", "proxyAddress"},
+		{"status", "proxy", "httpAddress", "url"}} {
+		if err := checkAddress(of, strings.Join(path, "."), stringAt(o, path...)); err != nil {
 			return err
 		}
 	}
-	for _, extension := range objectList(m.connector, "spec", "addressExtensions") {
-		if err := checkAddress(connector, "spec.addressExtensions",
-			stringAt(extension, "value")); err != nil {
+	for _, extension := range objectList(o, "spec", "addressExtensions") {
+		if err := checkAddress(of, "spec.addressExtensions", stringAt(extension, "value")); err != nil {
 			return err
 		}
 	}
-	if err := keepCertificates(connector, m.connector); err != nil {
-		return err
-	}
-	return keepCertificates(class, m.class)
+	return nil
 }
 
 // checkAddress refuses what an address cannot hold, or what a shell, a format or a reader's eye takes for
@@ -183,9 +173,6 @@ func checkAddress(of, field, address string) error {
 		name, i+1, strings.ReplaceAll(fmt.Sprintf("% X", string(bad)), " ", "%"), host)
 }
 
-// maxLabelBytes is how much a message has of what a PEM block says that it is.
-const maxLabelBytes = 40
-
 // keepCertificates replaces status.proxy.httpAddress.CACerts by the certificates in it, encoded anew: bundles
 // have lines of comment between them, which would reach files. Where one cannot be kept, none is: a file that
 // lacks a certificate fails much later, in TLS.
@@ -196,11 +183,11 @@ func keepCertificates(of string, o object) error {
 		return nil
 	}
 	var certificates []byte
-	bundle = strings.NewReplacer("\ufeff", "", "\r", "\n").Replace(bundle)
-	parts := strings.Split(bundle, "-----BEGIN")
+	bundle = strings.NewReplacer("\ufeff", "", "\r", "\n").Replace("\n" + bundle)
+	parts := strings.Split(bundle, pemBegin)
 	for i, part := range parts[1:] {
 		der, err := readCertificate(part)
-		if before := parts[i]; before != "" && !strings.HasSuffix(before, "\n") {
+		if !strings.HasSuffix(parts[i], "\n") {
 			err = errors.New("a newline is missing before its -----BEGIN, or it is indented")
 		}
 		if err != nil {
@@ -220,6 +207,8 @@ func keepCertificates(of string, o object) error {
 	return nil
 }
 
+const pemBegin = "-----BEGIN"
+
 // certificateFields are those of RFC 5280, section 4.1, by which a certificate is told from other things.
 type certificateFields struct {
 	Content struct {
@@ -234,29 +223,20 @@ type certificateFields struct {
 
 // readCertificate returns the certificate of a PEM block, whose text it has from after the -----BEGIN on, as
 // DER. Whether it is a valid one is left to those who use it: crypto/x509 refuses some that OpenSSL takes.
-func readCertificate(block string) ([]byte, error) {
-	first, rest, _ := strings.Cut(block, "\n")
-	label, more, ok := strings.Cut(first, "-----") // of what may follow on that line nothing is quoted
-	if !ok || strings.TrimSpace(more) != "" ||
-		!slices.Contains([]string{" CERTIFICATE", " X509 CERTIFICATE", " TRUSTED CERTIFICATE"}, label) {
-		return nil, fmt.Errorf("it begins with %q, not with a line -----BEGIN CERTIFICATE-----",
-			"-----BEGIN"+cut(label, maxLabelBytes))
+func readCertificate(text string) ([]byte, error) {
+	block, _ := pem.Decode([]byte(pemBegin + text))
+	if block == nil || len(block.Headers) > 0 {
+		return nil, errors.New("it is not base64 between a line -----BEGIN CERTIFICATE----- and its -----END")
 	}
-	last := "-----END" + label + "-----"
-	text, after, ok := strings.Cut("\n"+rest, "\n"+last)
-	if after, _, _ = strings.Cut(after, "\n"); !ok || strings.TrimSpace(after) != "" {
-		return nil, fmt.Errorf("it is cut off: it has no line %s", last)
+	if !slices.Contains([]string{"CERTIFICATE", "X509 CERTIFICATE", "TRUSTED CERTIFICATE"}, block.Type) {
+		return nil, fmt.Errorf("it is labelled %q, not CERTIFICATE", cut(block.Type, maxQuotedBytes))
 	}
-	der, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(text), ""))
-	if err != nil {
-		return nil, errors.New("what stands between its first and its last line is not base64")
-	}
-	trailer, err := asn1.Unmarshal(der, &certificateFields{})
+	trailer, err := asn1.Unmarshal(block.Bytes, &certificateFields{})
 	// OpenSSL's trusted certificates are followed by what they are trusted for.
-	if err != nil || len(trailer) > 0 && label != " TRUSTED CERTIFICATE" {
+	if err != nil || len(trailer) > 0 && block.Type != "TRUSTED CERTIFICATE" {
 		return nil, errors.New("it is damaged, or something else than one certificate")
 	}
-	return der[:len(der)-len(trailer)], nil
+	return block.Bytes[:len(block.Bytes)-len(trailer)], nil
 }
 
 // groupByClass groups the Connectors by class, keeping the order in which each class came first.
@@ -414,8 +394,16 @@ func caCert(c mountedClass) string {
 	return stringAt(c.class, "status", "proxy", "httpAddress", "CACerts")
 }
 
-// paramTypes are those that a class can declare a parameter with: JSON schema's.
-var paramTypes = []string{"string", "integer", "number", "boolean", "array", "object"}
+// paramTypes are those that a class can declare a parameter with, JSON schema's, in this order, and kinds which
+// Go's types are of them.
+var (
+	paramTypes = []string{"string", "integer", "number", "boolean", "array", "object"}
+	kinds      = map[string]string{"string": "string", "int64": "integer", "float64": "number", "bool": "boolean",
+		"[]interface {}": "array", "map[string]interface {}": "object"}
+)
+
+// kindOf names the type of a value in the words of paramTypes.
+func kindOf(value any) string { return kinds[fmt.Sprintf("%T", value)] }
 
 // resolveParams checks the supplied parameters against the declared ones and adds the defaults. Parameters
 // that are not declared pass through, since classes exist that use them without declaring them.
@@ -454,23 +442,6 @@ func resolveParams(declared []object, supplied map[string]any) (map[string]any, 
 		}
 	}
 	return params, nil
-}
-
-// kindOf names the type of a value in the words of paramTypes.
-func kindOf(value any) string {
-	switch value.(type) {
-	case string:
-		return "string"
-	case int64:
-		return "integer"
-	case bool:
-		return "boolean"
-	case []any:
-		return "array"
-	case object:
-		return "object"
-	}
-	return "number"
 }
 
 // renderBuiltIn makes the files that the product mounts in every volume since its release 1.6. One that has

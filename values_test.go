@@ -206,34 +206,31 @@ func TestBundlesThatAreRefused(t *testing.T) {
 	must(t, err)
 
 	const newline = "a newline is missing before its -----BEGIN, or it is indented"
-	const cutOff = "it is cut off: it has no line -----END CERTIFICATE-----"
-	const noBase64 = "what stands between its first and its last line is not base64"
+	const noBlock = "it is not base64 between a line -----BEGIN CERTIFICATE----- and its -----END"
 	const damaged = "it is damaged, or something else than one certificate"
-	begins := func(with string) string {
-		return fmt.Sprintf("it begins with %q, not with a line -----BEGIN CERTIFICATE-----", "-----BEGIN"+with)
-	}
+	labelled := func(label string) string { return fmt.Sprintf("it is labelled %q, not CERTIFICATE", label) }
 	for what, c := range sorted(map[string]struct{ bundle, number, message string }{
 		"no newline between":        {a + strings.TrimSuffix(b, "\n") + c, "3 of 3", newline},
 		"a space between":           {strings.TrimSuffix(a, "\n") + " " + b + c, "2 of 3", newline},
-		"a line separator between":  {a + strings.TrimSuffix(b, "\n") + "\u2028" + c, "3 of 3", newline},
+		"a line separator between":  {a + strings.TrimSuffix(b, "\n") + "\u2028" + c, "2 of 3", noBlock},
 		"indented":                  {a + "  " + strings.ReplaceAll(b, "\n", "\n  ") + "\n" + c, "2 of 3", newline},
 		"quoted":                    {a + "> " + strings.ReplaceAll(b, "\n", "\n> ") + "\n" + c, "2 of 3", newline},
 		"six dashes":                {a + "-" + b + c, "2 of 3", newline},
 		"named in a comment":        {a + "# a copy of -----BEGIN CERTIFICATE-----\n" + c, "2 of 3", newline},
-		"cut off":                   {a + b[:100] + "\n" + c, "2 of 3", cutOff},
-		"its end is indented":       {a + first + body + " " + last + c, "2 of 3", cutOff},
-		"its end is on its line":    {a + first + strings.TrimSuffix(body, "\n") + last + c, "2 of 3", cutOff},
-		"its end has more":          {a + strings.TrimSuffix(b, "\n") + " x\n" + c, "2 of 3", cutOff},
-		"its end has another label": {a + first + body + "-----END X509 CERTIFICATE-----\n" + c, "2 of 3", cutOff},
-		"nested":                    {a + first + c + body + last, "2 of 3", cutOff},
-		"nothing but beginnings":    {strings.Repeat(first, 40000), "1 of 40000", cutOff},
-		"no base64":                 {a + first + "!" + body + last + c, "2 of 3", noBase64},
-		"a comment within":          {a + first + "# x\n" + body + last + c, "2 of 3", noBase64},
-		"NUL within":                {a + first + "\x00" + body + last + c, "2 of 3", noBase64},
-		"padding within":            {a + first + "AA==\n" + body + last + c, "2 of 3", noBase64},
-		"no padding":                {a + first + body + "A\n" + last + c, "2 of 3", noBase64},
-		"base64 for URLs":           {a + first + "_-_-" + body + last + c, "2 of 3", noBase64},
-		"headers":                   {a + first + "Proc-Type: 4,ENCRYPTED\n\n" + body + last + c, "2 of 3", noBase64},
+		"cut off":                   {a + b[:100] + "\n" + c, "2 of 3", noBlock},
+		"its end is indented":       {a + first + body + " " + last + c, "2 of 3", noBlock},
+		"its end is on its line":    {a + first + strings.TrimSuffix(body, "\n") + last + c, "2 of 3", noBlock},
+		"its end has more":          {a + strings.TrimSuffix(b, "\n") + " x\n" + c, "2 of 3", noBlock},
+		"its end has another label": {a + first + body + "-----END X509 CERTIFICATE-----\n" + c, "2 of 3", noBlock},
+		"nested":                    {a + first + c + body + last, "2 of 3", noBlock},
+		"nothing but beginnings":    {strings.Repeat(first, 40000), "1 of 40000", noBlock},
+		"no base64":                 {a + first + "!" + body + last + c, "2 of 3", noBlock},
+		"a comment within":          {a + first + "# x\n" + body + last + c, "2 of 3", noBlock},
+		"NUL within":                {a + first + "\x00" + body + last + c, "2 of 3", noBlock},
+		"padding within":            {a + first + "AA==\n" + body + last + c, "2 of 3", noBlock},
+		"no padding":                {a + first + body + "A\n" + last + c, "2 of 3", noBlock},
+		"base64 for URLs":           {a + first + "_-_-" + body + last + c, "2 of 3", noBlock},
+		"headers":                   {a + first + "Proc-Type: 4,ENCRYPTED\n\n" + body + last + c, "2 of 3", noBlock},
 		"a line is missing":         {a + first + strings.Join(lines[2:], "") + c, "2 of 3", damaged},
 		"empty":                     {a + first + last + c, "2 of 3", damaged},
 		"text":                      {a + block("CERTIFICATE", []byte("hello")...) + c, "2 of 3", damaged},
@@ -243,17 +240,17 @@ func TestBundlesThatAreRefused(t *testing.T) {
 		"a request, labelled wrong": {a + block("CERTIFICATE", request...) + c, "2 of 3", damaged},
 		"a key, labelled wrong":     {a + block("CERTIFICATE", pkcs8...) + c, "2 of 3", damaged},
 		"a list, labelled wrong":    {a + block("CERTIFICATE", list...) + c, "2 of 3", damaged},
-		"a request":                 {a + block("CERTIFICATE REQUEST", request...) + c, "2 of 3", begins(" CERTIFICATE REQUEST")},
-		"a private key":             {block("PRIVATE KEY", pkcs8...) + a, "1 of 2", begins(" PRIVATE KEY")},
-		"a private key on one line": {a + "-----BEGIN PRIVATE KEY-----MIGH" + c, "2 of 3", begins(" PRIVATE KEY")},
-		"a revocation list":         {a + block("X509 CRL", list...) + c, "2 of 3", begins(" X509 CRL")},
-		"a bag":                     {a + block("PKCS7", 0x30, 0) + c, "2 of 3", begins(" PKCS7")},
-		"lower case":                {a + label("certificate") + c, "2 of 3", begins(" certificate")},
-		"a label with a blank":      {a + label("CERTIFICATE ") + c, "2 of 3", begins(" CERTIFICATE ")},
-		"no label":                  {a + "-----BEGIN-----\n" + c, "2 of 3", begins("")},
-		"four dashes at the end":    {a + strings.Replace(b, "E-----\n", "E----\n", 1) + c, "2 of 3", begins(" CERTIFICATE----")},
-		"more behind its beginning": {a + strings.Replace(b, "E-----\n", "E----- x\n", 1) + c, "2 of 3", begins(" CERTIFICATE")},
-		"a long label":              {a + "-----BEGIN " + strings.Repeat("x", 100000), "2 of 2", begins(" " + strings.Repeat("x", 39) + " …")},
+		"a request":                 {a + block("CERTIFICATE REQUEST", request...) + c, "2 of 3", labelled("CERTIFICATE REQUEST")},
+		"a private key":             {block("PRIVATE KEY", pkcs8...) + a, "1 of 2", labelled("PRIVATE KEY")},
+		"a private key on one line": {a + "-----BEGIN PRIVATE KEY-----MIGH" + c, "2 of 3", noBlock},
+		"a revocation list":         {a + block("X509 CRL", list...) + c, "2 of 3", labelled("X509 CRL")},
+		"a bag":                     {a + block("PKCS7", 0x30, 0) + c, "2 of 3", labelled("PKCS7")},
+		"lower case":                {a + label("certificate") + c, "2 of 3", labelled("certificate")},
+		"a label with a blank":      {a + label("CERTIFICATE ") + c, "2 of 3", labelled("CERTIFICATE ")},
+		"no label":                  {a + "-----BEGIN-----\n" + c, "2 of 3", noBlock},
+		"four dashes at the end":    {a + strings.Replace(b, "E-----\n", "E----\n", 1) + c, "2 of 3", noBlock},
+		"more behind its beginning": {a + strings.Replace(b, "E-----\n", "E----- x\n", 1) + c, "2 of 3", noBlock},
+		"a long label":              {a + "-----BEGIN " + strings.Repeat("x", 100000), "2 of 2", noBlock},
 		"four dashes":               {a + b[1:] + c, "", "has an -----END without a -----BEGIN"},
 		"the beginning is missing":  {strings.Join(lines[1:], "") + a, "", "has an -----END without a -----BEGIN"},
 		"a comment":                 {"evil", "", "holds no certificate in PEM format"},
@@ -273,7 +270,7 @@ func TestBundlesThatAreRefused(t *testing.T) {
 	git := gitClass()
 	with(a[:100], "status", "proxy", "httpAddress", "CACerts")(git)
 	n.api.put(git, connector("default", "git", "git"))
-	n.volume().mustRefuse(codes.FailedPrecondition, `ConnectorClass "git": status.proxy.httpAddress.CACerts, certificate 1 of 1: `+cutOff)
+	n.volume().mustRefuse(codes.FailedPrecondition, `ConnectorClass "git": status.proxy.httpAddress.CACerts, certificate 1 of 1: `+noBlock)
 }
 
 // Whether the operator is to be waited for depends on what fails, not on the words of the template.
