@@ -329,7 +329,7 @@ func TestNonsenseFails(t *testing.T) {
 		`printf "%d" 1.5`: "%!d(float64=1.5)", `printf "%s" .float`: "%!s(float64=1.5)",
 		`printf "%*d" "a" 1`: "%!(BADWIDTH)", `printf "%.*f" "a" 1.5`: "%!(BADPREC)",
 		`printf "%d" (list 1 "a")`: "%!d(string=a)", `printf "%s%s" "%!s(MISSING)"`: "%!s(MISSING)",
-		`printf "100%% %d" "%!"`: "%!d(string=_!)", `printf "%!" 1`: "%!!(", `"a" | printf "%d"`: "%!d(string=a)",
+		`printf "100%% %d" "%!"`: "%!d(string=%!)", `printf "%!" 1`: "%!!(", `"a" | printf "%d"`: "%!d(string=a)",
 		`printf "%t" 1`: "%!t(int=1)",
 
 		// numbers
@@ -346,8 +346,8 @@ func TestNonsenseFails(t *testing.T) {
 		`subf 1 "x"`: "subf", `mulf "x" 1`: "mulf", `divf 1 "x"`: "divf", `divf 1 0`: "division by 0",
 		`maxf 1 "x"`: "maxf", `minf 1 "x"`: "minf", `ceil "x"`: "ceil", `floor "x"`: "floor",
 		`round "x" 1`: `is "x", not`, `round 1.5 400`: ", not a number", `mulf 1e300 1e300`: ", not a number",
-		`toDecimal "9"`: `"9": invalid syntax`, `toDecimal "x"`: `"x"`, `seq`: "seq takes",
-		`seq 1 2 3 4`: "seq takes", `seq 1 0 3`: "seq takes", `randInt 2 1`: "invalid argument",
+		`toDecimal "9"`: `"9": invalid syntax`, `toDecimal "x"`: `"x"`, `seq`: "the result is empty",
+		`seq 1 2 3 4`: "the result is empty", `seq 1 0 3`: "the result is empty", `randInt 2 1`: "invalid argument",
 		`slice .list "x"`:           "string as type int",
 		`add 9223372036854775807 1`: "beyond 64 bits", `add1 9223372036854775807`: "beyond 64 bits",
 		`mul 9223372036854775807 2`: "beyond 64 bits", `sub -9223372036854775807 2`: "beyond 64 bits",

@@ -106,20 +106,8 @@ func render(mounted []mountedConnector, want selection, token string,
 
 	// 2. configurations
 	for _, name := range want.Configurations {
-		found := false
-		for _, c := range classes {
-			for _, configuration := range configurationsOf(c.class, name) {
-				found = true
-				where := fmt.Sprintf("ConnectorClass %q, configuration %q", nameOf(c.class), name)
-				step := func(file string) { announce(fmt.Sprintf("%s, file %q: rendering it", where, file)) }
-				err := renderConfiguration(out, c, configuration, want.Params[name], token, step)
-				if err != nil {
-					return nil, fmt.Errorf("%s: %w", where, err)
-				}
-			}
-		}
-		if !found {
-			return nil, podError(unknownConfiguration(name, classes))
+		if err := renderConfigurations(out, classes, name, want.Params[name], token, announce); err != nil {
+			return nil, err
 		}
 	}
 
@@ -254,30 +242,34 @@ func groupByClass(mounted []mountedConnector) []mountedClass {
 	return classes
 }
 
-// configurationsOf returns the class's configurations of that name; the CRD does not forbid two.
-func configurationsOf(class object, name string) []object {
-	var found []object
-	for _, c := range objectList(class, "spec", "configurations") {
-		if stringAt(c, "name") == name {
-			found = append(found, c)
-		}
-	}
-	return found
-}
-
-// unknownConfiguration names the configurations that there are.
-func unknownConfiguration(name string, classes []mountedClass) error {
+// renderConfigurations renders the configurations of that name in all classes; the CRD does not forbid two in
+// one class.
+func renderConfigurations(out *volumeFiles, classes []mountedClass, name string, params json.RawMessage,
+	token string, announce func(step string)) error {
 	var known []string
+	found := false
 	for _, c := range classes {
-		var names []string
+		where := fmt.Sprintf("ConnectorClass %q, configuration %q", nameOf(c.class), name)
+		step := func(file string) { announce(fmt.Sprintf("%s, file %q: rendering it", where, file)) }
+		var others []string
 		for _, configuration := range objectList(c.class, "spec", "configurations") {
-			names = append(names, stringAt(configuration, "name"))
+			if other := stringAt(configuration, "name"); other != name {
+				others = append(others, other)
+				continue
+			}
+			found = true
+			if err := renderConfiguration(out, c, configuration, params, token, step); err != nil {
+				return fmt.Errorf("%s: %w", where, err)
+			}
 		}
-		known = append(known, fmt.Sprintf("ConnectorClass %q has: %s",
-			nameOf(c.class), cmp.Or(strings.Join(names, ", "), "none")))
+		known = append(known, fmt.Sprintf("ConnectorClass %q has: %s", nameOf(c.class),
+			cmp.Or(strings.Join(others, ", "), "none")))
 	}
-	return fmt.Errorf("configuration %q of configuration.names does not exist; %s", cut(name, maxQuotedBytes),
-		strings.Join(known, "; "))
+	if !found {
+		return podError(fmt.Errorf("configuration %q of configuration.names does not exist; %s",
+			cut(name, maxQuotedBytes), strings.Join(known, "; ")))
+	}
+	return nil
 }
 
 // renderConfiguration renders the files of one configuration of the class.
@@ -532,13 +524,9 @@ func checkFileName(name string) error {
 // placeholderToken stands for a token where none may be seen. It has the form, the length and the characters
 // of a ServiceAccount's.
 var placeholderToken = func() string {
-	encode := base64.RawURLEncoding.EncodeToString
-	signature := make([]byte, 256)
-	for i := range signature {
-		signature[i] = byte(i)
-	}
-	return encode([]byte(`{"alg":"RS256","kid":"placeholder"}`)) + "." +
-		encode([]byte(`{"sub":"`+strings.Repeat("placeholder", 55)+`"}`)) + "." + encode(signature)
+	encode := func(text string) string { return base64.RawURLEncoding.EncodeToString([]byte(text)) }
+	return encode(`{"alg":"RS256","kid":"placeholder"}`) + "." +
+		encode(`{"sub":"`+strings.Repeat("placeholder", 55)+`"}`) + "." + encode(strings.Repeat("\xfb\xff\xbf.", 64))
 }()
 
 // renderFile renders one template into at most limit bytes.
@@ -655,7 +643,7 @@ var families = []family{
 	{`htpasswd`, all, nil, regexp.MustCompile(`^[^:]*:\$2`)},
 	{`genPrivateKey`, all, nil, regexp.MustCompile(`^-----BEGIN `)},
 	{`derivePassword`, all, nil, regexp.MustCompile(`^[^ ]+$`)},
-	{`randAlpha randAlphaNum randAscii randNumeric`, all, nil, regexp.MustCompile(`.`)},
+	{`randAlpha randAlphaNum randAscii randNumeric seq`, all, nil, regexp.MustCompile(`.`)},
 }
 
 // functions are those that templates may call beside text/template's: sprig's except env, expandenv and
@@ -793,12 +781,6 @@ func ownFunctions(sprigs template.FuncMap) template.FuncMap {
 		"toDecimal": func(octal any) (int64, error) {
 			return strconv.ParseInt(fmt.Sprint(octal), 8, 64)
 		},
-		"seq": func(numbers ...int) (string, error) {
-			if len(numbers) == 0 || len(numbers) > 3 || len(numbers) == 3 && numbers[1] == 0 {
-				return "", errors.New("seq takes an end, a start and an end, or a start, a step and an end")
-			}
-			return sprigs["seq"].(func(...int) string)(numbers...), nil
-		},
 		"fromJson": func(text string) (any, error) {
 			value, err := parseJSON([]byte(text))
 			if err != nil {
@@ -887,26 +869,15 @@ func exactly(compute func(z, x, y *big.Int) *big.Int, first any, more ...any) (i
 	return result.Int64(), nil
 }
 
-// printf is fmt's, for which a wrong number or type of values is no error but a mark in the result. A value
-// may hold what looks like one, so that they are looked for in what becomes of values without percent signs.
+// printf is fmt's, for which a wrong number or type of values is no error but a mark in the result. It refuses
+// more marks than there are in the values and in the format.
 func printf(format string, values ...any) (string, error) {
+	const mark = "%!"
 	text := fmt.Sprintf(format, values...)
-	if !strings.Contains(text, "%!") {
-		return text, nil
-	}
-	harmless, err := mapLeaves(values, func(leaf any) (any, error) {
-		if s, ok := leaf.(string); ok {
-			return strings.ReplaceAll(s, "%", "_"), nil
-		}
-		return leaf, nil
-	})
-	if err != nil {
-		return "", err
-	}
-	marked := fmt.Sprintf(strings.ReplaceAll(format, "%%", "__"), harmless.([]any)...)
-	if i := strings.Index(marked, "%!"); i >= 0 {
+	marks := strings.Count(text, mark)
+	if marks > 0 && marks > strings.Count(fmt.Sprintln(values...), mark)+strings.Count(format, "%"+mark) {
 		return "", fmt.Errorf("the format %q does not fit its values: %s", cut(format, maxQuotedBytes),
-			cut(marked[i:], maxQuotedBytes))
+			cut(text[strings.Index(text, mark):], maxQuotedBytes))
 	}
 	return text, nil
 }
