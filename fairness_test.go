@@ -192,7 +192,7 @@ func TestCheapThatIsNot(t *testing.T) {
 	v.mustRefuse(codes.ResourceExhausted, "has used up", "what the test says") // it is unknown
 	changeRenderers(p, func() { delete(p.accounts, "default") })
 	v.mustPublish() // it takes some tenths of a second
-	setOutcomes(p, func(o *outcome) { o.took = min(o.took, time.Millisecond) })
+	setOutcomes(p, func(o *outcome) { o.allowance = minAllowance })
 	changeRenderers(p, func() {
 		p.accounts["default"] = &account{left: -time.Minute, at: time.Now(), most: time.Minute, mostBy: "what the test says"}
 	})
@@ -241,7 +241,7 @@ func TestWallTimeIsNotRemembered(t *testing.T) {
 		t.Errorf("%d outcomes", len(p.outcomes))
 	}
 	for what, o := range p.outcomes {
-		if o.limit != nil || p.refuseKnown(what) != nil || p.allowance(what) != 0 {
+		if o.limit != nil || p.refuseKnown(what) != nil || o.allowance != 0 {
 			t.Errorf("%+v is remembered", o)
 		}
 	}

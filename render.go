@@ -1225,7 +1225,8 @@ const (
 	// The account of processor time that each namespace has. accountRefill is in seconds a second.
 	accountSize   = 10 * time.Second
 	accountRefill = 0.05
-	// What a job that was cheap may have when the account is empty.
+	// What a job that was cheap may have when the account is empty: ten times what it took before, within
+	// bounds.
 	minAllowance = 20 * time.Millisecond
 	maxAllowance = 200 * time.Millisecond
 
@@ -1373,7 +1374,7 @@ type account struct {
 type outcome struct {
 	namespace string
 	at        time.Time
-	took      time.Duration // processor time
+	allowance time.Duration // of processor time, for the next while the account is empty; 0 if that is none
 	limit     error         // of memory or processor time that it hit, or nil
 	pause     time.Duration // for which it is not tried again, if so
 }
@@ -1384,7 +1385,8 @@ func newRenderers(binary string, log *slog.Logger, m *metrics) *renderers {
 	p.capacity = maxRenderers
 	p.before = func(a, b *turn) bool { return p.left(a.namespace) > p.left(b.namespace) }
 	p.ready = func(t *turn) bool {
-		return p.allowance(t.key) > 0 || !slices.ContainsFunc(p.active, func(other *turn) bool { return other.key == t.key })
+		same := func(other *turn) bool { return other.key == t.key }
+		return p.outcomes[t.key].allowance > 0 || !slices.ContainsFunc(p.active, same)
 	}
 	p.refusal = p.refuse
 	return p
@@ -1457,7 +1459,7 @@ func (p *renderers) refuse(t *turn) error {
 		return err
 	}
 	left := p.left(t.namespace)
-	if left > 0 || p.allowance(t.key) > 0 {
+	if left > 0 || p.outcomes[t.key].allowance > 0 {
 		return nil
 	}
 	a := p.accounts[t.namespace]
@@ -1468,20 +1470,11 @@ func (p *renderers) refuse(t *turn) error {
 		a.most.Round(10*time.Millisecond), a.mostBy)
 }
 
-// allowance is the processor time that a job may have while its account is empty: ten times what it took before,
-// within bounds; 0 if that is not known. The caller holds the lock.
-func (p *renderers) allowance(key [sha256.Size]byte) time.Duration {
-	if o, known := p.outcomes[key]; known && o.limit == nil && o.took <= maxAllowance {
-		return min(max(10*o.took, minAllowance), maxAllowance)
-	}
-	return 0
-}
-
 // obtain returns a renderer to a turn that has a place, and what processor time it may have: all, if the account
 // has become empty only since.
 func (p *renderers) obtain(t *turn) (_ *renderer, most time.Duration, _ error) {
 	p.mu.Lock()
-	if most = p.allowance(t.key); most == 0 || p.left(t.namespace) > 0 {
+	if most = p.outcomes[t.key].allowance; most == 0 || p.left(t.namespace) > 0 {
 		most = renderProcessorTime
 	}
 	var other *renderer
@@ -1521,12 +1514,12 @@ func (p *renderers) charge(r *renderer, t *turn, used time.Duration, err error) 
 	isFull := func(namespace string, _ *account) bool { return p.left(namespace) == accountSize }
 	maps.DeleteFunc(p.accounts, isFull)
 
-	o := outcome{namespace: t.namespace, at: time.Now(), took: used}
+	o := outcome{namespace: t.namespace, at: time.Now()}
 	switch {
 	case r.limit == "memory" || r.limit == "processor":
 		o.limit, o.pause = err, min(max(2*p.outcomes[t.key].pause, minPause), maxPause)
-	case r.ended || err != nil:
-		o.took = maxAllowance + 1 // nothing is known of it
+	case !r.ended && err == nil && used <= maxAllowance:
+		o.allowance = min(max(10*used, minAllowance), maxAllowance)
 	}
 	p.remember(t.key, o)
 }
@@ -1586,14 +1579,17 @@ type renderer struct {
 
 const otherNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWIPC
 
-// confinements are the ways to confine a renderer, best first. A kernel, or a container around this one, may
-// refuse namespaces, and only root may choose another user.
-var confinements = []struct {
+// confinement is a way to confine a renderer.
+type confinement struct {
 	name    string // tells confine which one it is
 	flags   uintptr
 	uid     int // user and group of the renderer outside of its user namespace
 	missing string
-}{
+}
+
+// confinements are the ways to confine a renderer, best first. A kernel, or a container around this one, may
+// refuse namespaces, and only root may choose another user.
+var confinements = []confinement{
 	{"user", unix.CLONE_NEWUSER | otherNamespaces, rendererUID, ""},
 	{"root", otherNamespaces, 0, "a user namespace, and a limit of processes"},
 	{"same user", unix.CLONE_NEWUSER | otherNamespaces, os.Getuid(), "a user of its own"},
@@ -1605,7 +1601,7 @@ var confinements = []struct {
 func (p *renderers) start(namespace string) (*renderer, error) {
 	var refusals []error
 	for _, c := range confinements {
-		r, err := p.startConfined(namespace, c.name, c.flags, c.uid)
+		r, err := p.startConfined(namespace, c)
 		switch {
 		case errors.Is(err, io.EOF), errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOMEM):
 			// it was killed, or there is no room for it: nothing that less confinement helps against
@@ -1625,52 +1621,41 @@ func (p *renderers) start(namespace string) (*renderer, error) {
 	return nil, errors.Join(refusals...)
 }
 
-// startConfined starts a renderer in one of the confinements.
-func (p *renderers) startConfined(namespace, confinement string, flags uintptr, uid int) (*renderer, error) {
-	cmd := exec.Command(p.binary, confineArgument, confinement)
+// startConfined starts a renderer in one of the confinements, and waits until it is confined.
+func (p *renderers) startConfined(namespace string, c confinement) (*renderer, error) {
+	cmd := exec.Command(p.binary, confineArgument, c.name)
 	// The last one is for programs that are linked with a C library, which reserves 64 MiB for a thread.
 	cmd.Env = []string{"GOMAXPROCS=1", fmt.Sprintf("GOMEMLIMIT=%d", renderMemory*3/4), "GOTRACEBACK=none",
 		"MALLOC_ARENA_MAX=1"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: flags, Setsid: true} // kill(0) is for it alone
-	if flags&unix.CLONE_NEWUSER != 0 {
-		ids := []syscall.SysProcIDMap{{HostID: uid, Size: 1}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: c.flags, Setsid: true} // kill(0) is for it alone
+	if c.flags&unix.CLONE_NEWUSER != 0 {
+		ids := []syscall.SysProcIDMap{{HostID: c.uid, Size: 1}}
 		// As root of its namespace it has the capabilities to empty its root directory with, until confine
 		// ends.
 		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings = ids, ids
-		cmd.SysProcAttr.GidMappingsEnableSetgroups = uid == rendererUID
+		cmd.SysProcAttr.GidMappingsEnableSetgroups = c.uid == rendererUID
 		cmd.SysProcAttr.Credential = &syscall.Credential{NoSetGroups: true}
 	}
-	r := &renderer{namespace: namespace, process: cmd}
-	if err := r.begin(); err != nil {
-		return nil, fmt.Errorf("confining a renderer (%s): %w", confinement, err)
+	requests, err := cmd.StdinPipe()
+	answers, err2 := cmd.StdoutPipe()
+	if err := errors.Join(err, err2); err != nil {
+		return nil, err
 	}
-	return r, nil
-}
-
-// begin starts the process and waits until it is confined.
-func (r *renderer) begin() (err error) {
-	if r.requests, err = r.process.StdinPipe(); err != nil {
-		return err
-	}
-	answers, err := r.process.StdoutPipe()
-	if err != nil {
-		return err
-	}
-	r.answers = bufio.NewReader(answers)
+	r := &renderer{namespace: namespace, process: cmd, requests: requests, answers: bufio.NewReader(answers)}
 	writing.Lock()
-	err = r.process.Start()
+	err = cmd.Start()
 	writing.Unlock()
-	if err != nil {
-		return err
+	if err == nil {
+		late := time.AfterFunc(renderTime, r.kill)
+		defer late.Stop()
+		kind, text, failed := readFrame(r.answers, 2*maxTextBytes)
+		if failed == nil && kind == frameDone {
+			return r, nil
+		}
+		r.end()
+		err = cmp.Or(failed, errors.New(string(text)))
 	}
-	late := time.AfterFunc(renderTime, r.kill)
-	defer late.Stop()
-	kind, text, err := readFrame(r.answers, 2*maxTextBytes)
-	if err == nil && kind == frameDone {
-		return nil
-	}
-	r.end()
-	return cmp.Or(err, errors.New(string(text)))
+	return nil, fmt.Errorf("confining a renderer (%s): %w", c.name, err)
 }
 
 func (r *renderer) kill() { r.process.Process.Kill() }
@@ -1922,7 +1907,7 @@ func (j job) write(w io.Writer) error {
 //  4. execute this program again: of all threads only this one is left then, with what it has given up
 //
 // It returns only if one of them fails.
-func confine(confinement string) error {
+func confine(name string) error {
 	runtime.LockOSThread()
 	self, err := unix.Open("/proc/self/exe", unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -1938,19 +1923,19 @@ func confine(confinement string) error {
 	}
 
 	// 1. limits
-	if err := setLimits(confinement); err != nil {
+	if err := setLimits(name); err != nil {
 		return err
 	}
 
 	// 2. root directory
-	if confinement != "bare" {
+	if name != "bare" {
 		if err := emptyRoot(); err != nil {
 			return err
 		}
 	}
 
 	// 3. user and capabilities
-	if err := dropPrivileges(confinement); err != nil {
+	if err := dropPrivileges(name); err != nil {
 		return err
 	}
 
@@ -1972,7 +1957,7 @@ func confine(confinement string) error {
 
 // setLimits sets the limits of this process, which hold for what it executes as well, and makes it the one
 // that yields to all others.
-func setLimits(confinement string) error {
+func setLimits(name string) error {
 	type limit struct {
 		name     string
 		resource int
@@ -1986,7 +1971,7 @@ func setLimits(confinement string) error {
 		{"CORE", unix.RLIMIT_CORE, 0},
 		{"MEMLOCK", unix.RLIMIT_MEMLOCK, 0},
 	}
-	if countsProcesses(confinement) {
+	if countsProcesses(name) {
 		limits = append(limits, limit{"NPROC", unix.RLIMIT_NPROC, rendererThreads})
 	}
 	for _, limit := range limits {
@@ -2004,8 +1989,8 @@ func setLimits(confinement string) error {
 
 // countsProcesses reports whether RLIMIT_NPROC is about this renderer's threads and processes alone: before
 // Linux 5.14 it counts all those of the user on the node, and so it does without a user namespace.
-func countsProcesses(confinement string) bool {
-	if confinement != "user" && confinement != "same user" {
+func countsProcesses(name string) bool {
+	if name != "user" && name != "same user" {
 		return false
 	}
 	var linux unix.Utsname
@@ -2051,7 +2036,7 @@ func emptyRoot() error {
 
 // dropPrivileges gives up, for this thread, every capability for ever, the groups, and the user root, which
 // is none of the node's where there is a user namespace.
-func dropPrivileges(confinement string) error {
+func dropPrivileges(name string) error {
 	for capability := range uintptr(64) {
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0)
 		if err != nil && !errors.Is(err, unix.EINVAL) && os.Geteuid() == 0 {
@@ -2062,12 +2047,12 @@ func dropPrivileges(confinement string) error {
 	const id = rendererUID
 	for _, call := range [][4]uintptr{{unix.SYS_SETGROUPS}, {unix.SYS_SETRESGID, id, id, id},
 		{unix.SYS_SETRESUID, id, id, id}} {
-		if confinement == "user" && call[0] != unix.SYS_SETGROUPS {
+		if name == "user" && call[0] != unix.SYS_SETGROUPS {
 			continue
 		}
 		_, _, errno := unix.RawSyscall(call[0], call[1], call[2], call[3])
 		// the others need not be allowed to
-		if errno != 0 && (confinement == "user" || confinement == "root") {
+		if errno != 0 && (name == "user" || name == "root") {
 			return fmt.Errorf("change user and groups: %w", errno)
 		}
 	}
