@@ -821,14 +821,15 @@ func (k *kube) follow(ctx context.Context, e *entry, w *watch) {
 		if time.Since(began) > maxReopenTime {
 			failures = 0
 		}
-		wait, renewed := reopenTime(failures, atLeast), (chan struct{})(nil)
+		wait, newToken := reopenTime(failures, atLeast), w.newToken
+		refusals++
 		switch {
 		case !forbidden && !unauthorized:
-			refusals = 0
-		case refusals == 0:
-			refusals, wait, renewed = 1, firstRefusedTime+rand.N(2*firstRefusedTime), w.newToken
+			refusals, newToken = 0, nil
+		case refusals == 1:
+			wait = firstRefusedTime + rand.N(2*firstRefusedTime)
 		default:
-			refusals, wait, renewed = 2, refusedTime+rand.N(refusedTime), w.newToken
+			wait = refusedTime + rand.N(refusedTime)
 		}
 		if forbidden && refusals > 1 && !warned {
 			warned = true
@@ -837,7 +838,7 @@ func (k *kube) follow(ctx context.Context, e *entry, w *watch) {
 		}
 		select {
 		case <-time.After(wait):
-		case <-renewed:
+		case <-newToken:
 		case <-ctx.Done():
 		}
 	}

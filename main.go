@@ -684,13 +684,11 @@ func (r *registration) listen() error {
 
 // keepSocket makes the socket again whenever somebody has removed or replaced it, until ctx ends.
 func (r *registration) keepSocket(ctx context.Context) error {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-time.After(time.Second):
 		}
 		if r.present() {
 			continue
@@ -724,7 +722,7 @@ func (r *registration) ready() error {
 	return nil
 }
 
-// notified takes kubelet's word on the registration. Kubelet tries a failed one again by itself.
+// notified notes how the registration went. Kubelet tries a failed one again by itself.
 func (r *registration) notified(registered bool, message string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -806,7 +804,7 @@ func newMetrics(b *budget) *metrics {
 	}
 }
 
-// inc counts one event of a counter; the labels are names and values in turn.
+// inc counts one event; the labels are names and values in turn.
 func (m *metrics) inc(counter string, labels ...string) {
 	var pairs []string
 	for pair := range slices.Chunk(labels, 2) {
