@@ -488,7 +488,7 @@ func (l *lookup) entry(path, reader string) *entry {
 	return e
 }
 
-// get returns an object that is current, and holds it for the lookup.
+// get returns an object that is current, and charges the lookup for it.
 func (l *lookup) get(ctx context.Context, path, reader string) (*apiObject, error) {
 	e := l.entry(path, reader)
 	o, err := l.find(ctx, e)
@@ -502,8 +502,8 @@ func (l *lookup) get(ctx context.Context, path, reader string) (*apiObject, erro
 // find returns an object that is current, or reads it:
 //
 //  1. the cache serves what is current
-//  2. a read that is under way for the same reader is waited for, if what it returns will be current
-//  3. or else this lookup reads, for all who wait
+//  2. a read under way for the same reader is awaited, if what it returns will be current
+//  3. or else this lookup reads, for all that wait
 //
 // The first publish of a volume reads its Connectors by itself, since its own token has to be let in.
 func (l *lookup) find(ctx context.Context, e *entry) (*apiObject, error) {
@@ -568,10 +568,10 @@ func (l *lookup) read(ctx context.Context, e *entry) (*apiObject, error) {
 	return parseObject(data)
 }
 
-// keep puts an object into its entry, if no later read of the same reader is there, and returns what the
-// reader was given by the latest. Of the others who read the object, who was given the same version shares
-// it, and who was given another one before has to ask the API server again. What was used longest ago leaves
-// the cache for it. The caller holds the lock.
+// keep puts an object into its entry, unless a later read of the same reader is there, and returns the object
+// of the latest. Readers that were given the same version share it, and those that were given another one
+// before have to ask the API server again. What was used longest ago leaves the cache. The caller holds the
+// lock.
 func (k *kube) keep(e *entry, o *apiObject, began time.Time) *apiObject {
 	if e.object != nil && !began.After(e.read) {
 		return e.object
@@ -805,7 +805,8 @@ func (k *kube) follow(ctx context.Context, e *entry, w *watch) {
 		// 2. forgotten
 		if (isStatus(err, http.StatusGone) || isStatus(err, http.StatusBadRequest)) && w.resume != "" {
 			forgotten := w.resume == from
-			if w.resume = ""; forgotten {
+			w.resume = ""
+			if forgotten {
 				continue
 			}
 		}

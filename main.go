@@ -22,7 +22,7 @@
 //
 //	main.go    flags, wiring, the command render, kubelet's plugin registration, health and metrics
 //	csi.go     the gRPC services: validates, reads, renders, mounts; pushes; errors for people and for kubelet
-//	kube.go    the Kubernetes API: objects, tokens, a cache, watches, and what each namespace may take of them
+//	kube.go    the Kubernetes API: objects, tokens, a cache, watches, and the limits of each namespace
 //	render.go  objects in, files out; and the renderer, the child process that does it
 //	mount.go   files in, a read-only tmpfs out
 package main
@@ -529,7 +529,7 @@ type web struct {
 	health error          // of the last call that the driver made to itself
 }
 
-// What connections may take: all of them, and each.
+// The limits of connections: of all of them, and of each.
 const (
 	maxWebConnections = 64
 	maxWebBytes       = 4 << 10 // that the client sends
