@@ -46,7 +46,7 @@ var named = []string{
 	// publish
 	"TestPublishMountsTheDocumentedExample", "TestMountIsReadOnly", "TestPublishTwiceIsOneMount", "TestFullVolume",
 	// update under readers
-	"TestChangesReachRunningContainers", "TestUpdatesKeepModeAndOwner",
+	"TestChangesReachRunningContainers", "TestReadersDuringUpdates", "TestUpdatesKeepModeAndOwner",
 	// unpublish
 	"TestUnpublish", "TestForeignMountIsLeftAlone",
 	// a driver that is killed
