@@ -131,7 +131,7 @@ var (
 	// What tests log.
 	logLacked  = regexp.MustCompile(`_test\.go:\d+: renderers lack "(.*)"\n`)
 	logOptions = regexp.MustCompile(`_test\.go:\d+: the tmpfs has the options (\S+)\n`)
-	logCharges = regexp.MustCompile(`_test\.go:\d+: (\d+ KiB are charged for a volume, and \d+ KiB counted)\n`)
+	logCharges = regexp.MustCompile(`_test\.go:\d+: (\d+) KiB are charged for a volume, and (\d+ KiB) counted\n`)
 )
 
 // judge finds out from a console whether everything was as it is to be, with these tests, or with all if there are none.
@@ -183,7 +183,7 @@ func (b boot) judge(console string, tests []string) (o outcome) {
 
 	logged := func(text *regexp.Regexp) string {
 		if match := text.FindStringSubmatch(console); match != nil {
-			return match[1]
+			return strings.Join(match[1:], " of ")
 		}
 		problem("no test has logged %q", text)
 		return ""

@@ -69,7 +69,8 @@ func Run(arguments []string) error {
 	flags := flag.NewFlagSet("kernels", flag.ExitOnError)
 	release := flags.String("kernel", "", "the release of Linux to try, such as 6.1; default: all")
 	arch := flags.String("arch", "", "the processor to try, amd64 or arm64; default: both")
-	allTests := flags.Bool("all-tests", false, "run all tests of the driver, which takes very long, and not only named ones")
+	allTests := flags.Bool("all-tests", false, "run all tests of the driver, which takes an hour, and not only the named ones; "+
+		"some fail that need a processor as fast as a real one")
 	flags.Parse(arguments)
 	if flags.NArg() > 0 {
 		return fmt.Errorf("unexpected argument %q", flags.Arg(0))
@@ -81,7 +82,7 @@ func Run(arguments []string) error {
 	defer stop()
 	var table strings.Builder
 	rows := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(rows, "kernel\tprocessor\tparameter\ttests passed\tseconds\trenderers lack\tnoswap\tcharged for a volume")
+	fmt.Fprintln(rows, "kernel\tprocessor\tparameter\ttests passed\tseconds\trenderers lack\tnoswap\tcharged of counted")
 	tried, failed := 0, 0
 	for _, b := range boots {
 		if ctx.Err() != nil {
@@ -97,12 +98,12 @@ func Run(arguments []string) error {
 			failed++
 		}
 	}
+	if tried == 0 {
+		return fmt.Errorf("no such kernel; there are %q", boots)
+	}
 	rows.Flush()
 	fmt.Printf("\n%s", table.String())
-	switch {
-	case tried == 0:
-		return fmt.Errorf("no such kernel; there are %v", boots)
-	case failed > 0:
+	if failed > 0 {
 		return fmt.Errorf("%d of %d boots failed", failed, tried)
 	}
 	return nil
@@ -141,9 +142,9 @@ func (b boot) try(ctx context.Context, allTests bool) outcome {
 		return outcome{problems: []string{err.Error()}}
 	}
 	defer log.Close()
-	fmt.Printf("\n%v\n", b)
+	fmt.Printf("\n%v: fetching and building what it runs, then booting\n", b)
 	tests, limit := b.tests(), 15*time.Minute
-	if allTests {
+	if allTests && b.without == nil {
 		tests, limit = nil, 3*time.Hour
 	}
 	console, took, err := b.run(ctx, tests, limit, log)
