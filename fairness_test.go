@@ -228,7 +228,7 @@ func TestAccountBecomesEmptyBetweenPlaceAndRenderer(t *testing.T) {
 // The limit of wall time, which a busy node causes, is not remembered; what hit it is not known to be cheap either.
 func TestWallTimeIsNotRemembered(t *testing.T) {
 	t.Parallel()
-	i := slices.IndexFunc(impostors(), func(i impostor) bool { return i.what == "endless steps" })
+	i := slices.IndexFunc(impostors(), func(i impostor) bool { return i.what == "steps without an answer" })
 	n := renderedBy(t, fmt.Sprint("impostor-", i))
 	v := n.volume()
 	if err := v.publish(); err == nil || !strings.Contains(err.Error(), "takes more than 5s") && !strings.Contains(err.Error(), "too busy") {

@@ -536,9 +536,11 @@ func intrude(address string) {
 // renderedBy starts a node whose renderers are this program by another name.
 func renderedBy(t *testing.T, name string) *node {
 	t.Helper()
-	link := filepath.Join(containerDir, name)
-	must(t, os.Symlink(rendererBinary(), link))
-	t.Cleanup(func() { os.Remove(link) })
+	dir, err := os.MkdirTemp(containerDir, "")
+	must(t, err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	link := filepath.Join(dir, name)
+	must(t, cmp.Or(os.Chmod(dir, 0o755), os.Symlink(rendererBinary(), link))) // another user gets to it
 	return startNode(t, func(d *driver) { d.renderers.binary = link })
 }
 

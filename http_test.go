@@ -357,7 +357,6 @@ func (n *node) probeEach(ctx context.Context) (times []time.Duration) {
 // its processors, so they get what nobody else wants, and stand still in times of peace.
 func TestHTTPUnderSiege(t *testing.T) {
 	const share = 64 << 20 // the driver's share of the memory limit in deploy.yaml
-	rounds := times(1, 15) // of 2 seconds of peace and 4 of war
 	n := newNode(t)
 	p := n.startProcess()
 	publish := func() time.Duration {
@@ -385,12 +384,12 @@ func TestHTTPUnderSiege(t *testing.T) {
 	probes := make(chan []time.Duration, 1)
 	go func() { probes <- n.probeEach(ctx) }()
 	var peace, war []time.Duration
-	for range rounds {
+	for range times(1, 30) {
 		for _, phase := range []struct {
 			signal syscall.Signal
 			length time.Duration
 			times  *[]time.Duration
-		}{{syscall.SIGSTOP, 2 * time.Second, &peace}, {syscall.SIGCONT, 4 * time.Second, &war}} {
+		}{{syscall.SIGSTOP, time.Second, &peace}, {syscall.SIGCONT, 2 * time.Second, &war}} {
 			must(t, crowd.Process.Signal(phase.signal))
 			for end := time.Now().Add(phase.length); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 				*phase.times = append(*phase.times, publish())
@@ -407,13 +406,13 @@ func TestHTTPUnderSiege(t *testing.T) {
 	t.Logf("%s connections; %d probes, p50 %v, at most %v; publish p50: %v (of %d) in peace, %v (of %d) in war; memory: %d KiB",
 		counts[len(counts)-1], len(answered), answered[len(answered)/2], answered[len(answered)-1],
 		quiet, len(peace), loud, len(war), peak>>10)
-	if came, err := strconv.Atoi(counts[len(counts)-1]); err != nil || came < 5000 {
+	if came, err := strconv.Atoi(counts[len(counts)-1]); err != nil || came < times(2000, 5000) {
 		t.Errorf("%d came, %v", came, err)
 	}
 	if peak > share {
 		t.Errorf("the driver took %d KiB of memory, of the %d that it may", peak>>10, share>>10)
 	}
-	if loud > 2*quiet {
+	if longTests && loud > 2*quiet { // in seconds there may be another reason
 		t.Errorf("a publish takes %v in war and %v in peace", loud, quiet)
 	}
 	if lines := strings.Count(p.log.String(), "\n"); lines > 2*(2+len(peace)+len(war)) {

@@ -364,13 +364,14 @@ func TestOldFilesThatAreOpenCount(t *testing.T) {
 	}
 }
 
-// A Pod hands descriptors of its volume to somebody else, who keeps them when the Pod is gone, 400 Pods one after the
+// A Pod hands descriptors of its volume to somebody else, who keeps them when the Pod is gone, many Pods one after the
 // other: of a file, of a directory, of the volume's root, of a mount of it, and each eighth of an old file. Only what an
 // old file has cannot be given back; it is counted as long as it is kept, also beside a second driver. The memory that
 // the driver may have is that of deploy.yaml with a smaller budget: 864 MiB, of which 480 are for 240 of
 // volumes; here are 64 and no more.
 func TestDescriptorsThatOutliveTheirPods(t *testing.T) {
 	const budget, other = 64, 864 - 480
+	pods := times(160, 400)
 	group := newCgroup(t)
 	n := newNode(t)
 	n.api.put(sized(1000 << 10))
@@ -398,7 +399,7 @@ func TestDescriptorsThatOutliveTheirPods(t *testing.T) {
 		kept = append(kept, descriptor)
 	}
 	old, before := 0, int64(0)
-	for i := range 400 {
+	for i := range pods {
 		v := n.volume()
 		if err := v.publish(); err != nil {
 			t.Fatalf("Pod %d: %v; the group is charged %d MiB", i, err, group.used()>>20)
@@ -424,7 +425,7 @@ func TestDescriptorsThatOutliveTheirPods(t *testing.T) {
 		if i == 15 {
 			before = group.used() - n.used()
 		}
-		if i == 199 { // in the middle of it
+		if i == pods/2-1 { // in the middle of it
 			p.kill()
 			p = start()
 		}

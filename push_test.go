@@ -367,8 +367,8 @@ func TestPushesAmongCalls(t *testing.T) {
 	for i, v := range volumes {
 		go func() {
 			var err error
-			for round := 0; round < times(20, 100) && err == nil; round++ {
-				if round%10 == 0 {
+			for round := 0; round < times(10, 100) && err == nil; round++ {
+				if round%5 == 2 {
 					v.pod.renewToken()
 				}
 				if i >= 4 && round%5 == 0 { // this one comes and goes
@@ -418,7 +418,7 @@ func TestKilledDuringPushes(t *testing.T) {
 	change()
 	volumes := []*podVolume{n.volume(), n.volume()}
 	stop, results, readers := make(chan struct{}), make(chan error, 2), 0
-	for round := range 8 {
+	for round := range times(3, 8) {
 		p := n.startBinary(rendererBinary(), anHour)
 		for _, v := range volumes {
 			v.settle()
@@ -429,7 +429,7 @@ func TestKilledDuringPushes(t *testing.T) {
 		}
 		n.awaitWatches(2)
 		change()
-		for range round * 5 / 2 { // another moment each time
+		for range round * times(6, 5) / 2 { // another moment each time
 			time.Sleep(100 * time.Microsecond)
 			change()
 		}

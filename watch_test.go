@@ -546,6 +546,7 @@ func TestPushesThatFailBecomeRarer(t *testing.T) {
 		t.Errorf("three pushes failed within %v", all)
 	}
 	n.api.put(gitClass(), moved("git", "repaired"))
+	v.mustPublish() // a call of kubelet waits for nothing
 	v.await(".gitconfig", "https://repaired")
 }
 
