@@ -178,7 +178,6 @@ func setOutcomes(p *renderers, change func(*outcome)) {
 
 // What is let in for being cheap, and is not, is ended after ten times what it took before, and not let in again.
 func TestCheapThatIsNot(t *testing.T) {
-	t.Parallel()
 	n := startNode(t)
 	n.api.put(class("git", configuration("config", "file", "{{ range 3000000 }}{{ end }}")), class("good", configuration("config", "file", "x")),
 		connector("default", "good", "good"))

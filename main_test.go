@@ -5,6 +5,9 @@ package main
 // mounts is looked at from outside. The test binary starts itself again in a mount namespace of its own, and in a
 // user namespace as well where it is not root, so that it needs no privilege and leaves nothing behind.
 //
+// Tests run side by side. One without t.Parallel() runs alone: it measures limits of time, or memory or counts of the
+// whole process, keeps the processors busy, or changes what all share.
+//
 // Beside this file, with TestMain and the process of the tests, stand
 //
 //	apiserver_test.go, node_test.go   what they are made with: the API server, the node, its Pods and volumes
