@@ -288,14 +288,21 @@ func (a *apiServer) count(path string) int {
 
 // gate keeps requests waiting.
 type gate struct {
+	t       testing.TB
 	waiting atomic.Int32
 	opened  chan struct{}
 	open    func()
 }
 
+// await waits until so many requests wait, which means what the text says.
+func (g *gate) await(count int, what string) {
+	g.t.Helper()
+	eventually(g.t, what, func() bool { return g.waiting.Load() == int32(count) })
+}
+
 // hold makes the requests whose URI contains the text wait until the gate is opened.
 func (a *apiServer) hold(text string) *gate {
-	g := &gate{opened: make(chan struct{})}
+	g := &gate{t: a.t, opened: make(chan struct{})}
 	g.open = sync.OnceFunc(func() { close(g.opened) })
 	a.t.Cleanup(g.open)
 	a.set(func() {

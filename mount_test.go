@@ -116,7 +116,7 @@ func TestOverlappingPublishes(t *testing.T) {
 	for range 7 { // all but the one that holds the target
 		wantError(t, <-results, codes.Aborted, "another call", "kubelet will try again")
 	}
-	eventually(t, "it asks the API server", func() bool { return gate.waiting.Load() == 1 })
+	gate.await(1, "it asks the API server")
 	wantError(t, v.unpublish(), codes.Aborted, "another call")
 	gate.open()
 	must(t, <-results)
@@ -132,7 +132,7 @@ func TestPublishesOfDifferentTargetsRunInParallel(t *testing.T) {
 	pod := n.pod()
 	volumes := []*podVolume{pod.volume("a"), pod.volume("b"), n.volume()}
 	results := publishAtOnce(volumes)
-	eventually(t, "all have come to the API server", func() bool { return int(gate.waiting.Load()) == len(volumes) })
+	gate.await(len(volumes), "all have come to the API server")
 	gate.open()
 	for range volumes {
 		must(t, <-results)
@@ -154,10 +154,10 @@ func TestRequestsAtOnceAreBounded(t *testing.T) {
 		count += volumes
 		n.awaitCalls(count)
 	}
-	wantRequests := func(want int32) {
+	wantRequests := func(want int) {
 		t.Helper()
-		eventually(t, fmt.Sprintf("%d requests are under way", want), func() bool { return gate.waiting.Load() == want })
-		if got := n.api.count(""); got != int(want) {
+		gate.await(want, "requests are under way")
+		if got := n.api.count(""); got != want {
 			t.Errorf("%d requests have come", got)
 		}
 	}
@@ -595,7 +595,7 @@ func TestKilledBeforeTheMount(t *testing.T) {
 	gate := n.api.hold("/connectors/")
 	result := make(chan error)
 	go func() { result <- v.publish() }()
-	eventually(t, "the publish is under way", func() bool { return gate.waiting.Load() == 1 })
+	gate.await(1, "the publish is under way")
 	p.kill()
 	wantError(t, <-result, codes.Unavailable)
 	v.wantNothing()

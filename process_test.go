@@ -104,7 +104,7 @@ func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
 	gate := n.api.hold("/connectors/")
 	result := make(chan error)
 	go func() { result <- v.publish() }()
-	eventually(t, "the publish is under way", func() bool { return gate.waiting.Load() == 1 })
+	gate.await(1, "the publish is under way")
 	must(t, p.Process.Signal(syscall.SIGTERM))
 	eventually(t, "the socket is removed", func() bool { _, err := os.Lstat(n.socket()); return errors.Is(err, fs.ErrNotExist) })
 	gate.open()

@@ -58,7 +58,7 @@ func TestReadsAreShared(t *testing.T) {
 	gate := n.api.hold("/connectors/")
 	results := publishAtOnce(volumes)
 	n.awaitCalls(len(volumes))
-	eventually(t, "each Connector is asked for, by each ServiceAccount", func() bool { return gate.waiting.Load() == 3 })
+	gate.await(3, "each Connector is asked for, by each ServiceAccount")
 	gate.open()
 	for range volumes {
 		must(t, <-results)
@@ -85,7 +85,7 @@ func TestReadsThatFailAreShared(t *testing.T) {
 	before, gate := n.api.count(path), n.api.hold("/connectors/")
 	results := publishAtOnce(volumes)
 	n.awaitCalls(len(volumes))
-	eventually(t, "one asks", func() bool { return gate.waiting.Load() == 1 })
+	gate.await(1, "one asks")
 	gate.open()
 	for range volumes {
 		wantError(t, <-results, codes.NotFound, `Connector "default/git" not found`)
@@ -320,7 +320,7 @@ func TestCallersThatGiveUp(t *testing.T) {
 	}
 	wantError(t, <-results[0], codes.DeadlineExceeded)
 	wantError(t, <-results[1], codes.DeadlineExceeded)
-	eventually(t, "the third asks itself", func() bool { return gate.waiting.Load() == 1 })
+	gate.await(1, "the third asks itself")
 	gate.open()
 	must(t, <-results[2])
 }
@@ -362,7 +362,7 @@ func TestFirstPublishChecksThePodsOwnToken(t *testing.T) {
 	gate, read := n.api.hold("/connectors/slow"), n.api.count(git)
 	published := make(chan error)
 	go func() { published <- n.volume(attrs{"connector.name": "-", "connectors": "slow,git"}).publish() }()
-	eventually(t, "the first Connector is read", func() bool { return gate.waiting.Load() == 1 })
+	gate.await(1, "the first Connector is read")
 	n.volume().mustPublish()
 	gate.open()
 	must(t, <-published)
@@ -720,7 +720,7 @@ func TestCallsDuringARenewal(t *testing.T) {
 			token, path := v.file("token"), tokenPath("default", "default")
 			gate := n.api.hold("/token")
 			v.renewNow()
-			eventually(t, "the token is asked for", func() bool { return gate.waiting.Load() == 1 })
+			gate.await(1, "the token is asked for")
 			result, log := make(chan error), n.logFromNow()
 			go func() { result <- call(v) }()
 			if what == "publish" {
