@@ -286,6 +286,12 @@ func (a *apiServer) count(path string) int {
 	return sum
 }
 
+// countFromNow returns what returns how often the path is asked for from now on.
+func (a *apiServer) countFromNow(path string) (count func() int) {
+	begin := a.count(path)
+	return func() int { return a.count(path) - begin }
+}
+
 // gate keeps requests waiting.
 type gate struct {
 	t       testing.TB

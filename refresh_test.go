@@ -21,16 +21,16 @@ func TestUnchangedRepublishAsksNobody(t *testing.T) {
 	n := startPolling(t)
 	v := n.volume()
 	v.settle()
-	asked, generation := n.api.count(""), v.generation()
+	asked, generation := n.api.countFromNow(""), v.generation()
 	for range 5 {
 		v.mustPublish()
 	}
-	if n.api.count("") != asked {
-		t.Errorf("%d requests within the refresh interval", n.api.count("")-asked)
+	if asked() != 0 {
+		t.Errorf("%d requests within the refresh interval", asked())
 	}
 	n.age()
 	v.mustPublish()
-	if got := n.api.count("") - asked; got != 2 {
+	if got := asked(); got != 2 {
 		t.Errorf("%d requests after it, for a Connector and a class", got)
 	}
 	if v.generation() != generation {
@@ -82,7 +82,7 @@ func TestReadsThatFailAreShared(t *testing.T) {
 	path := connectorPath("default", "git")
 	n.api.remove(path)
 	n.age()
-	before, gate := n.api.count(path), n.api.hold("/connectors/")
+	asked, gate := n.api.countFromNow(path), n.api.hold("/connectors/")
 	results := publishAtOnce(volumes)
 	n.awaitCalls(len(volumes))
 	gate.await(1, "one asks")
@@ -90,7 +90,7 @@ func TestReadsThatFailAreShared(t *testing.T) {
 	for range volumes {
 		wantError(t, <-results, codes.NotFound, `Connector "default/git" not found`)
 	}
-	if got := n.api.count(path) - before; got > 2 {
+	if got := asked(); got > 2 {
 		t.Errorf("%d requests", got)
 	}
 	n.api.put(connector("default", "git", "git"))
@@ -359,15 +359,15 @@ func TestFirstPublishChecksThePodsOwnToken(t *testing.T) {
 
 	// Not even what another Pod of the ServiceAccount was given since then counts.
 	n.api.put(connector("default", "slow", "git"))
-	gate, read := n.api.hold("/connectors/slow"), n.api.count(git)
+	gate, asked := n.api.hold("/connectors/slow"), n.api.countFromNow(git)
 	published := make(chan error)
 	go func() { published <- n.volume(attrs{"connector.name": "-", "connectors": "slow,git"}).publish() }()
 	gate.await(1, "the first Connector is read")
 	n.volume().mustPublish()
 	gate.open()
 	must(t, <-published)
-	if read = n.api.count(git) - read; read != 2 {
-		t.Errorf("two first publishes read the Connector %d times", read)
+	if got := asked(); got != 2 {
+		t.Errorf("two first publishes read the Connector %d times", got)
 	}
 }
 
@@ -402,14 +402,14 @@ func TestKubeletsNewTokenReachesTheFile(t *testing.T) {
 	n := startNode(t)
 	v := n.volume()
 	v.mustPublish()
-	asked := n.api.count("")
+	asked := n.api.countFromNow("")
 	for range 3 {
 		v.pod.renewToken()
 		v.mustPublish()
 		v.want("token", v.pod.token)
 		v.wantClean()
 	}
-	if n.api.count("") != asked {
+	if asked() != 0 {
 		t.Error("a new token made the driver ask the API server")
 	}
 }
@@ -508,9 +508,9 @@ func TestRenewalIsCountedFromTheRequest(t *testing.T) {
 		v := n.volume(attrs{"token.expiration": "1h"})
 		n.api.set(func() { n.api.clock, n.api.lifetime = c.clock, c.granted })
 		v.mustPublish()
-		asked := n.api.count(tokenPath("default", "default"))
+		asked := n.api.countFromNow(tokenPath("default", "default"))
 		v.mustPublish()
-		if at := time.Until(v.record().token.renew); at > c.renew || at < c.renew-time.Minute || n.api.count(tokenPath("default", "default")) != asked {
+		if at := time.Until(v.record().token.renew); at > c.renew || at < c.renew-time.Minute || asked() != 0 {
 			t.Errorf("%s: the token is renewed after %v, not %v", what, at, c.renew)
 		}
 	}
@@ -636,12 +636,12 @@ func TestDriverRenewsItsTokenByItself(t *testing.T) {
 			}
 			n.api.endTokens(v.pod)
 			n.age()
-			token, asked := v.file("token"), n.api.count("")
+			token, asked := v.file("token"), n.api.countFromNow("")
 			for round := range 2 {
 				v.renewNow()
 				eventually(t, "the token is renewed", func() bool { return v.file("token") != token })
 				token = v.file("token")
-				if got := n.api.count("") - asked; got != round+1 {
+				if got := asked(); got != round+1 {
 					t.Errorf("%d requests for %d tokens", got, round+1)
 				}
 				if at := time.Until(v.record().token.renew); at < 47*time.Minute || at > 48*time.Minute {
@@ -674,15 +674,15 @@ func TestNothingIsRenewedForNobody(t *testing.T) {
 	if other.record().renewTimer != nil {
 		t.Error("kubelet's token is to be renewed")
 	}
-	r, asked := v.record(), n.api.count("")
+	r, asked := v.record(), n.api.countFromNow("")
 	v.mustUnpublish()
 	if r.renewTimer.Stop() {
 		t.Error("the token of a volume that is gone was to be renewed")
 	}
 	n.driver.push(r, true) // by a timer at that moment
 	v.wantNothing()
-	if n.api.count("") != asked || len(n.driver.volumes) != 1 {
-		t.Errorf("%d requests for a volume that is gone, %d volumes", n.api.count("")-asked, len(n.driver.volumes))
+	if asked() != 0 || len(n.driver.volumes) != 1 {
+		t.Errorf("%d requests for a volume that is gone, %d volumes", asked(), len(n.driver.volumes))
 	}
 
 	// Since the Connector wants no audience any more, the token is kubelet's.
@@ -698,11 +698,11 @@ func TestNothingIsRenewedForNobody(t *testing.T) {
 	n.age()
 	w.mustPublish()
 	w.want("token", w.pod.token)
-	asked = n.api.count("")
+	asked = n.api.countFromNow("")
 	n.driver.push(w.record(), true)
 	w.want("token", w.pod.token)
-	if w.record().token.value != "" || n.api.count("") != asked {
-		t.Errorf("the driver keeps a token, and has made %d requests", n.api.count("")-asked)
+	if w.record().token.value != "" || asked() != 0 {
+		t.Errorf("the driver keeps a token, and has made %d requests", asked())
 	}
 }
 
@@ -798,9 +798,9 @@ func TestReaderIsGivenWhatItWasGiven(t *testing.T) {
 	})
 	n.age()
 	result := make(chan error)
-	asked := n.api.count(gitPath)
+	asked := n.api.countFromNow(gitPath)
 	go func() { result <- b.publish() }()
-	eventually(t, "it reads", func() bool { return n.api.count(gitPath) == asked+1 })
+	eventually(t, "it reads", func() bool { return asked() == 1 })
 	n.api.forbid("default/builder", gitPath)
 	n.api.put(moved("git", "third"))
 	n.age()
