@@ -319,7 +319,7 @@ func BenchmarkStreams(b *testing.B) {
 	binary := releasedBinary(b)
 	resident := func(namespaces, streams int) float64 {
 		n := newNode(b)
-		n.api.put(class("git", configuration("config", "file", "x")))
+		n.api.put(gitClassOf("file", "x"))
 		p := n.startBinary(binary)
 		defer p.kill()
 		var volumes []*podVolume

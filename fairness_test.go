@@ -179,7 +179,7 @@ func setOutcomes(p *renderers, change func(*outcome)) {
 // What is let in for being cheap, and is not, is ended after ten times what it took before, and not let in again.
 func TestCheapThatIsNot(t *testing.T) {
 	n := startNode(t)
-	n.api.put(class("git", configuration("config", "file", "{{ range 3000000 }}{{ end }}")), class("good", configuration("config", "file", "x")),
+	n.api.put(gitClassOf("file", "{{ range 3000000 }}{{ end }}"), class("good", configuration("config", "file", "x")),
 		connector("default", "good", "good"))
 	p := n.driver.renderers
 	good := n.volume(attrs{"connector.name": "good"})

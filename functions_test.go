@@ -497,7 +497,7 @@ func TestPreviewDecidesAsANode(t *testing.T) {
 		"{{ substr 100 105 .context.token }}":                                  placeholderToken[100:105], // which TOKEN has not
 		`{{ if lt (len .context.token) 100 }}{{ fail "too short" }}{{ end }}x`: "x",
 	}) {
-		c := class("git", configuration("config", "a", text))
+		c := gitClassOf("a", text)
 		n.api.put(c, git)
 		v := n.volume()
 		v.mustPublish()
@@ -515,7 +515,7 @@ func TestPreviewDecidesAsANode(t *testing.T) {
 		`{{ index (dict "TOKEN" (dict "a" 1)) .context.token | toJson }}`:                             `{{ index (dict "TOKEN" (dict "a" 1)) .context.token | toJson }}: argument 1 of toJson has no value`,
 		`{{ int .context.token }}`: `argument 1 of int is "TOKEN", not a whole number`,
 	}) {
-		c := class("git", configuration("config", "a", text))
+		c := gitClassOf("a", text)
 		n.api.put(c, git)
 		published := status.Convert(n.volume().publish()).Message()
 		stdout, stderr, code := runRender(t, []object{c, git}, "--configuration.names=config")
@@ -529,7 +529,7 @@ func TestPreviewDecidesAsANode(t *testing.T) {
 func TestNumbersOfParameters(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	n.api.put(class("git", configuration("config", "a", "{{ .configurations.a }} {{ toJson .configurations.a }}")))
+	n.api.put(gitClassOf("a", "{{ .configurations.a }} {{ toJson .configurations.a }}"))
 	for value, want := range sorted(map[string]string{
 		"1000000.0": "1000000 1000000", "1e6": "1000000 1000000",
 		"9223372036854775807":  "9223372036854775807 9223372036854775807",

@@ -24,7 +24,7 @@ import (
 
 // sized is a class whose configuration "config" has the token in one file and so many bytes in another.
 func sized(bytes int) object {
-	return class("git", configuration("config", "token", "{{ .context.token }}", "large", fmt.Sprintf(`{{ repeat %d "x" }}`, bytes)))
+	return gitClassOf("token", "{{ .context.token }}", "large", fmt.Sprintf(`{{ repeat %d "x" }}`, bytes))
 }
 
 // mustMount mounts a volume as another process of the driver would have done it.
@@ -123,7 +123,7 @@ func TestMemoryIsWhatTheKernelCharges(t *testing.T) {
 	for i := range 256 {
 		data = append(data, fmt.Sprint("file-", i), "")
 	}
-	n.api.put(class("git", configuration("config", data...)))
+	n.api.put(gitClassOf(data...))
 	p := n.startProcess()
 	defer p.kill()
 	group.write("cgroup.procs", int64(p.Process.Pid))
@@ -597,7 +597,7 @@ func TestBudgetIsGivenBack(t *testing.T) {
 func TestBudgetOfWhatFails(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	n.api.put(class("git", configuration("config", "large", "{{ .context.token }}"+strings.Repeat("x", 500<<10))))
+	n.api.put(gitClassOf("large", "{{ .context.token }}"+strings.Repeat("x", 500<<10)))
 	v := n.volume()
 	must(t, os.Mkdir(v.target, 0o755))
 	must(t, os.WriteFile(v.target+"/in-the-way", nil, 0o644))

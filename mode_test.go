@@ -155,7 +155,7 @@ func TestModeAndOwnerChange(t *testing.T) {
 	publish := func(b belonging) {
 		v.ask(b)
 		text := strings.Join([]string{b.mode, b.owner, b.group, "end"}, " ")
-		n.api.put(class("git", configuration("config", "file", text)))
+		n.api.put(gitClassOf("file", text))
 		v.mustPublish()
 		v.wantBelongs(b)
 		v.wantClean()
@@ -253,7 +253,7 @@ func TestUpdatesKeepModeAndOwner(t *testing.T) {
 	v := n.volume()
 	v.ask(b)
 	publish := func(i int) {
-		n.api.put(class("git", configuration("config", "file", fmt.Sprintf("%d\n%s", i, strings.Repeat("x", 5000)))))
+		n.api.put(gitClassOf("file", fmt.Sprintf("%d\n%s", i, strings.Repeat("x", 5000))))
 		v.mustPublish()
 	}
 	publish(0)

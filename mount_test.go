@@ -304,7 +304,7 @@ func TestMissingParentIsNotCreated(t *testing.T) {
 func TestChangesReachRunningContainers(t *testing.T) {
 	t.Parallel()
 	n := startPolling(t)
-	n.api.put(class("git", configuration("config", "address", "{{ .connector.spec.address }}", "old", "x")))
+	n.api.put(gitClassOf("address", "{{ .connector.spec.address }}", "old", "x"))
 	v := n.volume()
 	v.mustPublish()
 	container := startContainer(t, v)
@@ -313,7 +313,7 @@ func TestChangesReachRunningContainers(t *testing.T) {
 	defer directory.Close()
 
 	n.api.put(connector("default", "git", "git", with("https://changed", "spec", "address")))
-	n.api.put(class("git", configuration("config", "address", "{{ .connector.spec.address }}", "new", "y")))
+	n.api.put(gitClassOf("address", "{{ .connector.spec.address }}", "new", "y"))
 	v.mustPublish()
 	v.want("address", "https://git.example.com") // within the refresh interval
 	n.age()
@@ -360,9 +360,9 @@ func TestFailedRepublishKeepsTheFiles(t *testing.T) {
 	for what, fail := range sorted(map[string]func(){
 		"API server":    func() { n.api.answer("/connectors/", 500, "") },
 		"Connector":     func() { n.api.remove(connectorPath("default", "git")) },
-		"template":      func() { n.api.put(class("git", configuration("config", "token", "{{ .connector.spec.none }}"))) },
+		"template":      func() { n.api.put(gitClassOf("token", "{{ .connector.spec.none }}")) },
 		"configuration": func() { n.api.put(class("git", configuration("other"))) },
-		"too large":     func() { n.api.put(class("git", configuration("config", "token", `{{ repeat 1048577 "x" }}`))) },
+		"too large":     func() { n.api.put(gitClassOf("token", `{{ repeat 1048577 "x" }}`)) },
 	}) {
 		n.api.answer("", 0, "")
 		n.api.put(gitClass(), connector("default", "git", "git"))
@@ -416,7 +416,7 @@ func TestInterruptedUpdatesAreCompleted(t *testing.T) {
 			v.t = t
 			v.settle()
 			must(t, interrupt(v.writable()))
-			n.api.put(class("git", configuration("config", "token", "next", "mark", "next", "more", "next")))
+			n.api.put(gitClassOf("token", "next", "mark", "next", "more", "next"))
 			n.age()
 			v.mustPublish()
 			v.wantClean()
@@ -485,7 +485,7 @@ func TestReadersDuringUpdates(t *testing.T) {
 		for _, name := range names {
 			data = append(data, name, fmt.Sprintf("%d\n%s", i, strings.Repeat("x", 5000)))
 		}
-		n.api.put(class("git", configuration("config", data...)))
+		n.api.put(gitClassOf(data...))
 		n.age()
 		v.mustPublish()
 	}
@@ -614,7 +614,7 @@ func TestKilledDuringUpdates(t *testing.T) {
 		for _, name := range names[:1+i%len(names)] {
 			data = append(data, name, fmt.Sprintf("%d\n%s", i, strings.Repeat("x", 5000)))
 		}
-		n.api.put(class("git", configuration("config", data...)))
+		n.api.put(gitClassOf(data...))
 	}
 	change(0)
 	v := n.volume()

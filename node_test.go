@@ -633,6 +633,11 @@ func certificate(subject string) string {
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
 }
 
+// gitClassOf makes the class "git" with one configuration, "config", of these file names and templates in turn.
+func gitClassOf(data ...string) object {
+	return class("git", configuration("config", data...))
+}
+
 func gitClass() object {
 	return class("git",
 		configuration("config",

@@ -99,10 +99,10 @@ func TestPreviewErrorsArePrintable(t *testing.T) {
 		word      string
 	}{
 		"an address":           {[]object{git, connector("default", "one", "git", with("https://x"+escape, "spec", "address"))}, []string{"--configuration.names=config"}, "spec.address holds"},
-		"what a template says": {[]object{class("git", configuration("config", "a", `{{ fail .connector.spec.params }}`)), one}, []string{"--configuration.names=config"}, "all is well"},
-		"a template":           {[]object{class("git", configuration("config", "a", "{{ "+escape+" }}")), one}, []string{"--configuration.names=config"}, "line 1"},
+		"what a template says": {[]object{gitClassOf("a", `{{ fail .connector.spec.params }}`), one}, []string{"--configuration.names=config"}, "all is well"},
+		"a template":           {[]object{gitClassOf("a", "{{ "+escape+" }}"), one}, []string{"--configuration.names=config"}, "line 1"},
 		"a file's name":        {[]object{git, one}, []string{"--configuration.names=name"}, "is not allowed"},
-		"an exclusion":         {[]object{class("git", configuration("config", "a", "A", "b"+escape, "B")), one}, []string{"--configuration.names=config,!c"}, "is not allowed"},
+		"an exclusion":         {[]object{gitClassOf("a", "A", "b"+escape, "B"), one}, []string{"--configuration.names=config,!c"}, "is not allowed"},
 		"a class's name":       {[]object{git, connector("default", "one", "g"+escape)}, []string{"--configuration.names=config"}, "is not the name of a ConnectorClass"},
 		"a configuration":      {[]object{class("git", configuration("x"+escape)), one}, []string{"--configuration.names=config"}, "does not exist"},
 		"another API":          {[]object{git, connector("default", "one", "git", with("x"+escape, "apiVersion"))}, []string{"--configuration.names=config"}, "was passed over"},
@@ -124,7 +124,7 @@ func TestPreviewErrorsArePrintable(t *testing.T) {
 func TestPreviewOutputDirectory(t *testing.T) {
 	t.Parallel()
 	dir, elsewhere := t.TempDir(), t.TempDir()
-	git, one := class("git", configuration("config", "link", "1 {{ .context.token }}", "hard", "2", "open", "3", "dangling", "4", "new", "5", "same", "6")), connector("default", "one", "git")
+	git, one := gitClassOf("link", "1 {{ .context.token }}", "hard", "2", "open", "3", "dangling", "4", "new", "5", "same", "6"), connector("default", "one", "git")
 	for _, name := range []string{"target", "hard", "kept"} {
 		must(t, os.WriteFile(filepath.Join(elsewhere, name), []byte("kept"), 0o644))
 	}
@@ -169,7 +169,7 @@ func TestPreviewOutputDirectory(t *testing.T) {
 // Others have a kind of the name Connector too.
 func TestPreviewKnowsItsAPI(t *testing.T) {
 	t.Parallel()
-	git, one := class("git", configuration("config", "a", "A")), connector("default", "one", "git")
+	git, one := gitClassOf("a", "A"), connector("default", "one", "git")
 	tailscale := connector("default", "two", "", with("tailscale.com/v1alpha1", "apiVersion"))
 	unversioned := connector("default", "three", "git", with(nil, "apiVersion"))
 	if stdout, stderr, code := runRender(t, []object{tailscale, git, one, unversioned}, "--configuration.names=config"); stdout != "A" || stderr != "" || code != 0 {
@@ -202,7 +202,7 @@ func with2(o object, field string, value any) object {
 // A preview refuses what a new volume may not have.
 func TestPreviewHasTheLimitsOfAVolume(t *testing.T) {
 	t.Parallel()
-	objects := []object{class("git", configuration("config", "a", "A"))}
+	objects := []object{gitClassOf("a", "A")}
 	for i := range 33 {
 		objects = append(objects, connector("default", fmt.Sprint("c", i), "git"))
 	}

@@ -409,7 +409,7 @@ func TestDriverGivesUpCapabilities(t *testing.T) {
 		v.change = group("1234")
 	}
 	v.mustPublish()
-	n.api.put(class("git", configuration("config", "file", "other")))
+	n.api.put(gitClassOf("file", "other"))
 	v.mustPublish()
 	v.wantFiles("file")
 	v.mustUnpublish()
@@ -494,7 +494,7 @@ func TestMetrics(t *testing.T) {
 	missing.mustRefuse(codes.NotFound)
 	n.volume(attrs{"connector.name": "Bad"}).mustRefuse(codes.InvalidArgument)
 	failing := n.volume()
-	n.api.put(class("git", configuration("config", "a", "{{ .missing }}")))
+	n.api.put(gitClassOf("a", "{{ .missing }}"))
 	failing.mustRefuse(codes.FailedPrecondition)
 	w.mustUnpublish()
 	w.mustUnpublish()
@@ -639,15 +639,15 @@ func TestPreviewRefusesAsAPublishDoes(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
 	for what, change := range sorted(map[string]struct{ class, connector object }{
-		"a missing value":   {class("git", configuration("config", "a", "x\n{{ .connector.spec.typo }}")), connector("default", "git", "git")},
+		"a missing value":   {gitClassOf("a", "x\n{{ .connector.spec.typo }}"), connector("default", "git", "git")},
 		"no configuration":  {class("git", configuration("other")), connector("default", "git", "git")},
-		"too much memory":   {class("git", configuration("config", "a", `{{ repeat 1000000000 "x" }}`)), connector("default", "git", "git")},
+		"too much memory":   {gitClassOf("a", `{{ repeat 1000000000 "x" }}`), connector("default", "git", "git")},
 		"an address":        {gitClass(), connector("default", "git", "git", with("a b", "spec", "address"))},
 		"an audience":       {gitClass(), connector("default", "git", "git", with("vault", "status", "proxy", "httpAddress", "audience"))},
 		"no class name":     {gitClass(), connector("default", "git", "")},
 		"too large":         {gitClass(), connector("default", "git", "git", padded(4<<20))},
-		"a bad file name":   {class("git", configuration("config", "../a", "x")), connector("default", "git", "git")},
-		"a large volume":    {class("git", configuration("config", "a", `{{ repeat 1048577 "x" }}`)), connector("default", "git", "git")},
+		"a bad file name":   {gitClassOf("../a", "x"), connector("default", "git", "git")},
+		"a large volume":    {gitClassOf("a", `{{ repeat 1048577 "x" }}`), connector("default", "git", "git")},
 		"no configurations": {class("git"), connector("default", "git", "git")},
 	}) {
 		t.Run(what, func(t *testing.T) {

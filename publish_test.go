@@ -447,24 +447,24 @@ func TestObjectErrors(t *testing.T) {
 		"no such configuration": {func(n *node) { n.api.put(class("git", configuration("one"), configuration("two"))) }, codes.InvalidArgument,
 			[]string{`configuration "config"`, `ConnectorClass "git" has: one, two`}},
 		"no configuration at all": {func(n *node) { n.api.put(class("git")) }, codes.InvalidArgument, []string{`ConnectorClass "git" has: none`}},
-		"template does not parse": {func(n *node) { n.api.put(class("git", configuration("config", "a", "ok\n{{ if }}"))) }, codes.FailedPrecondition,
+		"template does not parse": {func(n *node) { n.api.put(gitClassOf("a", "ok\n{{ if }}")) }, codes.FailedPrecondition,
 			[]string{`ConnectorClass "git", configuration "config": a line 2: missing value for if`}},
-		"unknown function": {func(n *node) { n.api.put(class("git", configuration("config", "a", "{{ getHostByName \"x\" }}"))) }, codes.FailedPrecondition,
+		"unknown function": {func(n *node) { n.api.put(gitClassOf("a", "{{ getHostByName \"x\" }}")) }, codes.FailedPrecondition,
 			[]string{`"getHostByName" not defined`}},
-		"template fails": {func(n *node) { n.api.put(class("git", configuration("config", "a", "1\n2\n{{ fail \"sorry\" }}"))) }, codes.FailedPrecondition,
+		"template fails": {func(n *node) { n.api.put(gitClassOf("a", "1\n2\n{{ fail \"sorry\" }}")) }, codes.FailedPrecondition,
 			[]string{`a line 3: {{ fail "sorry" }}: sorry`}},
 		"missing value": {func(n *node) {
-			n.api.put(class("git", configuration("config", "a", "x\n{{ .connector.spec.project }}")))
+			n.api.put(gitClassOf("a", "x\n{{ .connector.spec.project }}"))
 		}, codes.FailedPrecondition,
 			[]string{`ConnectorClass "git", configuration "config": a line 2: {{ .connector.spec.project }} has no value`}},
 		"no proxy address": {func(n *node) { n.api.put(connector("default", "git", "git", with(nil, "status"))) }, codes.FailedPrecondition,
 			[]string{".gitconfig line 3: {{ .connector.status.proxyAddress }} has no value", "Connector default/git has no proxy address yet", "status.proxy.httpAddress.url", "wait"}},
-		"bad file name": {func(n *node) { n.api.put(class("git", configuration("config", "../a", ""))) }, codes.FailedPrecondition,
+		"bad file name": {func(n *node) { n.api.put(gitClassOf("../a", "")) }, codes.FailedPrecondition,
 			[]string{`file name "../a" is not allowed`, "must not begin with '..'"}},
-		"too large": {func(n *node) { n.api.put(class("git", configuration("config", "a", "{{ repeat 1048577 \"x\" }}"))) }, codes.FailedPrecondition,
+		"too large": {func(n *node) { n.api.put(gitClassOf("a", "{{ repeat 1048577 \"x\" }}")) }, codes.FailedPrecondition,
 			[]string{`file "a"`, "1024 KiB"}},
 		"too large together": {func(n *node) {
-			n.api.put(class("git", configuration("config", "a", `{{ repeat 1048000 "x" }}`, "b", `{{ repeat 577 "x" }}`)))
+			n.api.put(gitClassOf("a", `{{ repeat 1048000 "x" }}`, "b", `{{ repeat 577 "x" }}`))
 		},
 			codes.FailedPrecondition, []string{`file "b"`, "1024 KiB"}},
 		"template is no string": {func(n *node) { n.api.put(class("git", object{"name": "config", "data": object{"a": 1}})) }, codes.FailedPrecondition,
@@ -494,14 +494,14 @@ func TestManyFiles(t *testing.T) {
 	for i := range 256 {
 		data = append(data, fmt.Sprintf("%s-%d", strings.Repeat("long-name", 12), i), "x")
 	}
-	n.api.put(class("git", configuration("config", data...)))
+	n.api.put(gitClassOf(data...))
 	v := n.volume()
 	v.mustPublish()
 	if got := len(v.read()); got != 256 {
 		t.Errorf("%d files", got)
 	}
 	v.mustUnpublish()
-	n.api.put(class("git", configuration("config", append(data, "one-more", "x")...)))
+	n.api.put(gitClassOf(append(data, "one-more", "x")...))
 	n.volume().mustRefuse(codes.FailedPrecondition, "in 256 files")
 }
 
@@ -514,7 +514,7 @@ func TestLargestVolume(t *testing.T) {
 		for i := range 256 {
 			data = append(data, fmt.Sprintf("%s-%d", strings.Repeat(letter, 100), i), strings.Repeat(letter, 4096))
 		}
-		return class("git", configuration("config", data...))
+		return gitClassOf(data...)
 	}
 	n.api.put(large("a"))
 	v := n.volume()
@@ -768,7 +768,7 @@ func TestBuiltInFilesOfOneConnector(t *testing.T) {
 	if files := v.read(); len(files) != 8+3 || files["context.token"] != "" || files["token"] != v.pod.token {
 		t.Errorf("files %v", slices.Sorted(maps.Keys(files)))
 	}
-	n.api.put(class("git", configuration("config", "ca.crt", "the class's own")))
+	n.api.put(gitClassOf("ca.crt", "the class's own"))
 	v = n.volume()
 	v.mustPublish()
 	v.want("ca.crt", "the class's own")
@@ -839,7 +839,7 @@ func TestCA(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
 	ofConnector, ofClass := with(certificate("CA of the Connector"), "status", "proxy", "httpAddress", "CACerts"), with(certificate("CA of the class"), "status", "proxy", "httpAddress", "CACerts")
-	plain, withCA := class("git", configuration("config", "ca", "{{ .context.proxy.caCert }}")), class("git", configuration("config", "ca", "{{ .context.proxy.caCert }}"))
+	plain, withCA := gitClassOf("ca", "{{ .context.proxy.caCert }}"), gitClassOf("ca", "{{ .context.proxy.caCert }}")
 	ofClass(withCA)
 	for _, c := range []struct {
 		class, connector object
@@ -894,7 +894,7 @@ func TestInjection(t *testing.T) {
 func TestProxyAddress(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	n.api.put(class("git", configuration("config", "file", "{{ .connector.status.proxyAddress }} {{ .connector.status.proxy.httpAddress.url }}")),
+	n.api.put(gitClassOf("file", "{{ .connector.status.proxyAddress }} {{ .connector.status.proxy.httpAddress.url }}"),
 		connector("default", "git", "git", with("http://as-it-is", "status", "proxyAddress")))
 	v := n.volume()
 	v.mustPublish()

@@ -55,7 +55,7 @@ func TestChangeIsReadOnce(t *testing.T) {
 		change object
 	}{
 		"Connector": {gitPath, 2, moved("git", "changed")},
-		"class":     {classPath("git"), 1, classWith("new", "{{ .connector.spec.address }}")},
+		"class":     {classPath("git"), 1, gitClassOf("new", "{{ .connector.spec.address }}")},
 	}) {
 		pushed, asked := n.readMetrics()[pushedOK], n.api.countFromNow("")
 		n.api.put(c.change)
@@ -223,7 +223,7 @@ func TestPushAsksForNoToken(t *testing.T) {
 func TestRandomFunctionsAreRenderedOnce(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	n.api.put(class("git", configuration("config", "random", "{{ uuidv4 }}", "token", "{{ .context.token }}")))
+	n.api.put(gitClassOf("random", "{{ uuidv4 }}", "token", "{{ .context.token }}"))
 	v := n.watchedVolume()
 	seen := map[string]bool{}
 	wantNew := func(what string) {
@@ -304,7 +304,7 @@ func counting(comment int) object {
 	for _, name := range fourNames {
 		data = append(data, name, fmt.Sprintf(`{{/* %d */}}{{ .connector.spec.number }}{{ "\n" }}{{ repeat 5000 "x" }}`, comment))
 	}
-	return class("git", configuration("config", data...))
+	return gitClassOf(data...)
 }
 
 var fourNames = []string{"a", "b", "c", "d"}

@@ -106,7 +106,7 @@ func padded(bytes int) func(object) { return with(strings.Repeat("x", bytes), "s
 func TestObjectsOfAVolumeAreLimited(t *testing.T) {
 	t.Parallel()
 	n := startPolling(t)
-	large := class("git", configuration("config", "token", "x", "padding", "{{/*"+strings.Repeat("x", 100<<10)+"*/}}"))
+	large := gitClassOf("token", "x", "padding", "{{/*"+strings.Repeat("x", 100<<10)+"*/}}")
 	n.api.put(large)
 	var names []string
 	for i := range 5 {

@@ -234,7 +234,7 @@ func TestTemplatesCannotChangeWhatOthersSee(t *testing.T) {
 	change := `{{ $_ := set .connector.spec "address" "changed" }}{{ $_ := set .context "token" "changed" }}{{ $_ := unset .connector.metadata "name" }}` +
 		`{{ $_ := set .configurations "p" "changed" }}{{ $_ := set (index .connector.spec.list 0) "x" "changed" }}{{ .connector.spec.address }}`
 	see := `{{ .connector.spec.address }} {{ .connector.metadata.name }} {{ .configurations.p }} {{ (index .connector.spec.list 0).x }}`
-	n.api.put(class("git", configuration("config", "a", change, "b", see)),
+	n.api.put(gitClassOf("a", change, "b", see),
 		connector("default", "git", "git", with([]any{object{"x": "kept"}}, "spec", "list")))
 	v, w := n.volume(attrs{"configuration.params": `{"config":{"p":"kept"}}`}), n.volume(attrs{"configuration.params": `{"config":{"p":"kept"}}`})
 	for range 2 {
@@ -260,7 +260,7 @@ func TestFileNames(t *testing.T) {
 	}
 	n := startNode(t)
 	for _, name := range []string{"..data", "..gen-x", "a/b", "a b", ""} {
-		n.api.put(class("git", configuration("config", "ok", "x", name, "x")))
+		n.api.put(gitClassOf("ok", "x", name, "x"))
 		n.volume().mustRefuse(codes.FailedPrecondition, fmt.Sprintf("file name %q is not allowed", name))
 	}
 }
@@ -325,7 +325,7 @@ func TestDocumentedGitClasses(t *testing.T) {
 			}, true},
 	}) {
 		t.Run(what, func(t *testing.T) {
-			n.api.put(class("git", configuration("config", ".gitconfig", c.file)), connector("team-a", "other", "git"))
+			n.api.put(gitClassOf(".gitconfig", c.file), connector("team-a", "other", "git"))
 			v := n.volume()
 			v.mustPublish()
 			want := c.want(v.pod.token)
@@ -342,12 +342,12 @@ func TestDocumentedGitClasses(t *testing.T) {
 			}
 		})
 	}
-	n.api.put(class("git", configuration("config", ".gitconfig", "this is git config\n")), connector("default", "git", "git", with(nil, "status")))
+	n.api.put(gitClassOf(".gitconfig", "this is git config\n"), connector("default", "git", "git", with(nil, "status")))
 	v := n.volume() // the quick start: no proxy at all
 	v.mustPublish()
 	v.want(".gitconfig", "this is git config\n")
 
-	n.api.put(class("git", configuration("config", ".gitconfig", "{{ range .connector.spec.params }}{{ .name }}={{ .value }}{{ end }}")),
+	n.api.put(gitClassOf(".gitconfig", "{{ range .connector.spec.params }}{{ .name }}={{ .value }}{{ end }}"),
 		connector("default", "git", "git", with([]any{object{"name": "sslVerify", "value": "false"}}, "spec", "params")))
 	v = n.volume()
 	v.mustPublish()

@@ -108,7 +108,7 @@ func TestCharactersOfAddresses(t *testing.T) {
 			mustRefuse(codes.FailedPrecondition, `Connector "default/git": spec.address holds `+message)
 	}
 	// What addresses have that exist: query strings, JDBC, IPv6, percent-encoding.
-	n.api.put(class("git", configuration("config", "file", "{{ .connector.spec.address }}")))
+	n.api.put(gitClassOf("file", "{{ .connector.spec.address }}"))
 	for _, address := range []string{"jdbc:oracle:thin:@//db.example.com:1521/x", "git@example.com:a/~b.git",
 		"jdbc:sqlserver://db;databaseName=a,b;user=(c)", "https://u:p@[fd00::1%25eth0]:8443/%7Bx%7D/?a=b&c=*!#d",
 		"oci+ssh://host_1/a+b", "xn--r8jz45g.example.com"} {
@@ -123,7 +123,7 @@ func TestCharactersOfAddresses(t *testing.T) {
 func (n *node) publishBundle(bundle string) (string, error) {
 	n.t.Helper()
 	const template = "{{ .context.proxy.caCert }}|{{ .connector.status.proxy.httpAddress.CACerts }}"
-	n.api.put(class("git", configuration("config", "ca", template)),
+	n.api.put(gitClassOf("ca", template),
 		connector("default", "git", "git", with(bundle, "status", "proxy", "httpAddress", "CACerts")))
 	v := n.volume()
 	if err := v.publish(); err != nil {
@@ -297,7 +297,7 @@ func TestHintOfAProxyThatIsNotThereYet(t *testing.T) {
 		`{{ if .connector.status.proxyAddress }}proxy{{ else }}{{ .connector.spec.typo }}{{ end }}{{ x }}`: false,
 	}) {
 		for _, change := range []func(object){noStatus, noURL} {
-			n.api.put(class("git", configuration("config", "http.proxy", template)))
+			n.api.put(gitClassOf("http.proxy", template))
 			n.api.put(connector("default", "git", "git", change))
 			err := n.volume().publish()
 			if status.Code(err) != codes.FailedPrecondition || strings.Contains(err.Error(), hint) != fails {
@@ -310,7 +310,7 @@ func TestHintOfAProxyThatIsNotThereYet(t *testing.T) {
 		}
 	}
 	// Of several Connectors, it is the one that has none.
-	n.api.put(class("git", configuration("config", "a", "{{ range .connectors }}{{ .status.proxyAddress }}{{ end }}")),
+	n.api.put(gitClassOf("a", "{{ range .connectors }}{{ .status.proxyAddress }}{{ end }}"),
 		connector("default", "one", "git"), connector("default", "two", "git", noStatus))
 	n.volume(attrs{"connector.name": "-", "connectors": "one,two"}).
 		mustRefuse(codes.FailedPrecondition, "{{ .status.proxyAddress }} has no value; Connector default/two has no proxy")

@@ -42,7 +42,7 @@ func TestChangesArePushed(t *testing.T) {
 	await(".gitconfig", "https://changed")
 	n.api.put(connector("default", "git", "git", with("https://proxy", "status", "proxy", "httpAddress", "url")))
 	await(".gitconfig", "https://proxy")
-	n.api.put(class("git", configuration("config", "token", "{{ .context.token }}", "new", "of the class")))
+	n.api.put(gitClassOf("token", "{{ .context.token }}", "new", "of the class"))
 	await("new", "of the class")
 }
 
@@ -494,7 +494,7 @@ func TestFirstPublishWhileAStreamEnds(t *testing.T) {
 	n.api.forbid(driverUser, "watch "+classPath("git"))
 	n.api.stream(driverUser, classPath("git")).close(false)
 	n.awaitMetric(`connectors_csi_api_requests_total{resource="connectorclasses",verb="watch",code="403"}`, 1)
-	n.api.put(classWith("new", "changed"))
+	n.api.put(gitClassOf("new", "changed"))
 	gate.open()
 	must(t, <-published)
 	v.want("new", "changed")
@@ -508,7 +508,7 @@ func TestFailedPush(t *testing.T) {
 		words string
 		fail  func(*apiServer)
 	}{
-		codes.FailedPrecondition: {"none", func(a *apiServer) { a.put(classWith("token", "{{ .connector.spec.none }}")) }},
+		codes.FailedPrecondition: {"none", func(a *apiServer) { a.put(gitClassOf("token", "{{ .connector.spec.none }}")) }},
 		codes.InvalidArgument:    {"configuration", func(a *apiServer) { a.put(class("git", configuration("other"))) }},
 		codes.NotFound:           {"not found", func(a *apiServer) { a.remove(gitPath) }},
 	}) {
@@ -538,7 +538,7 @@ func TestPushesThatFailBecomeRarer(t *testing.T) {
 	v := n.watchedVolume()
 	var failed []time.Time
 	for i := range 3 {
-		n.api.put(classWith("token", fmt.Sprintf("{{ .connector.spec.none%d }}", i)))
+		n.api.put(gitClassOf("token", fmt.Sprintf("{{ .connector.spec.none%d }}", i)))
 		n.awaitMetric(`connectors_csi_pushes_total{code="FailedPrecondition"}`, float64(i+1))
 		failed = append(failed, time.Now())
 	}
@@ -686,7 +686,7 @@ func TestDriversRoleWithoutWatch(t *testing.T) {
 		v.settle()
 		n.awaitMetric(`connectors_csi_api_requests_total{resource="connectorclasses",verb="watch",code="403"}`, 1)
 	}
-	n.api.put(class("git", configuration("config", "polled", "yes")))
+	n.api.put(gitClassOf("polled", "yes"))
 	v.mustPublish()
 	v.want("polled", "yes")
 	v.mustUnpublish()
@@ -775,20 +775,15 @@ func TestDriversTokenOfAStream(t *testing.T) {
 	if n.api.stream(driverUser, classPath("git")).token == class.token {
 		t.Error("the stream has the old token")
 	}
-	n.api.put(classWith("new", "changed"))
+	n.api.put(gitClassOf("new", "changed"))
 	v.await("new", "changed")
-}
-
-// classWith is the class "git" with another file.
-func classWith(name, content string) object {
-	return class("git", configuration("config", name, content))
 }
 
 // A node has at most 256 streams, and 64 for the Pods of a namespace. What is beyond is polled, until there is room.
 func TestMoreObjectsThanStreams(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	n.api.put(class("git", configuration("config", "all", "{{ range .connectors }}{{ .spec.address }} {{ end }}")))
+	n.api.put(gitClassOf("all", "{{ range .connectors }}{{ .spec.address }} {{ end }}"))
 	const each, namespaces = 32, 5
 	for i := range 3 * each {
 		n.api.put(connector("default", fmt.Sprintf("c-%d", i), "git"))
