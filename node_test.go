@@ -531,6 +531,20 @@ func (v *podVolume) generation() uint64 {
 	return info.Sys().(*syscall.Stat_t).Ino
 }
 
+// unchangedFromNow returns what fails the test if a file has changed since, or the same files were written again.
+func (v *podVolume) unchangedFromNow() (want func()) {
+	v.t.Helper()
+	files, generation := v.read(), v.generation()
+	return func() {
+		v.t.Helper()
+		if !maps.Equal(v.read(), files) {
+			v.t.Error("the files have changed")
+		} else if v.generation() != generation {
+			v.t.Error("what was there already was written again")
+		}
+	}
+}
+
 // writable opens the volume for writing, by a clone of its mount, and returns a path to it.
 func (v *podVolume) writable() string {
 	v.t.Helper()
