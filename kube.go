@@ -67,9 +67,7 @@ const (
 	refusedTime      = 4 * time.Minute
 	maxPostponeTime  = 5 * time.Minute // by Retry-After
 
-	maxEventBytes = 4 << 10 // that are looked into
-	// What is read of a watch at once. Each has this buffer all its life, an event for a moment.
-	eventBufferBytes = 512
+	maxEventBytes = 4 << 10 // that are looked into, for which each watch has a buffer
 
 	noVersion      = ""  // of no object
 	unknownVersion = "?" // of an object of which no more is known
@@ -909,35 +907,25 @@ func (k *kube) receive(ctx context.Context, e *entry, w *watch,
 	if w.resume != "" {
 		k.noteVersion(e, w, w.latest, w.heard) // nothing is missing
 	}
-	events := bufio.NewReaderSize(response.Body, eventBufferBytes)
+	events := bufio.NewReaderSize(response.Body, maxEventBytes)
 	for {
-		line, err := readEvent(events)
+		line, isPrefix, err := events.ReadLine()
 		switch {
 		case errors.Is(err, io.EOF):
 			return 0, nil
 		case err != nil:
 			return 0, err
-		case len(line) > maxEventBytes: // whatever it is, something has changed
-			w.resume = ""
-			k.noteVersion(e, w, unknownVersion, time.Now())
-		default:
+		case !isPrefix:
 			if err := k.handle(e, w, line); err != nil {
 				return 0, err
 			}
+			continue
 		}
-	}
-}
-
-// readEvent returns the next line of a watch, or the beginning of one that has more than maxEventBytes.
-func readEvent(events *bufio.Reader) (line []byte, err error) {
-	for {
-		part, err := events.ReadSlice('\n')
-		if len(line) <= maxEventBytes {
-			line = append(line, part...)
+		for isPrefix && err == nil {
+			_, isPrefix, err = events.ReadLine()
 		}
-		if err != bufio.ErrBufferFull {
-			return line, err
-		}
+		w.resume = "" // whatever a larger event is, something has changed
+		k.noteVersion(e, w, unknownVersion, time.Now())
 	}
 }
 
@@ -1006,8 +994,8 @@ func (k *kube) noteVersion(e *entry, w *watch, version string, at time.Time) {
 
 // newRequestQueue makes a queue for requests, in which the namespace with the fewest under way is next: slow
 // answers to one tenant's many namespaces make nobody wait for more than one of them.
-func newRequestQueue(places int) *queue {
-	q := &queue{capacity: places}
+func newRequestQueue(capacity int) *queue {
+	q := &queue{capacity: capacity}
 	q.before = func(a, b *turn) bool { return q.activeOf(a.namespace) < q.activeOf(b.namespace) }
 	q.ready = func(t *turn) bool { return q.activeOf(t.namespace) < maxNamespaceRequests }
 	return q
