@@ -86,10 +86,8 @@ func render(mounted []mountedConnector, want selection, token string,
 	for _, m := range mounted {
 		connector, class := fmt.Sprintf("Connector %q", fullName(m.connector)),
 			fmt.Sprintf("ConnectorClass %q", nameOf(m.class))
-		err := cmp.Or(checkObject(connector, m.connector), checkObject(class, m.class))
-		if err == nil {
-			err = cmp.Or(keepCertificates(connector, m.connector), keepCertificates(class, m.class))
-		}
+		err := cmp.Or(checkAddresses(connector, m.connector), checkAddresses(class, m.class),
+			keepCertificates(connector, m.connector), keepCertificates(class, m.class))
 		if err != nil {
 			return nil, err
 		}
@@ -125,9 +123,9 @@ func render(mounted []mountedConnector, want selection, token string,
 	return out.files, nil
 }
 
-// checkObject refuses addresses that are more than an address where a class puts them, since whoever writes a
+// checkAddresses refuses addresses that are more than an address where a class puts them, since whoever writes a
 // Connector may not write other people's configuration.
-func checkObject(of string, o object) error {
+func checkAddresses(of string, o object) error {
 	for _, path := range [][]string{{"spec", "address"}, {"status", "proxyAddress"},
 		{"status", "proxy", "httpAddress", "url"}} {
 		if err := checkAddress(of, strings.Join(path, "."), stringAt(o, path...)); err != nil {
@@ -319,15 +317,11 @@ func hintNoProxy(c mountedClass, attempt func(mountedClass) ([]byte, error), fai
 			continue
 		}
 		lacking = cmp.Or(lacking, fullName(connector))
-		connector = deepCopy(connector).(object)
-		at := connector
-		for _, field := range []string{"status", "proxy", "httpAddress"} {
-			if _, ok := at[field].(object); !ok {
-				at[field] = object{}
-			}
-			at = at[field].(object)
-		}
-		at["url"], c.connectors[i] = "http://proxy.example.com", connector
+		before, _ := connector["status"].(object)
+		connector, status := maps.Clone(connector), object{}
+		maps.Copy(status, before)
+		status["proxy"] = object{"httpAddress": object{"url": "http://proxy.example.com"}}
+		connector["status"], c.connectors[i] = status, connector
 	}
 	if lacking == "" {
 		return ""
@@ -618,42 +612,38 @@ func actionAt(template, line, column string) string {
 // and put it into collections; whatever else gets it fails, and so does what prints it at any depth. Functions
 // also fail that would say so in the file, or return something else than was asked for.
 
-// family are functions whose arguments are checked in the same way.
+// family are functions whose arguments are treated in the same way.
 type family struct {
-	names    string
-	required int                          // how many of its arguments, if of any type, may not be missing
-	meet     func(value any) (any, error) // makes of such an argument what the function gets
-	result   *regexp.Regexp               // what does not match it is the text of an error
+	names   string
+	missing int                          // the number of the first argument that may be missing, if any may
+	meet    func(value any) (any, error) // what the function gets for a value, if it is to be another one
+	result  *regexp.Regexp               // what does not match it is the text of an error
 }
 
-const all = math.MaxInt
-
-// families are the functions that want something else of their arguments than to be there.
+// families are the functions of which more is known than that they want values. missing and meet are about
+// parameters of any type alone.
 var families = []family{
 	{`all any coalesce deepEqual default dict dig empty get has hasKey index kindIs kindOf list pluck ternary
-		tuple typeIs typeIsLike typeOf`, 0, nil, nil},
-	{`append prepend push set without`, 1, nil, nil},
+		tuple typeIs typeIsLike typeOf`, 1, nil, nil},
+	{`append prepend push set without`, 2, nil, nil},
 	{`cat html join js print printf println quote sortAlpha squote toJson toPrettyJson toRawJson toString
-		toStrings urlJoin urlquery`, all, printed, nil},
-	{`add add1 biggest div duration max min mod mul sub`, all, wholeNumber, nil},
-	{`int int64`, all, truncated, nil},
-	{`add1f addf ceil divf float64 floor maxf minf mulf round subf`, all, float, nil},
-	{`ago date dateInZone date_in_zone htmlDate htmlDateInZone`, all, date, nil},
-	{`bcrypt`, all, nil, regexp.MustCompile(`^\$2`)},
-	{`htpasswd`, all, nil, regexp.MustCompile(`^[^:]*:\$2`)},
-	{`genPrivateKey`, all, nil, regexp.MustCompile(`^-----BEGIN `)},
-	{`derivePassword`, all, nil, regexp.MustCompile(`^[^ ]+$`)},
-	{`randAlpha randAlphaNum randAscii randNumeric seq`, all, nil, regexp.MustCompile(`.`)},
+		toStrings urlJoin urlquery`, 0, printed, nil},
+	{`add add1 biggest div duration max min mod mul sub`, 0, wholeNumber, nil},
+	{`int int64`, 0, truncated, nil},
+	{`add1f addf ceil divf float64 floor maxf minf mulf round subf`, 0, float, nil},
+	{`ago date dateInZone date_in_zone htmlDate htmlDateInZone`, 0, date, nil},
+	{`bcrypt`, 0, nil, regexp.MustCompile(`^\$2`)},
+	{`htpasswd`, 0, nil, regexp.MustCompile(`^[^:]*:\$2`)},
+	{`genPrivateKey`, 0, nil, regexp.MustCompile(`^-----BEGIN `)},
+	{`derivePassword`, 0, nil, regexp.MustCompile(`^[^ ]+$`)},
+	{`randAlpha randAlphaNum randAscii randNumeric seq`, 0, nil, regexp.MustCompile(`.`)},
 }
 
 // functions are those that templates may call beside text/template's: sprig's except env, expandenv and
 // getHostByName, which would hand the environment and the network to the author of a class. Where sprig has a
 // variant with must, which returns its error, that is the function of both names.
 var functions = func() template.FuncMap {
-	guarded, sprigs := template.FuncMap{}, sprig.TxtFuncMap()
-	for _, name := range []string{"env", "expandenv", "getHostByName"} {
-		delete(sprigs, name)
-	}
+	sprigs := sprig.TxtFuncMap()
 	own := ownFunctions(sprigs)
 	familyOf := map[string]family{}
 	for _, f := range families {
@@ -661,17 +651,18 @@ var functions = func() template.FuncMap {
 			familyOf[name] = f
 		}
 	}
-	for _, name := range slices.Concat(slices.Collect(maps.Keys(sprigs)), slices.Collect(maps.Keys(own))) {
+	guarded := maps.Clone(sprigs)
+	maps.Copy(guarded, own)
+	for _, name := range []string{"env", "expandenv", "getHostByName"} {
+		delete(guarded, name)
+	}
+	for name := range guarded {
 		base := name
 		if rest, ok := strings.CutPrefix(name, "must"); ok {
 			base = strings.ToLower(rest[:1]) + rest[1:]
 		}
-		f, ok := familyOf[base]
-		if !ok {
-			f.required = all
-		}
 		must := sprigs["must"+strings.ToUpper(base[:1])+base[1:]]
-		guarded[name] = f.guard(name, cmp.Or(own[base], must, sprigs[name]))
+		guarded[name] = familyOf[base].guard(name, cmp.Or(own[base], must, sprigs[name]))
 	}
 	return guarded
 }()
@@ -708,7 +699,7 @@ func (f family) argument(i int, value any, function reflect.Type) (reflect.Value
 	kind := parameter.Kind()
 	ofAnyType := kind == reflect.Interface || kind == reflect.Map
 	if isMissing(value) {
-		if kind == reflect.Slice || ofAnyType && i >= f.required {
+		if kind == reflect.Slice || ofAnyType && f.missing > 0 && i+1 >= f.missing {
 			return reflect.Zero(parameter), nil
 		}
 		return reflect.Value{}, errNoValue
@@ -1042,7 +1033,6 @@ func checkPrinted(list *parse.ListNode) {
 		return
 	}
 	for _, node := range list.Nodes {
-		var branch *parse.BranchNode
 		switch n := node.(type) {
 		case *parse.ActionNode:
 			if len(n.Pipe.Decl) == 0 {
@@ -1050,18 +1040,16 @@ func checkPrinted(list *parse.ListNode) {
 				n.Pipe.Cmds = append(n.Pipe.Cmds, &parse.CommandNode{NodeType: parse.NodeCommand, Pos: n.Pos,
 					Args: []parse.Node{check}})
 			}
-			continue
 		case *parse.IfNode:
-			branch = &n.BranchNode
+			checkPrinted(n.List)
+			checkPrinted(n.ElseList)
 		case *parse.WithNode:
-			branch = &n.BranchNode
+			checkPrinted(n.List)
+			checkPrinted(n.ElseList)
 		case *parse.RangeNode:
-			branch = &n.BranchNode
-		default:
-			continue
+			checkPrinted(n.List)
+			checkPrinted(n.ElseList)
 		}
-		checkPrinted(branch.List)
-		checkPrinted(branch.ElseList)
 	}
 }
 
