@@ -123,8 +123,8 @@ func render(mounted []mountedConnector, want selection, token string,
 	return out.files, nil
 }
 
-// checkAddresses refuses addresses that are more than an address where a class puts them, since whoever writes a
-// Connector may not write other people's configuration.
+// checkAddresses refuses addresses that are more than an address where a class puts them, since whoever
+// writes a Connector may not write other people's configuration.
 func checkAddresses(of string, o object) error {
 	for _, path := range [][]string{{"spec", "address"}, {"status", "proxyAddress"},
 		{"status", "proxy", "httpAddress", "url"}} {
@@ -380,16 +380,15 @@ func caCert(c mountedClass) string {
 	return stringAt(c.class, "status", "proxy", "httpAddress", "CACerts")
 }
 
-// paramTypes are those that a class can declare a parameter with, JSON schema's, in this order, and kinds which
-// Go's types are of them.
-var (
-	paramTypes = []string{"string", "integer", "number", "boolean", "array", "object"}
-	kinds      = map[string]string{"string": "string", "int64": "integer", "float64": "number", "bool": "boolean",
-		"[]interface {}": "array", "map[string]interface {}": "object"}
-)
+// paramTypes are those that a class can declare a parameter with: JSON schema's.
+var paramTypes = []string{"string", "integer", "number", "boolean", "array", "object"}
 
 // kindOf names the type of a value in the words of paramTypes.
-func kindOf(value any) string { return kinds[fmt.Sprintf("%T", value)] }
+func kindOf(value any) string {
+	kinds := map[string]string{"string": "string", "int64": "integer", "float64": "number", "bool": "boolean",
+		"[]interface {}": "array", "map[string]interface {}": "object"}
+	return kinds[fmt.Sprintf("%T", value)]
+}
 
 // resolveParams checks the supplied parameters against the declared ones and adds the defaults. Parameters
 // that are not declared pass through, since classes exist that use them without declaring them.
@@ -519,8 +518,9 @@ func checkFileName(name string) error {
 // of a ServiceAccount's.
 var placeholderToken = func() string {
 	encode := func(text string) string { return base64.RawURLEncoding.EncodeToString([]byte(text)) }
+	signature := strings.Repeat("\xfb\xff\xbf.", 64)
 	return encode(`{"alg":"RS256","kid":"placeholder"}`) + "." +
-		encode(`{"sub":"`+strings.Repeat("placeholder", 55)+`"}`) + "." + encode(strings.Repeat("\xfb\xff\xbf.", 64))
+		encode(`{"sub":"`+strings.Repeat("placeholder", 55)+`"}`) + "." + encode(signature)
 }()
 
 // renderFile renders one template into at most limit bytes.
@@ -608,9 +608,9 @@ func actionAt(template, line, column string) string {
 
 // ---- Functions: nothing broken reaches a file ----
 //
-// A value is missing if there is no such key, if it is JSON's null, or if it is nil. Templates may ask for it,
-// and put it into collections; whatever else gets it fails, and so does what prints it at any depth. Functions
-// also fail that would say so in the file, or return something else than was asked for.
+// A value is missing if there is no such key, if it is JSON's null, or if it is nil. Templates may ask for
+// it, and put it into collections; whatever else gets it fails, and so does what prints it at any depth.
+// Functions also fail that would say so in the file, or return something else than was asked for.
 
 // family are functions whose arguments are treated in the same way.
 type family struct {
@@ -724,7 +724,7 @@ func ownFunctions(sprigs template.FuncMap) template.FuncMap {
 		_, err := time.LoadLocation(zone)
 		return sprigs["dateInZone"].(func(string, any, string) string)(layout, date, zone), err
 	}
-	text := func(decoded []byte, err error) (string, error) { return string(decoded), err }
+	asText := func(decoded []byte, err error) (string, error) { return string(decoded), err }
 	return template.FuncMap{
 		"html": template.HTMLEscaper, "js": template.JSEscaper, "urlquery": template.URLQueryEscaper,
 		"print": fmt.Sprint, "println": fmt.Sprintln, "printf": printf,
@@ -756,11 +756,15 @@ func ownFunctions(sprigs template.FuncMap) template.FuncMap {
 			bounds = append(bounds, []int{0, v.Len()}[min(len(bounds), 2):]...)
 			return v.Slice(bounds[0], bounds[1]).Interface(), nil
 		},
-		"chunk": func(size int, list any) ([][]any, error) {
+		"chunk": func(size int, list any) (lists []any, _ error) {
 			if size < 1 {
 				return nil, errors.New("the size is below one")
 			}
-			return sprigs["mustChunk"].(func(int, any) ([][]any, error))(size, list)
+			chunks, err := sprigs["mustChunk"].(func(int, any) ([][]any, error))(size, list)
+			for _, chunk := range chunks {
+				lists = append(lists, chunk)
+			}
+			return lists, err
 		},
 
 		// Numbers
@@ -779,9 +783,9 @@ func ownFunctions(sprigs template.FuncMap) template.FuncMap {
 			}
 			return mapLeaves(value, func(leaf any) (any, error) {
 				number, _ := leaf.(json.Number)
+				text := string(number)
 				f, err := number.Float64()
-				same := plainNumber(f).String() == string(number) || strings.ContainsAny(string(number), ".eE")
-				if err == nil && same {
+				if err == nil && (plainNumber(f).String() == text || strings.ContainsAny(text, ".eE")) {
 					return f, nil
 				}
 				return keptNumber(leaf)
@@ -808,8 +812,8 @@ func ownFunctions(sprigs template.FuncMap) template.FuncMap {
 		},
 
 		// Texts
-		"b64dec": func(code string) (string, error) { return text(base64.StdEncoding.DecodeString(code)) },
-		"b32dec": func(code string) (string, error) { return text(base32.StdEncoding.DecodeString(code)) },
+		"b64dec": func(code string) (string, error) { return asText(base64.StdEncoding.DecodeString(code)) },
+		"b32dec": func(code string) (string, error) { return asText(base32.StdEncoding.DecodeString(code)) },
 	}
 }
 
@@ -860,8 +864,8 @@ func exactly(compute func(z, x, y *big.Int) *big.Int, first any, more ...any) (i
 	return result.Int64(), nil
 }
 
-// printf is fmt's, for which a wrong number or type of values is no error but a mark in the result. It refuses
-// more marks than there are in the values and in the format.
+// printf is fmt's, for which a wrong number or type of values is no error but a mark in the result. It
+// refuses more marks than there are in the values and in the format.
 func printf(format string, values ...any) (string, error) {
 	const mark = "%!"
 	text := fmt.Sprintf(format, values...)
@@ -892,21 +896,23 @@ func (n plainNumber) Format(state fmt.State, verb rune) {
 // printed returns a value as it is printed, unless there is something missing in it.
 func printed(value any) (any, error) {
 	return mapLeaves(value, func(leaf any) (any, error) {
-		f, isFloat := leaf.(float64)
+		v := reflect.ValueOf(leaf)
 		switch {
-		case leaf == nil:
+		case isMissing(leaf):
 			return nil, errNoValue
-		case isFloat && (math.IsNaN(f) || math.IsInf(f, 0)):
-			return nil, fmt.Errorf("is %v, not a number", f)
-		case isFloat:
-			return plainNumber(f), nil
+		case v.Kind() == reflect.Slice && v.IsNil():
+			return []any{}, nil
+		case !v.CanFloat():
+			return leaf, nil
+		case math.IsNaN(v.Float()) || math.IsInf(v.Float(), 0):
+			return nil, fmt.Errorf("is %v, not a number", leaf)
 		}
-		return leaf, nil
+		return plainNumber(v.Float()), nil
 	})
 }
 
-// mapLeaves returns a copy of a value with what change makes of everything in it that is no list and no map.
-// A missing value is nil to change. Its errors say where in the value something is wrong.
+// mapLeaves returns a copy of a value with what change makes of everything in it that is no list and no dict.
+// Its errors say where in the value something is wrong.
 func mapLeaves(value any, change func(leaf any) (any, error)) (any, error) {
 	changed, path, err := mapLeavesAt(value, change)
 	if path != "" {
@@ -916,37 +922,30 @@ func mapLeaves(value any, change func(leaf any) (any, error)) (any, error) {
 }
 
 // mapLeavesAt is mapLeaves, with the place apart.
-func mapLeavesAt(value any, change func(any) (any, error)) (_ any, path string, _ error) {
-	if isMissing(value) {
-		value = nil
-	}
-	v := reflect.ValueOf(value)
-	var c reflect.Value
-	switch v.Kind() {
-	case reflect.Map:
-		c = reflect.MakeMapWithSize(v.Type(), v.Len())
-	case reflect.Slice:
-		c = reflect.MakeSlice(v.Type(), v.Len(), v.Len())
-	default:
-		changed, err := change(value)
-		return changed, "", err
-	}
-	for key, element := range v.Seq2() {
-		changed, path, err := mapLeavesAt(element.Interface(), change)
-		if err != nil {
-			return nil, fmt.Sprintf("[%#v]", key.Interface()) + path, err
+func mapLeavesAt(value any, change func(any) (any, error)) (changed any, path string, err error) {
+	switch v := value.(type) {
+	case object:
+		if v == nil {
+			break
 		}
-		e := reflect.Zero(v.Type().Elem())
-		if changed != nil {
-			e = reflect.ValueOf(changed)
+		c := make(object, len(v))
+		for key, element := range v {
+			if c[key], path, err = mapLeavesAt(element, change); err != nil {
+				return nil, fmt.Sprintf("[%q]", key) + path, err
+			}
 		}
-		if v.Kind() == reflect.Map {
-			c.SetMapIndex(key, e)
-		} else {
-			c.Index(int(key.Int())).Set(e)
+		return c, "", nil
+	case []any:
+		c := make([]any, len(v))
+		for i, element := range v {
+			if c[i], path, err = mapLeavesAt(element, change); err != nil {
+				return nil, fmt.Sprintf("[%d]", i) + path, err
+			}
 		}
+		return c, "", nil
 	}
-	return c.Interface(), "", nil
+	changed, err = change(value)
+	return changed, "", err
 }
 
 // wholeNumber returns the int64 that a value is, or that a text holds.
@@ -1127,21 +1126,8 @@ func normalize(value any) any {
 }
 
 func deepCopy(value any) any {
-	switch v := value.(type) {
-	case object:
-		c := make(object, len(v))
-		for key, field := range v {
-			c[key] = deepCopy(field)
-		}
-		return c
-	case []any:
-		c := make([]any, len(v))
-		for i := range v {
-			c[i] = deepCopy(v[i])
-		}
-		return c
-	}
-	return value
+	c, _ := mapLeaves(value, func(leaf any) (any, error) { return leaf, nil })
+	return c
 }
 
 // valueAt returns what is at that path of fields, or nil.
@@ -1185,7 +1171,7 @@ func fullName(o object) string { return stringAt(o, "metadata", "namespace") + "
 // The life of a renderer: start clones it into namespaces of its own; confine takes from it whatever it does
 // not need, and executes the binary once more, so that every thread is confined; serve answers one request
 // after another, each for one volume of the namespace that it was started for. It ends when it has been idle
-// for rendererIdle, when a Pod of another namespace needs its place, or when it hits a limit.
+// for rendererIdle, when a Pod of another namespace needs one, or when it hits a limit.
 
 const (
 	confineArgument = "renderer"          // the first argument of a process that is to call confine
@@ -1206,8 +1192,8 @@ const (
 	renderProcessorTime = 2 * time.Second
 	renderTime          = 5 * time.Second
 
-	// lifeProcessorTime is what the kernel kills a renderer at, whether there is a driver or not. One that has
-	// had half of it is replaced.
+	// lifeProcessorTime is what the kernel kills a renderer at, whether there is a driver or not. One that
+	// has used half of it is replaced.
 	lifeProcessorTime = 5 * time.Second
 
 	// The account of processor time that each namespace has. accountRefill is in seconds a second.
@@ -1237,26 +1223,26 @@ type job struct {
 	key       [sha256.Size]byte // a digest of all of it but the token
 }
 
-// turn is a place that somebody waits for, or has.
+// turn is somebody who waits in a queue, or is active.
 type turn struct {
 	namespace string
 	key       [sha256.Size]byte // of a job
 	granted   chan error        // has room for the answer
 }
 
-// queue gives a number of places to those who wait for one.
+// queue lets a number of turns be active at once.
 type queue struct {
 	capacity int
-	before   func(a, b *turn) bool // whether a gets the next place rather than b
-	ready    func(*turn) bool      // whether it may have one now; nil: always
-	refusal  func(*turn) error     // why it gets none; nil: never
+	before   func(a, b *turn) bool // whether a is next rather than b
+	ready    func(*turn) bool      // whether it may be active now; nil: always
+	refusal  func(*turn) error     // why it may not even wait; nil: never
 
-	mu      sync.Mutex // which the functions above are called with
+	mu      sync.Mutex // guards the rest; the functions above are called with it
 	waiting []*turn    // the longest first
 	active  []*turn
 }
 
-// acquire returns once the turn has a place, or with the reason why it gets none.
+// acquire returns once the turn is active, or with the reason why it is not.
 func (q *queue) acquire(ctx context.Context, t *turn) error {
 	t.granted = make(chan error, 1)
 	q.mu.Lock()
@@ -1278,15 +1264,15 @@ func (q *queue) acquire(ctx context.Context, t *turn) error {
 	return fmt.Errorf("others were served first: %w", ctx.Err())
 }
 
-// release gives the place back.
+// release ends a turn that is active.
 func (q *queue) release(t *turn) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.releaseLocked(t)
 }
 
-// releaseLocked gives the place back, and lets the next in, for whom it still counts as one that its namespace has:
-// so the place goes to another namespace. The caller holds the lock.
+// releaseLocked is release for a caller that holds the lock. The next turn is chosen while this one still
+// counts for its namespace, so that it is another namespace's.
 func (q *queue) releaseLocked(t *turn) {
 	q.capacity++
 	q.admit()
@@ -1295,7 +1281,7 @@ func (q *queue) releaseLocked(t *turn) {
 	q.admit()
 }
 
-// admit refuses whom there is a refusal for, and gives the free places to others. The caller holds the lock.
+// admit ends the turns that there is a refusal for, and makes others active. The caller holds the lock.
 func (q *queue) admit() {
 	if q.refusal != nil {
 		q.waiting = slices.DeleteFunc(q.waiting, func(t *turn) bool {
@@ -1323,7 +1309,7 @@ func (q *queue) admit() {
 	}
 }
 
-// activeOf is how many places the namespace has. The caller holds the lock.
+// activeOf returns how many turns of the namespace are active. The caller holds the lock.
 func (q *queue) activeOf(namespace string) (number int) {
 	for _, t := range q.active {
 		if t.namespace == namespace {
@@ -1382,12 +1368,12 @@ func newRenderers(binary string, log *slog.Logger, m *metrics) *renderers {
 
 // render makes the files of a volume for a Pod of the namespace:
 //
-//  1. wait for a place, unless the namespace's account is empty or this is known to hit a limit
-//  2. take the namespace's idle renderer, or start one
+//  1. wait for a turn, unless the namespace's account is empty or this is known to hit a limit
+//  2. obtain the namespace's idle renderer, or start one
 //  3. ask it
 //  4. charge the account, remember the outcome, and let the next call in
 //
-// Its errors are a failure with the code, the error of ctx, or one of a class or a Connector.
+// Its errors are failures with their codes, wrap that of ctx, or are about a class or a Connector.
 func (p *renderers) render(ctx context.Context, namespace string, j job) (files, error) {
 	// 1. wait
 	t := &turn{namespace: namespace, key: j.key}
@@ -1396,7 +1382,7 @@ func (p *renderers) render(ctx context.Context, namespace string, j job) (files,
 	}
 	defer p.release(t)
 
-	// 2. take
+	// 2. obtain
 	r, most, err := p.obtain(t)
 	if err != nil {
 		return nil, failuref(codes.Unavailable, "no renderer could be started: %w", err)
@@ -1440,7 +1426,7 @@ func (p *renderers) refuseKnown(key [sha256.Size]byte) error {
 	return nil
 }
 
-// refuse returns why a turn gets no place: the limit that its job hit, or the empty account of its namespace,
+// refuse returns why a turn may not wait: the limit that its job hit, or the empty account of its namespace,
 // which lets in what has been cheap before. The caller holds the lock.
 func (p *renderers) refuse(t *turn) error {
 	if err := p.refuseKnown(t.key); err != nil {
@@ -1458,7 +1444,7 @@ func (p *renderers) refuse(t *turn) error {
 		a.most.Round(10*time.Millisecond), a.mostBy)
 }
 
-// obtain returns a renderer to a turn that has a place, and what processor time it may have: all, if the account
+// obtain returns a renderer for an active turn, and the processor time that it may have: all, if the account
 // has become empty only since.
 func (p *renderers) obtain(t *turn) (_ *renderer, most time.Duration, _ error) {
 	p.mu.Lock()
@@ -1473,7 +1459,7 @@ func (p *renderers) obtain(t *turn) (_ *renderer, most time.Duration, _ error) {
 		p.mu.Unlock()
 		r.retirement.Stop()
 		return r, most, nil
-	} else if len(p.idle)+len(p.active) > maxRenderers { // one of them is in the caller's place
+	} else if len(p.idle)+len(p.active) > maxRenderers { // one of the active ones is the caller
 		other = p.idle[0]
 		p.idle = slices.Delete(p.idle, 0, 1)
 	}
@@ -1512,8 +1498,8 @@ func (p *renderers) charge(r *renderer, t *turn, used time.Duration, err error) 
 	p.remember(t.key, o)
 }
 
-// remember keeps an outcome, in the place of the namespace's oldest, or of all, where there are too many. The
-// caller holds the lock.
+// remember keeps an outcome instead of the namespace's oldest, or the oldest of all, where there are too
+// many. The caller holds the lock.
 func (p *renderers) remember(key [sha256.Size]byte, o outcome) {
 	delete(p.outcomes, key)
 	keys := slices.Collect(maps.Keys(p.outcomes))
@@ -1691,8 +1677,8 @@ func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, e
 	case killed == "call":
 		return nil, ctx.Err()
 	case killed == "processor" && most < renderProcessorTime:
-		return nil, failuref(codes.ResourceExhausted, "%s takes more than the %v of processor time that it may "+
-			"have while its namespace has used up its own", r.step, most)
+		return nil, failuref(codes.ResourceExhausted, "%s takes more than the %v of processor time that it "+
+			"may have while its namespace has used up its own", r.step, most)
 	case killed == "processor":
 		r.limit = killed
 		return nil, fmt.Errorf("%s takes more than %v of processor time", r.step, renderProcessorTime)
@@ -1804,8 +1790,8 @@ func plainText(said []byte, token string) string {
 }
 
 // A frame is a kind, a length in four bytes, and as many bytes. A request is a frameJob, whose JSON says how
-// many frameObjects follow it; an answer is a frameStep for each thing that the renderer is about to do, in case
-// it does not come back, pairs of frameName and frameContent, and then a frameDone, a frameFailure or a
+// many frameObjects follow it; an answer is a frameStep for each thing that the renderer is about to do, in
+// case it does not come back, pairs of frameName and frameContent, and then a frameDone, a frameFailure or a
 // framePodFailure. A renderer begins with a frameDone, or with a frameFailure.
 const (
 	frameJob        = 'J'
