@@ -155,17 +155,16 @@ type lookup struct {
 	first      bool   // nothing counts that was read before; Connectors are read with this very token
 	renewal    bool   // what the volume's files were made from is current: the token may be too old to read
 
-	kube     *kube
-	began    time.Time
-	versions map[*entry]string // of the objects that it asked for; noVersion of one that it was not given
-	objects  []*apiObject
-	sizes    sizes
+	kube    *kube
+	began   time.Time
+	objects map[*entry]*apiObject // that it asked for; nil if it was not given one
+	sizes   sizes
 }
 
 // begin begins a lookup, in which the caller has said for whom it is, and which the caller ends. The objects
 // of a mounted volume may be larger than those of a new one.
 func (k *kube) begin(l *lookup) *lookup {
-	l.kube, l.began, l.versions, l.sizes.limit = k, time.Now(), map[*entry]string{}, maxVolumeObjectsBytes
+	l.kube, l.began, l.objects, l.sizes.limit = k, time.Now(), map[*entry]*apiObject{}, maxVolumeObjectsBytes
 	if !l.first {
 		l.sizes.limit = maxNamespaceObjectsBytes
 	}
@@ -177,19 +176,27 @@ func (l *lookup) end() {
 	k := l.kube
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for _, o := range l.objects {
-		for _, of := range [...]string{l.pod.namespace, ""} {
-			if o.holders[of]--; o.holders[of] == 0 {
-				delete(o.holders, of)
-				if k.charged[of] -= len(o.raw); k.charged[of] == 0 {
-					delete(k.charged, of)
-				}
-			}
+	for e, o := range l.objects {
+		if o != nil {
+			k.uncharge(o, l.pod.namespace)
+			k.uncharge(o, "")
 		}
-	}
-	for e := range l.versions {
 		e.lookups--
 		k.dropUnused(e)
+	}
+}
+
+// uncharge ends what one lookup of the namespace, or of all, is charged for an object. The caller holds the
+// lock.
+func (k *kube) uncharge(o *apiObject, namespace string) {
+	o.holders[namespace]--
+	if o.holders[namespace] > 0 {
+		return
+	}
+	delete(o.holders, namespace)
+	k.charged[namespace] -= len(o.raw)
+	if k.charged[namespace] == 0 {
+		delete(k.charged, namespace)
 	}
 }
 
@@ -214,7 +221,7 @@ var errObjectSize = failuref(codes.FailedPrecondition, "it has more than %d KiB"
 
 // charge charges the lookup for an object until its end. One that several lookups have counts once, since
 // they share it.
-func (l *lookup) charge(o *apiObject) error {
+func (l *lookup) charge(e *entry, o *apiObject) error {
 	if err := l.sizes.add(o); err != nil {
 		return err
 	}
@@ -239,7 +246,7 @@ func (l *lookup) charge(o *apiObject) error {
 	}
 	o.holders[l.pod.namespace]++
 	o.holders[""]++
-	l.objects = append(l.objects, o)
+	l.objects[e] = o
 	return nil
 }
 
@@ -479,8 +486,8 @@ func (l *lookup) entry(path, reader string) *entry {
 		e = &entry{path: path, reader: reader, subscriptions: map[*subscriber]*subscription{}}
 		readers[reader] = e
 	}
-	if _, asked := l.versions[e]; !asked {
-		l.versions[e] = noVersion
+	if _, asked := l.objects[e]; !asked {
+		l.objects[e] = nil
 		e.lookups++
 	}
 	return e
@@ -493,8 +500,7 @@ func (l *lookup) get(ctx context.Context, path, reader string) (*apiObject, erro
 	if err != nil {
 		return nil, err
 	}
-	l.versions[e] = o.version
-	return o, l.charge(o)
+	return o, l.charge(e, o)
 }
 
 // find returns an object that is current, or reads it:
@@ -672,19 +678,19 @@ func (l *lookup) subscribe(only bool) (missed bool) {
 	defer k.mu.Unlock()
 	if only {
 		for e := range u.entries {
-			if _, keeps := l.versions[e]; !keeps {
+			if _, keeps := l.objects[e]; !keeps {
 				k.unsubscribeFrom(u, e)
 			}
 		}
 	}
-	for e, version := range l.versions {
+	for e, o := range l.objects {
 		s := e.subscriptions[u]
 		if s == nil {
 			s = &subscription{}
 			e.subscriptions[u], u.entries[e] = s, true
 		}
-		if version != noVersion {
-			s.version = version
+		if o != nil {
+			s.version = o.version
 		}
 		renewed := e.reader != "" && s.token != l.token // the driver's own comes from its file
 		if renewed {

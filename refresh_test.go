@@ -156,7 +156,7 @@ func TestObjectsUnderWayAreLimited(t *testing.T) {
 	hold := func(namespace string, mebibytes ...int) (lookups []*lookup) {
 		for _, size := range mebibytes {
 			c := k.begin(&lookup{pod: podIdentity{namespace: namespace}, first: true})
-			must(t, c.charge(&apiObject{raw: make([]byte, size<<20)}))
+			must(t, c.charge(&entry{}, &apiObject{raw: make([]byte, size<<20)}))
 			lookups = append(lookups, c)
 		}
 		return lookups
@@ -164,7 +164,7 @@ func TestObjectsUnderWayAreLimited(t *testing.T) {
 	shared := &apiObject{raw: make([]byte, 3<<20)} // counts once
 	for range 10 {
 		c := k.begin(&lookup{pod: podIdentity{namespace: "default"}, first: true})
-		must(t, c.charge(shared))
+		must(t, c.charge(&entry{}, shared))
 		defer c.end()
 	}
 	full := hold("default", 3)
