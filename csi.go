@@ -1063,7 +1063,7 @@ func (d *driver) chooseToken(ctx context.Context, l *lookup, v *volume, p *publi
 		slices.Equal(t.audiences, audiences) {
 		return t.value, nil
 	}
-	if err := d.renderers.knownLimit(j.key); err != nil {
+	if err := d.renderers.refusal(p.pod.namespace, j.key); err != nil {
 		return "", renderError(err)
 	}
 	token, err := l.requestToken(ctx, audiences, lifetime)

@@ -1227,38 +1227,37 @@ type job struct {
 type turn struct {
 	namespace string
 	key       [sha256.Size]byte // of a job
-	granted   chan error        // has room for the answer
+	began     chan struct{}     // is closed when it becomes active
 }
 
 // queue lets a number of turns be active at once.
 type queue struct {
 	capacity int
 	before   func(a, b *turn) bool // whether a is next rather than b
-	ready    func(*turn) bool      // whether it may be active now; nil: always
-	refusal  func(*turn) error     // why it may not even wait; nil: never
+	ready    func(*turn) bool      // whether it may be active now
 
 	mu      sync.Mutex // guards the rest; the functions above are called with it
 	waiting []*turn    // the longest first
 	active  []*turn
 }
 
-// acquire returns once the turn is active, or with the reason why it is not.
+// acquire returns once the turn is active, or when ctx ends.
 func (q *queue) acquire(ctx context.Context, t *turn) error {
-	t.granted = make(chan error, 1)
+	t.began = make(chan struct{})
 	q.mu.Lock()
 	q.waiting = append(q.waiting, t)
 	q.admit()
 	q.mu.Unlock()
 	select {
-	case err := <-t.granted:
-		return err
+	case <-t.began:
+		return nil
 	case <-ctx.Done():
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if i := slices.Index(q.waiting, t); i >= 0 {
 		q.waiting = slices.Delete(q.waiting, i, i+1)
-	} else if <-t.granted == nil { // at this very moment
+	} else { // it began at this very moment
 		q.releaseLocked(t)
 	}
 	return fmt.Errorf("others were served first: %w", ctx.Err())
@@ -1281,21 +1280,12 @@ func (q *queue) releaseLocked(t *turn) {
 	q.admit()
 }
 
-// admit ends the turns that there is a refusal for, and makes others active. The caller holds the lock.
+// admit makes as many turns active as there may be. The caller holds the lock.
 func (q *queue) admit() {
-	if q.refusal != nil {
-		q.waiting = slices.DeleteFunc(q.waiting, func(t *turn) bool {
-			err := q.refusal(t)
-			if err != nil {
-				t.granted <- err
-			}
-			return err != nil
-		})
-	}
 	for len(q.active) < q.capacity {
 		next := -1
 		for i, t := range q.waiting {
-			if (q.ready == nil || q.ready(t)) && (next < 0 || q.before(t, q.waiting[next])) {
+			if q.ready(t) && (next < 0 || q.before(t, q.waiting[next])) {
 				next = i
 			}
 		}
@@ -1305,7 +1295,7 @@ func (q *queue) admit() {
 		t := q.waiting[next]
 		q.waiting = slices.Delete(q.waiting, next, next+1)
 		q.active = append(q.active, t)
-		t.granted <- nil
+		close(t.began)
 	}
 }
 
@@ -1362,7 +1352,6 @@ func newRenderers(binary string, log *slog.Logger, m *metrics) *renderers {
 		same := func(other *turn) bool { return other.key == t.key }
 		return p.outcomes[t.key].allowance > 0 || !slices.ContainsFunc(p.active, same)
 	}
-	p.refusal = p.refuse
 	return p
 }
 
@@ -1376,11 +1365,17 @@ func newRenderers(binary string, log *slog.Logger, m *metrics) *renderers {
 // Its errors are failures with their codes, wrap that of ctx, or are about a class or a Connector.
 func (p *renderers) render(ctx context.Context, namespace string, j job) (files, error) {
 	// 1. wait
+	if err := p.refusal(namespace, j.key); err != nil {
+		return nil, err
+	}
 	t := &turn{namespace: namespace, key: j.key}
 	if err := p.acquire(ctx, t); err != nil {
 		return nil, err
 	}
 	defer p.release(t)
+	if err := p.refusal(namespace, j.key); err != nil { // since others were rendered
+		return nil, err
+	}
 
 	// 2. obtain
 	r, most, err := p.obtain(t)
@@ -1409,37 +1404,24 @@ func (p *renderers) left(namespace string) time.Duration {
 	return min(accountSize, a.left+time.Duration(accountRefill*float64(time.Since(a.at))))
 }
 
-// knownLimit returns the limit that a job hit the last time, while it is not tried again.
-func (p *renderers) knownLimit(key [sha256.Size]byte) error {
+// refusal returns why a job is not rendered now: the limit that it hit the last time, or the empty account of
+// its namespace, which lets in what has been cheap before.
+func (p *renderers) refusal(namespace string, key [sha256.Size]byte) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.refuseKnown(key)
-}
-
-// refuseKnown is knownLimit for a caller that holds the lock.
-func (p *renderers) refuseKnown(key [sha256.Size]byte) error {
-	o := p.outcomes[key]
-	if wait := time.Until(o.at.Add(o.pause)); o.limit != nil && wait > 0 {
+	o, left := p.outcomes[key], p.left(namespace)
+	wait := time.Until(o.at.Add(o.pause))
+	switch {
+	case o.limit != nil && wait > 0:
 		return fmt.Errorf("%w; it is tried again after %v, or when something has changed", o.limit,
 			wait.Truncate(time.Second)+time.Second)
-	}
-	return nil
-}
-
-// refuse returns why a turn may not wait: the limit that its job hit, or the empty account of its namespace,
-// which lets in what has been cheap before. The caller holds the lock.
-func (p *renderers) refuse(t *turn) error {
-	if err := p.refuseKnown(t.key); err != nil {
-		return err
-	}
-	left := p.left(t.namespace)
-	if left > 0 || p.outcomes[t.key].allowance > 0 {
+	case left > 0 || o.allowance > 0:
 		return nil
 	}
-	a := p.accounts[t.namespace]
+	a := p.accounts[namespace]
 	return failuref(codes.ResourceExhausted, "rendering for namespace %q has used up its %v of processor "+
 		"time, of which %v come back each minute, enough for the next try in %v; what took most, %v, is %s",
-		t.namespace, accountSize, time.Duration(accountRefill*float64(time.Minute)),
+		namespace, accountSize, time.Duration(accountRefill*float64(time.Minute)),
 		time.Duration(float64(-left)/accountRefill).Truncate(time.Second)+time.Second,
 		a.most.Round(10*time.Millisecond), a.mostBy)
 }

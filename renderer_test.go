@@ -467,8 +467,8 @@ func TestEmptyAccount(t *testing.T) {
 	go func() { done <- volume("other").publish() }()
 	awaitTurns(t, p, 1)
 	setAccount(-time.Second, 0)
-	wantError(t, <-done, codes.ResourceExhausted, "has used up")
 	changeRenderers(p, func() { p.capacity = maxRenderers })
+	wantError(t, <-done, codes.ResourceExhausted, "has used up")
 }
 
 // What has hit a limit is not tried again at once, by no Pod of the namespace, until it or the time has changed.
