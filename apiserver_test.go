@@ -53,7 +53,8 @@ func sign(payload string) string {
 }
 
 // issue makes a token of a ServiceAccount, bound to the Pod if there is one.
-func issue(namespace, serviceAccount string, pod map[string]string, lifetime time.Duration, audiences ...string) string {
+func issue(namespace, serviceAccount string, pod map[string]string, lifetime time.Duration,
+	audiences ...string) string {
 	c := claims{Audience: audiences, Expires: time.Now().Add(lifetime).Unix(), Serial: serial.Add(1)}
 	c.Kubernetes.Namespace, c.Kubernetes.Pod = namespace, pod
 	c.Kubernetes.ServiceAccount = map[string]string{"name": serviceAccount, "uid": "5a"}
@@ -128,7 +129,8 @@ type apiServer struct {
 func newAPIServer(t testing.TB) *apiServer {
 	a := &apiServer{t: t, objects: map[string][]byte{}, forbidden: map[string]bool{}, podUIDs: map[string]bool{},
 		streams: map[*apiStream]bool{}, ended: map[string]bool{},
-		requests: map[string]int{}, readers: map[string]string{}, lastRequest: map[string]object{}, protocols: map[string]bool{}}
+		requests: map[string]int{}, readers: map[string]string{}, lastRequest: map[string]object{},
+		protocols: map[string]bool{}}
 	a.listen("127.0.0.1:0")
 	t.Cleanup(a.Close)
 	return a
@@ -389,7 +391,8 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, statusBody(code, reason, format, args...))
 	}
 	parts := strings.Split(token, ".")
-	authentic := len(parts) == 3 && parts[2] == sign(parts[1]) && c.Expires > time.Now().Unix() && slices.Contains(c.Audience, apiAudience) && !a.ended[token]
+	authentic := len(parts) == 3 && parts[2] == sign(parts[1]) && c.Expires > time.Now().Unix() &&
+		slices.Contains(c.Audience, apiAudience) && !a.ended[token]
 	isDriver, isClass := user == driverUser, strings.Contains(r.URL.Path, "/connectorclasses")
 	subject := "system:serviceaccount:" + strings.Replace(user, "/", ":", 1)
 	switch {
@@ -402,7 +405,8 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		case request.malformed:
 			fail(http.StatusBadRequest, "BadRequest", "malformed watch: %s", r.URL.RawQuery)
 		case a.noWatch || a.forbidden[user+" watch "+request.path] || isDriver != isClass:
-			fail(http.StatusForbidden, "Forbidden", `%s.connectors.alauda.io %q is forbidden: User %q cannot watch resource %q in API group "connectors.alauda.io"`,
+			fail(http.StatusForbidden, "Forbidden",
+				`%s.connectors.alauda.io %q is forbidden: User %q cannot watch resource %q in API group "connectors.alauda.io"`,
 				resource[len(resource)-2], resource[len(resource)-1], subject, resource[len(resource)-2])
 		default:
 			a.serveWatch(w, r, request, down)
@@ -411,11 +415,13 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		a.issueToken(w, r.URL.Path, sent, fail, isDriver && !a.noTokens, subject)
 	case a.forbidden[user+" "+r.URL.Path] || isDriver != isClass:
 		resource := strings.Split(r.URL.Path, "/")
-		fail(http.StatusForbidden, "Forbidden", `%s.connectors.alauda.io %q is forbidden: User %q cannot get resource %q in API group "connectors.alauda.io"`,
+		fail(http.StatusForbidden, "Forbidden",
+			`%s.connectors.alauda.io %q is forbidden: User %q cannot get resource %q in API group "connectors.alauda.io"`,
 			resource[len(resource)-2], resource[len(resource)-1], subject, resource[len(resource)-2])
 	case a.objects[r.URL.Path] == nil:
 		resource := strings.Split(r.URL.Path, "/")
-		fail(http.StatusNotFound, "NotFound", "%s.connectors.alauda.io %q not found", resource[len(resource)-2], resource[len(resource)-1])
+		fail(http.StatusNotFound, "NotFound", "%s.connectors.alauda.io %q not found", resource[len(resource)-2],
+			resource[len(resource)-1])
 	default:
 		w.Write(a.objects[r.URL.Path])
 	}
@@ -616,24 +622,30 @@ func (a *apiServer) watched(path string) (requests []watchRequest) {
 
 // issueToken answers a TokenRequest, under the API server's rules for it and those of deploy.yaml's policies that need
 // no Pods.
-func (a *apiServer) issueToken(w http.ResponseWriter, path string, sent object, fail func(int, string, string, ...any), allowed bool, user string) {
+func (a *apiServer) issueToken(w http.ResponseWriter, path string, sent object, fail func(int, string, string, ...any),
+	allowed bool, user string) {
 	parts := strings.Split(path, "/")
 	namespace, serviceAccount := parts[4], parts[6]
 	seconds, _ := valueAt(sent, "spec", "expirationSeconds").(float64)
 	podName, uid := stringAt(sent, "spec", "boundObjectRef", "name"), stringAt(sent, "spec", "boundObjectRef", "uid")
 	switch {
 	case !allowed:
-		fail(http.StatusForbidden, "Forbidden", `serviceaccounts %q is forbidden: User %q cannot create resource "serviceaccounts/token" in API group "" in the namespace %q`,
+		fail(http.StatusForbidden, "Forbidden",
+			`serviceaccounts %q is forbidden: User %q cannot create resource "serviceaccounts/token" in API group "" in the `+
+				`namespace %q`,
 			serviceAccount, user, namespace)
 		return
 	case stringAt(sent, "metadata", "labels", "app.kubernetes.io/name") != "connectors-csi":
-		fail(http.StatusForbidden, "Forbidden", "the driver may request tokens only with the label app.kubernetes.io/name=connectors-csi")
+		fail(http.StatusForbidden, "Forbidden",
+			"the driver may request tokens only with the label app.kubernetes.io/name=connectors-csi")
 		return
 	case seconds < 600:
-		fail(http.StatusUnprocessableEntity, "Invalid", "spec.expirationSeconds: Invalid value: %v: may not specify a duration less than 10 minutes", seconds)
+		fail(http.StatusUnprocessableEntity, "Invalid",
+			"spec.expirationSeconds: Invalid value: %v: may not specify a duration less than 10 minutes", seconds)
 		return
 	case stringAt(sent, "spec", "boundObjectRef", "kind") != "Pod" || !a.podUIDs[uid]:
-		fail(http.StatusConflict, "Conflict", "the UID in the bound object reference (%s) does not match the UID in record", uid)
+		fail(http.StatusConflict, "Conflict", "the UID in the bound object reference (%s) does not match the UID in record",
+			uid)
 		return
 	}
 	lifetime := time.Duration(seconds) * time.Second
@@ -650,8 +662,10 @@ func (a *apiServer) issueToken(w http.ResponseWriter, path string, sent object, 
 	w.WriteHeader(http.StatusCreated)
 	spec := maps.Clone(sent["spec"].(object))
 	spec["expirationSeconds"] = int64(lifetime / time.Second)
-	json.NewEncoder(w).Encode(object{"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "spec": spec, "status": object{
-		"token":               issue(namespace, serviceAccount, map[string]string{"name": podName, "uid": uid}, lifetime, audiences...),
-		"expirationTimestamp": time.Now().Add(a.clock).Add(lifetime).UTC().Format(time.RFC3339),
-	}})
+	json.NewEncoder(w).Encode(object{"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1", "spec": spec,
+		"status": object{
+			"token": issue(namespace, serviceAccount, map[string]string{"name": podName, "uid": uid}, lifetime,
+				audiences...),
+			"expirationTimestamp": time.Now().Add(a.clock).Add(lifetime).UTC().Format(time.RFC3339),
+		}})
 }

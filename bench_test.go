@@ -122,12 +122,14 @@ func benchmarkFloor(b *testing.B, call func(csi.IdentityClient)) {
 func mountBare(b *testing.B, target string, contents map[string]string) {
 	conf, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
 	must(b, err)
-	for _, option := range [][2]string{{"source", "connectors-csi"}, {"mode", "555"}, {"size", "6291456"}, {"nr_inodes", "1032"}} {
+	for _, option := range [][2]string{{"source", "connectors-csi"}, {"mode", "555"}, {"size", "6291456"},
+		{"nr_inodes", "1032"}} {
 		must(b, unix.FsconfigSetString(conf, option[0], option[1]))
 	}
 	unix.FsconfigSetFlag(conf, "noswap")
 	must(b, unix.FsconfigCreate(conf))
-	mount, err := unix.Fsmount(conf, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	mount, err := unix.Fsmount(conf, unix.FSMOUNT_CLOEXEC,
+		unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
 	must(b, err)
 	unix.Close(conf)
 	must(b, unix.Mkdirat(mount, "..gen", 0o755))
@@ -235,7 +237,8 @@ func benchmarkJob(b *testing.B) job {
 		objects = append(objects, parsed)
 	}
 	token := issue("default", "default", nil, time.Hour, apiAudience)
-	return job{sources: []source{{objects[0], objects[1]}}, selection: selection{Configurations: []string{"config"}}, token: token}
+	return job{sources: []source{{objects[0], objects[1]}}, selection: selection{Configurations: []string{"config"}},
+		token: token}
 }
 
 // BenchmarkPublishWith1000Volumes is BenchmarkPublish on a node that has 1,000 volumes already.

@@ -176,18 +176,21 @@ func anchors(text string) (all []string) {
 // What README.md says that its first command prints is what it prints.
 func TestPreviewOfTheREADME(t *testing.T) {
 	t.Parallel()
-	block := regexp.MustCompile("(?s)```bash\ngo run \\. (render [^\n]+) < (examples/[a-z]+\\.json)\n```\n\n```text\n(.*?)```").
+	block := regexp.MustCompile("(?s)```bash\ngo run \\. (render [^\n]+) < " +
+		"(examples/[a-z]+\\.json)\n```\n\n```text\n(.*?)```").
 		FindStringSubmatch(readText(t, "README.md"))
 	if block == nil {
 		t.Fatal("README.md has no preview with what it prints")
 	}
 	stdout, stderr, code := runRenderOn(readText(t, block[2]), strings.Fields(block[1])[1:]...)
 	if stdout != block[3] || stderr != "" || code != 0 {
-		t.Errorf("exit code %d, on standard error %q, and on standard output\n%s\nREADME.md shows\n%s", code, stderr, stdout, block[3])
+		t.Errorf("exit code %d, on standard error %q, and on standard output\n%s\nREADME.md shows\n%s", code, stderr, stdout,
+			block[3])
 	}
 
 	// The volume and the file above it are those of the same example.
-	first := regexp.MustCompile("(?s)```yaml\n(volumes:\n.*?)```.*?```text\n(.*?)```").FindStringSubmatch(readText(t, "README.md"))
+	first := regexp.MustCompile("(?s)```yaml\n(volumes:\n.*?)```.*?```text\n(.*?)```").FindStringSubmatch(readText(t,
+		"README.md"))
 	if first == nil {
 		t.Fatal("README.md shows no volume and its file")
 	}
@@ -280,7 +283,10 @@ func TestFunctionsAreDocumented(t *testing.T) {
 		documented = append(documented, strings.Join(names, " "))
 	}
 	rest := slices.Concat(slices.Collect(maps.Keys(functions)), []string{"call", "ge", "gt", "le", "len", "lt"})
-	rest = slices.DeleteFunc(rest, func(name string) bool { return strings.HasPrefix(name, "must") && name != "must_date_modify" })
+	rest = slices.DeleteFunc(rest, func(name string) bool {
+		return strings.HasPrefix(name, "must") &&
+			name != "must_date_modify"
+	})
 	groups := [][]string{}
 	for _, f := range families {
 		if group := strings.Fields(f.names); f.meet != nil || f.missing > 0 {
@@ -306,29 +312,36 @@ func TestLimitsAreDocumented(t *testing.T) {
 	t.Parallel()
 	limits := section(t, "docs/operations.md", "Limits")
 	for _, want := range []string{
-		fmt.Sprintf("| files of a volume | %d MiB in %d files; names of 1 to %d letters", maxVolumeBytes>>20, maxVolumeFiles, maxNameBytes),
+		fmt.Sprintf("| files of a volume | %d MiB in %d files; names of 1 to %d letters", maxVolumeBytes>>20, maxVolumeFiles,
+			maxNameBytes),
 		fmt.Sprintf("| %d KiB together; %d Connectors; %d configurations and %d exclusions of up to %d bytes",
 			maxAttributeBytes>>10, maxConnectors, maxConfigurations, maxConfigurations, maxNameBytes),
 		fmt.Sprintf("`nodePublishSecretRef`) | %d KiB |", maxRequestBytes>>10),
 		fmt.Sprintf("| a token | %d KiB |", maxTokenBytes>>10),
 		fmt.Sprintf("| volumes of a Pod | %d, and %d MiB of memory together", maxPodVolumes, maxPodMemory>>20),
-		fmt.Sprintf("%.1f KiB for each file, link and directory, %d KiB for each volume", inodeMemory/1024.0, mountMemory>>10),
+		fmt.Sprintf("%.1f KiB for each file, link and directory, %d KiB for each volume", inodeMemory/1024.0,
+			mountMemory>>10),
 		fmt.Sprintf("| rendering a volume | %d MiB of memory, %.0f s of processor time, %.0f s in all |",
 			renderMemory>>20, renderProcessorTime.Seconds(), renderTime.Seconds()),
 		fmt.Sprintf("| a renderer | %d threads and processes", rendererThreads),
-		fmt.Sprintf("%.0f s of processor time, of which %.0f s come back each minute", accountSize.Seconds(), 60*accountRefill),
+		fmt.Sprintf("%.0f s of processor time, of which %.0f s come back each minute", accountSize.Seconds(),
+			60*accountRefill),
 		fmt.Sprintf("for ten times as long, at most %.1f s", maxAllowance.Seconds()),
-		fmt.Sprintf("not tried again for %.0f s, twice as long each time up to %.0f minutes", minPause.Seconds(), maxPause.Minutes()),
+		fmt.Sprintf("not tried again for %.0f s, twice as long each time up to %.0f minutes", minPause.Seconds(),
+			maxPause.Minutes()),
 		fmt.Sprintf("; %s are remembered, %d for a namespace", thousands(maxOutcomes), maxNamespaceOutcomes),
 		fmt.Sprintf("| a Connector or ConnectorClass | %d MiB of JSON", maxObjectBytes>>20),
 		fmt.Sprintf("| the Connectors and ConnectorClasses of a volume | %d MiB together", maxVolumeObjectsBytes>>20),
-		fmt.Sprintf("| %d MiB for the Pods of a namespace, %d MiB on a node |", maxNamespaceObjectsBytes>>20, maxObjectsBytes>>20),
+		fmt.Sprintf("| %d MiB for the Pods of a namespace, %d MiB on a node |", maxNamespaceObjectsBytes>>20,
+			maxObjectsBytes>>20),
 		fmt.Sprintf("| the cache of objects | %d MiB;", maxCacheBytes>>20),
 		fmt.Sprintf("| %d KiB for a Pod, %d MiB on a node |", maxPodKeptBytes>>10, maxKeptBytes>>20),
-		fmt.Sprintf("| watches | %d for the Pods of a namespace, %d of classes, %d on a node |", maxNamespaceWatches, maxOwnWatches, maxWatches),
+		fmt.Sprintf("| watches | %d for the Pods of a namespace, %d of classes, %d on a node |", maxNamespaceWatches,
+			maxOwnWatches, maxWatches),
 		fmt.Sprintf("| %d for the Pods of a namespace, %d on a node; %.0f s each.", maxNamespaceRequests, maxRequests,
 			requestTimeout.Seconds()),
-		fmt.Sprintf("| answers of the API server above %d KiB that are read at once | %d on a node", smallAnswerBytes>>10, maxLargeAnswers),
+		fmt.Sprintf("| answers of the API server above %d KiB that are read at once | %d on a node", smallAnswerBytes>>10,
+			maxLargeAnswers),
 	} {
 		if !strings.Contains(limits, want) {
 			t.Errorf("docs/operations.md, Limits, does not say: %s", want)
@@ -347,7 +360,8 @@ func TestTroubleshootingHasTheDriversMessages(t *testing.T) {
 		have += messagesOf(t, name+".go")
 	}
 	// What stands for a value, and where one error wraps another.
-	variable := regexp.MustCompile(`…|[0-9][0-9a-z.]*|["<>{}:]|[a-z]+\.[a-z]+|\bconnectors |\.gitconfig|connectors-csi|ConnectorClass|(render|decod)ing it`)
+	variable := regexp.MustCompile(`…|[0-9][0-9a-z.]*|["<>{}:]|[a-z]+\.[a-z]+|\bconnectors ` +
+		`|\.gitconfig|connectors-csi|ConnectorClass|(render|decod)ing it`)
 	foreign := regexp.MustCompile(`^grpc: |ValidatingAdmissionPolicy`)
 	count := 0
 	for _, row := range rows(readText(t, "docs/troubleshooting.md")) {
@@ -421,8 +435,8 @@ func TestLicencesAreListed(t *testing.T) {
 	}
 }
 
-// Each promise has a test, and each test that a promise names is there: of the driver in the second column, of the module
-// e2e in the third, with a part of it after a slash. What else stands in backticks there is a step of .ci/run.
+// Each promise has a test, and each test that a promise names is there: of the driver in the second column, of the
+// module e2e in the third, with a part of it after a slash. What else stands in backticks there is a step of .ci/run.
 func TestPromisesHaveTests(t *testing.T) {
 	t.Parallel()
 	own, onNode, ci := testsIn(t, "."), testsIn(t, "e2e"), readText(t, ".ci/run")
@@ -473,7 +487,8 @@ func testsIn(t *testing.T, root string) map[string]string {
 		}
 		for _, d := range source.Decls {
 			f, ok := d.(*ast.FuncDecl)
-			if ok && f.Recv == nil && regexp.MustCompile(`^(Test|Fuzz)[A-Z]`).MatchString(f.Name.Name) && f.Name.Name != "TestMain" {
+			if ok && f.Recv == nil && regexp.MustCompile(`^(Test|Fuzz)[A-Z]`).MatchString(f.Name.Name) &&
+				f.Name.Name != "TestMain" {
 				tests[f.Name.Name] = path
 			}
 		}

@@ -22,8 +22,8 @@ import (
 
 // ---- Requests: the next place goes to the namespace with the fewest ----
 
-// Answers to a tenant's eighteen namespaces come only when the test lets them, one at a time. A neighbour's read gets the
-// first place that is given back, since every namespace of the tenant that waits has a request under way.
+// Answers to a tenant's eighteen namespaces come only when the test lets them, one at a time. A neighbour's read gets
+// the first place that is given back, since every namespace of the tenant that waits has a request under way.
 func TestNextRequestIsTheNeighbours(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
@@ -48,7 +48,8 @@ func TestNextRequestIsTheNeighbours(t *testing.T) {
 		n.api.put(connector(namespace, "git", "git"))
 		pod := n.pod(namespace + "/default")
 		all.Go(func() {
-			l := n.driver.kube.begin(&lookup{pod: podIdentity{namespace: namespace, serviceAccount: "default"}, token: pod.token, first: true})
+			l := n.driver.kube.begin(&lookup{pod: podIdentity{namespace: namespace, serviceAccount: "default"}, token: pod.token,
+				first: true})
 			defer l.end()
 			if _, err := l.connector(t.Context(), reference{namespace, "git"}); err != nil {
 				t.Error(err)
@@ -196,7 +197,8 @@ func TestCheapThatIsNot(t *testing.T) {
 		p.accounts["default"] = &account{left: -time.Minute, at: time.Now(), most: time.Minute, mostBy: "what the test says"}
 	})
 	other := n.volume()
-	other.mustRefuse(codes.ResourceExhausted, `ConnectorClass "git", configuration "config", file "file": rendering it takes more than the 20ms of processor time`,
+	other.mustRefuse(codes.ResourceExhausted,
+		`ConnectorClass "git", configuration "config", file "file": rendering it takes more than the 20ms of processor time`,
 		"while its namespace has used up its own")
 	other.mustRefuse(codes.ResourceExhausted, "has used up its 10s", "what the test says")
 	good.pod.renewToken()
@@ -230,7 +232,8 @@ func TestWallTimeIsNotRemembered(t *testing.T) {
 	i := slices.IndexFunc(impostors(), func(i impostor) bool { return i.what == "steps without an answer" })
 	n := renderedBy(t, fmt.Sprint("impostor-", i))
 	v := n.volume()
-	if err := v.publish(); err == nil || !strings.Contains(err.Error(), "takes more than 5s") && !strings.Contains(err.Error(), "too busy") {
+	if err := v.publish(); err == nil || !strings.Contains(err.Error(), "takes more than 5s") &&
+		!strings.Contains(err.Error(), "too busy") {
 		t.Fatal(err)
 	}
 	p := n.driver.renderers
@@ -350,10 +353,12 @@ func TestKeptOfAPodIsBounded(t *testing.T) {
 
 	// One that is kept and grows is so no more, and neither pushed nor watched.
 	large := kept[0]
-	pod.token = issue(pod.namespace, pod.serviceAccount, map[string]string{"name": pod.name, "uid": pod.uid, "x": strings.Repeat("x", 8<<10)}, time.Hour, apiAudience)
+	pod.token = issue(pod.namespace, pod.serviceAccount,
+		map[string]string{"name": pod.name, "uid": pod.uid, "x": strings.Repeat("x", 8<<10)}, time.Hour, apiAudience)
 	large.mustPublish()
 	if isKept(large) || len(large.record().subscriber.entries) != 0 {
-		t.Errorf("a volume beyond the bound is kept: %v, with %d objects", isKept(large), len(large.record().subscriber.entries))
+		t.Errorf("a volume beyond the bound is kept: %v, with %d objects", isKept(large),
+			len(large.record().subscriber.entries))
 	}
 	pod.renewToken()
 	for _, v := range kept[1:] {
@@ -404,8 +409,8 @@ func TestKeptOfANodeIsBounded(t *testing.T) {
 	n.kept("")
 }
 
-// A full node of volumes with the largest attributes takes little more of the process's heap than what may be kept. What a
-// round of refreshes that change nothing costs is said.
+// A full node of volumes with the largest attributes takes little more of the process's heap than what may be kept.
+// What a round of refreshes that change nothing costs is said.
 func TestFullNodeOfLargeAttributes(t *testing.T) {
 	n := startNode(t)
 	declared := configuration("config", "token", "{{ .context.token }}")
@@ -448,7 +453,8 @@ func TestFullNodeOfLargeAttributes(t *testing.T) {
 			kept++
 		}
 	})
-	t.Logf("%d volumes, of which %d are kept, take %d MiB; an unchanged round takes %v of processor time, with the test's own",
+	t.Logf("%d volumes, of which %d are kept, take %d MiB; an unchanged round takes %v of processor time, with the "+
+		"test's own",
 		len(volumes), kept, (after-before)>>20, used.Round(10*time.Millisecond))
 	if after > before+2*maxKeptBytes || n.kept("") > maxKeptBytes || kept < 200 {
 		t.Errorf("%d volumes are kept, in %d MiB", kept, (after-before)>>20)
@@ -457,7 +463,8 @@ func TestFullNodeOfLargeAttributes(t *testing.T) {
 
 // ---- The mount table ----
 
-// A file system of the node that does not answer, as one of a server that is down, does not keep the driver from starting.
+// A file system of the node that does not answer, as one of a server that is down, does not keep the driver from
+// starting.
 func TestDeadFileSystemElsewhere(t *testing.T) {
 	n := newNode(t)
 	fuse, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
@@ -466,7 +473,8 @@ func TestDeadFileSystemElsewhere(t *testing.T) {
 	}
 	dir := filepath.Join(n.dir, "dead")
 	must(t, os.Mkdir(dir, 0o755))
-	if err := unix.Mount("server:/dead", dir, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fuse)); err != nil {
+	if err := unix.Mount("server:/dead", dir, "fuse", 0,
+		fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fuse)); err != nil {
 		t.Skip("no file system can be served here: ", err)
 	}
 	defer unix.Unmount(dir, unix.MNT_DETACH)

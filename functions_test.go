@@ -27,8 +27,9 @@ import (
 func renderText(t testing.TB, text string, change ...func(object)) (string, error) {
 	t.Helper()
 	spec := object{"number": 8443, "float": 1.5, "million": json.RawMessage("1000000.0"), "huge": 1e21,
-		"tiny": 0.0000001, "numbers": json.RawMessage("[1,2.5,1e6]"), "yes": true, "no": false, "zero": 0, "text": "text", "empty": "",
-		"null": nil, "list": []any{"a", nil}, "deep": object{"list": []any{object{"a": 1, "b": []any{nil}}}},
+		"tiny": 0.0000001, "numbers": json.RawMessage("[1,2.5,1e6]"), "yes": true, "no": false, "zero": 0, "text": "text",
+		"empty": "",
+		"null":  nil, "list": []any{"a", nil}, "deep": object{"list": []any{object{"a": 1, "b": []any{nil}}}},
 		"map": object{"key": "value"}}
 	o := connector("default", "git", "git", append([]func(object){with(spec, "spec")}, change...)...)
 	decoded, err := decodeJSON(marshal(t, o))
@@ -254,9 +255,11 @@ func TestMissingAtAnyDepth(t *testing.T) {
 	for _, value := range []string{`(list "a" .none)`, `.list`, `.deep`, `(dict "a" (list (dict "b" .none)))`,
 		`(list (dict "a" .null))`, `(fromJson "[1,{\"a\":null}]")`, `(chunk 1 .list)`, `(prepend .list "b")`,
 		`(append (list 1) .none)`, `(set (dict) "a" .none)`, `(dict "a" nil)`, `(values (dict "a" .none))`,
-		`(merge (dict) (dict "a" (list .none)))`, `(deepCopy .list)`, `(concat .list .list)`, `(reverse .list)`, `(uniq .list)`,
+		`(merge (dict) (dict "a" (list .none)))`, `(deepCopy .list)`, `(concat .list .list)`, `(reverse .list)`,
+		`(uniq .list)`,
 		`(without .list "a")`, `(pick (dict "a" .none) "a")`, `(initial (list .none 1))`} {
-		for _, printer := range []string{"", "print", "println 1", `printf "%v"`, `printf "%s %v" "a"`, "html", "js", "urlquery",
+		for _, printer := range []string{"", "print", "println 1", `printf "%v"`, `printf "%s %v" "a"`, "html", "js",
+			"urlquery",
 			"quote", "squote 1", "cat 1", `join ","`, "toJson", "toPrettyJson", "toRawJson", "mustToJson", "mustToPrettyJson",
 			"mustToRawJson", "toString", "toStrings", "sortAlpha"} {
 			for _, form := range []string{"{{ PRINT VALUE }}", "{{ $x := VALUE }}{{ PRINT $x }}", "{{ VALUE | PRINT }}",
@@ -272,10 +275,13 @@ func TestMissingAtAnyDepth(t *testing.T) {
 		}
 	}
 	for text, where := range map[string]string{
-		`{{ .deep }}`:                          `file line 1: {{ .deep }} has no value at ["list"][0]["b"][0]`,
-		`{{ .deep.list | toJson | indent 2 }}`: `file line 1: {{ .deep.list | toJson | indent 2 }}: argument 1 of toJson has no value at [0]["b"][0]`,
-		`{{ list "a" .none | join "," }}`:      `file line 1: {{ list "a" .none | join "," }}: argument 2 of join has no value at [1]`,
-		`{{ urlJoin (dict "host" .none) }}`:    `file line 1: {{ urlJoin (dict "host" .none) }}: argument 1 of urlJoin has no value at ["host"]`,
+		`{{ .deep }}`: `file line 1: {{ .deep }} has no value at ["list"][0]["b"][0]`,
+		`{{ .deep.list | toJson | indent 2 }}`: `file line 1: {{ .deep.list | toJson | indent 2 }}: argument 1 of toJson ` +
+			`has no value at [0]["b"][0]`,
+		`{{ list "a" .none | join "," }}`: `file line 1: {{ list "a" .none | join "," }}: argument 2 of join has no ` +
+			`value at [1]`,
+		`{{ urlJoin (dict "host" .none) }}`: `file line 1: {{ urlJoin (dict "host" .none) }}: argument 1 of urlJoin has ` +
+			`no value at ["host"]`,
 	} {
 		if _, err := renderText(t, text); err == nil || !strings.HasSuffix(err.Error(), where) {
 			t.Errorf("%s\n\tsays %v", text, err)
@@ -336,7 +342,8 @@ func TestNonsenseFails(t *testing.T) {
 		`int "80a"`: `argument 1 of int is "80a", not a whole number`, `int "3.9"`: `is "3.9", not`, `int ""`: `is "", not`,
 		`int "9223372036854775808"`: "not a whole number", `int .huge`: `is "1e+21", not`,
 		`int .map`:  `is "map[key:value]", not a whole`,
-		`int64 "x"`: `is "x", not`, `"80a" | int`: `is "80a", not`, `float64 "x"`: `argument 1 of float64 is "x", not a number`,
+		`int64 "x"`: `is "x", not`, `"80a" | int`: `is "80a", not`,
+		`float64 "x"`:   `argument 1 of float64 is "x", not a number`,
 		`float64 "NaN"`: ", not a number", `float64 "inf"`: ", not a number", `atoi "x"`: `"x"`,
 		`atoi "1.0"`: `"1.0"`, `add "x" 1`: `is "x", not`, `add 1 "x"`: `is "x", not`, `"x" | add 1`: `is "x", not`,
 		`add 1.5 1`: `is "1.5", not a whole number`, `add .list 1`: `is "[a <nil>]", not a whole`,
@@ -380,7 +387,8 @@ func TestNonsenseFails(t *testing.T) {
 		`urlParse "http://[::1"`: "unable to parse url",
 		`urlParse "%zz"`:         "unable to parse url", `urlJoin (dict "host" 1)`: "must be of type string",
 		`repeat -1 "a"`: "negative", `indent -1 "a"`: "negative", `substr 3 9 "a"`: "out of range",
-		`randAlpha -1`: "the result is empty", `randAlphaNum -1`: "the result is empty", `randAscii -1`: "the result is empty",
+		`randAlpha -1`: "the result is empty", `randAlphaNum -1`: "the result is empty",
+		`randAscii -1`:   "the result is empty",
 		`randNumeric -1`: "the result is empty", `randBytes -1`: "makeslice", `until 1.5`: "as type int",
 
 		// lists and maps
@@ -425,23 +433,30 @@ func TestNonsenseFails(t *testing.T) {
 func TestNumbersAndOtherValues(t *testing.T) {
 	t.Parallel()
 	for text, want := range sorted(map[string]string{
-		`{{ .million }} {{ .huge }} {{ .tiny }} {{ .float }} {{ .numbers }} {{ 1000000.0 }} {{ 1e6 }}`:       "1000000 1000000000000000000000 0.0000001 1.5 [1 2.5 1000000] 1000000 1000000",
-		`{{ print .million 1e6 "a" .million }} {{ printf "%v %s" .million "a" }} {{ printf "%v" .numbers }}`: "1000000 1000000a1000000 1000000 a [1 2.5 1000000]",
+		`{{ .million }} {{ .huge }} {{ .tiny }} {{ .float }} ` +
+			`{{ .numbers }} {{ 1000000.0 }} {{ 1e6 }}`: "1000000 1000000000000000000000 0.0000001 1.5 " +
+			"[1 2.5 1000000] 1000000 1000000",
+		`{{ print .million 1e6 "a" .million }} ` +
+			`{{ printf "%v %s" .million "a" }} {{ printf "%v" .numbers }}`: "1000000 1000000a1000000 1000000 a [1 2.5 1000000]",
 		`{{ html .million }} {{ js .million }} {{ urlquery .million }} {{ toString .million }} ` +
 			`{{ println .million }}`: "1000000 1000000 1000000 1000000 1000000\n",
 		`{{ quote .million }} {{ squote .million }} {{ cat .million 1 }} {{ join "," .numbers }} ` +
-			`{{ toStrings .numbers }} {{ sortAlpha .numbers }}`: `"1000000" '1000000' 1000000 1 1,2.5,1000000 [1 2.5 1000000] [1 1000000 2.5]`,
+			`{{ toStrings .numbers }} {{ sortAlpha .numbers }}`: `"1000000" '1000000' 1000000 1 1,2.5,1000000 [1 2.5 1000000] ` +
+			`[1 1000000 2.5]`,
 		`{{ toJson .numbers }} {{ toRawJson .huge }} {{ toJson (dict "a" .tiny) }} {{ quote 1e6 }} ` +
 			`{{ toJson 1e21 }}`: `[1,2.5,1000000] 1000000000000000000000 {"a":0.0000001} "1000000" 1000000000000000000000`,
 		`{{ .million | quote }} {{ .huge | toJson }} {{ $x := .million }}{{ $x }} ` +
-			`{{ dict "a" .million }} {{ chunk 2 .numbers }}`: `"1000000" 1000000000000000000000 1000000 map[a:1000000] [[1 2.5] [1000000]]`,
+			`{{ dict "a" .million }} {{ chunk 2 .numbers }}`: `"1000000" 1000000000000000000000 1000000 map[a:1000000] [[1 ` +
+			`2.5] [1000000]]`,
 		`{{ printf "%f %.2f %e %g %5.1f|%6v|%-8v|%d" 1.5 .million .million .million .float .float .million ` +
 			`.number }}`: "1.500000 1000000.00 1.000000e+06 1e+06   1.5|   1.5|1000000 |8443",
-		`{{ printf "%q %x %c %U %t %g %#v %5d|%-5s|%05d %[1]v %%" "a" "a" 97 97 true 1.5 "a" 1 "b" 2 }}`: `"a" 61 a U+0061 true 1.5 "a"     1|b    |00002 a %`,
+		`{{ printf "%q %x %c %U %t %g %#v %5d|%-5s|%05d %[1]v %%" ` +
+			`"a" "a" 97 97 true 1.5 "a" 1 "b" 2 }}`: `"a" 61 a U+0061 true 1.5 "a"     1|b    |00002 a %`,
 		`{{ printf "%s" "%!s(MISSING)" }} {{ printf "%v%%!" (list "%!d" "100%!") }} ` +
 			`{{ printf "%s" (splitList "," "a%!,b") }}`: "%!s(MISSING) [%!d 100%!]%! [a%! b]",
 		`{{ kindOf .number }} {{ kindOf .million }} {{ typeOf .numbers }} ` +
-			`{{ kindOf (index .numbers 0) }} {{ kindOf (fromJson "1") }} {{ kindOf (int 1.5) }}`: "int64 float64 []interface {} int64 float64 int",
+			`{{ kindOf (index .numbers 0) }} {{ kindOf (fromJson "1") }} {{ kindOf (int 1.5) }}`: "int64 float64 []interface " +
+			"{} int64 float64 int",
 		`{{ int .million }} {{ int "0x10" }} {{ int "8080.0" }} {{ int 3.9 }} {{ int -3.9 }} ` +
 			`{{ int true }} {{ int64 "-5" }} {{ int .number }} {{ float64 "1e3" }}`: "1000000 16 8080 3 -3 1 -5 8443 1000",
 		`{{ add 1 "2" 3.0 .number }} {{ add }} {{ add1 1 }} {{ sub 1 2 }} {{ mul 2 "3" 4 }} ` +
@@ -451,13 +466,15 @@ func TestNumbersAndOtherValues(t *testing.T) {
 		`{{ atoi "12" }} {{ toDecimal 777 }} {{ toDecimal "0644" }} {{ seq 3 }} {{ seq 2 4 }} ` +
 			`{{ seq 0 2 4 }} {{ until 3 }} {{ untilStep 0 4 2 }}`: "12 511 420 1 2 3 2 3 4 0 2 4 [0 1 2] [0 2]",
 		`{{ index (fromJson "{\"a\":[1.5,{\"b\":true}]}") "a" 1 "b" }} {{ (fromJson "{\"a\":8080}").a }} ` +
-			`{{ fromJson "[9007199254740993,1e21]" }} {{ toJson .huge | fromJson | kindOf }}`: "true 8080 [9007199254740993 1000000000000000000000] float64",
+			`{{ fromJson "[9007199254740993,1e21]" }} {{ toJson .huge | fromJson | kindOf }}`: "true 8080 [9007199254740993 " +
+			"1000000000000000000000] float64",
 
 		`{{ dateInZone "15:04 MST" 1767268800 "Europe/Berlin" }} ` +
 			`{{ dateInZone "15:04" (toDate "2006-01-02" "2026-07-01") "America/New_York" }} ` +
 			`{{ dateInZone "15:04" 0 "" }}`: "13:00 CET 20:00 00:00",
 		`{{ htmlDateInZone 1767268800 "Asia/Tokyo" }} {{ date "2006-01-02" 0 }} ` +
-			`{{ htmlDate 1767268800.0 }} {{ toDate "2006" "2026" | dateModify "24h" | date "2006-01-02" }}`: "2026-01-01 1970-01-01 2026-01-01 2026-01-02",
+			`{{ htmlDate 1767268800.0 }} ` +
+			`{{ toDate "2006" "2026" | dateModify "24h" | date "2006-01-02" }}`: "2026-01-01 1970-01-01 2026-01-01 2026-01-02",
 		`{{ duration 95 }} {{ duration "95" }} {{ duration .number }} {{ durationRound "2h10m" }} ` +
 			`{{ durationRound 100000000000 }} {{ ago (now | dateModify "-60s") | trunc 2 }}`: "1m35s 1m35s 2h20m43s 2h 1m 1m",
 
@@ -491,10 +508,11 @@ func TestPreviewDecidesAsANode(t *testing.T) {
 	n := startNode(t)
 	git := connector("default", "git", "git")
 	for text, want := range sorted(map[string]string{
-		"{{ .context.token }}":                                                 "TOKEN",
-		"{{ .context.token | b64enc }}":                                        "VE9LRU4=",
-		"{{ substr 0 5 .context.token }}":                                      "TOKEN",
-		"{{ substr 100 105 .context.token }}":                                  placeholderToken[100:105], // which TOKEN has not
+		"{{ .context.token }}":            "TOKEN",
+		"{{ .context.token | b64enc }}":   "VE9LRU4=",
+		"{{ substr 0 5 .context.token }}": "TOKEN",
+		// which TOKEN has not
+		"{{ substr 100 105 .context.token }}":                                  placeholderToken[100:105],
 		`{{ if lt (len .context.token) 100 }}{{ fail "too short" }}{{ end }}x`: "x",
 	}) {
 		c := gitClassOf("a", text)
@@ -508,11 +526,13 @@ func TestPreviewDecidesAsANode(t *testing.T) {
 		}
 	}
 	for text, word := range sorted(map[string]string{
-		`{{ htpasswd "ci" .context.token }}`: `a line 1: {{ htpasswd "ci" .context.token }}: ci:failed to encrypt string with bcrypt: ` +
+		`{{ htpasswd "ci" .context.token }}`: `a line 1: {{ htpasswd "ci" .context.token }}: ci:failed to encrypt string ` +
+			`with bcrypt: ` +
 			`bcrypt: password length exceeds 72 bytes`,
 		`{{ bcrypt .context.token }}`: "exceeds 72 bytes",
 		`{{ if gt (len .context.token) 100 }}{{ fail (print "too long: " .context.token) }}{{ end }}`: "too long: TOKEN",
-		`{{ index (dict "TOKEN" (dict "a" 1)) .context.token | toJson }}`:                             `{{ index (dict "TOKEN" (dict "a" 1)) .context.token | toJson }}: argument 1 of toJson has no value`,
+		`{{ index (dict "TOKEN" (dict "a" 1)) .context.token | toJson }}`: `{{ index (dict ` +
+			`"TOKEN" (dict "a" 1)) .context.token | toJson }}: argument 1 of toJson has no value`,
 		`{{ int .context.token }}`: `argument 1 of int is "TOKEN", not a whole number`,
 	}) {
 		c := gitClassOf("a", text)
@@ -552,7 +572,8 @@ func TestNumbersOfParameters(t *testing.T) {
 	}
 	// The API server has floats only beyond that.
 	const big = "18446744073709552000"
-	if got, err := renderText(t, "{{ $.connector.metadata.big }}", with(json.RawMessage(big), "metadata", "big")); got != big {
+	if got, err := renderText(t, "{{ $.connector.metadata.big }}",
+		with(json.RawMessage(big), "metadata", "big")); got != big {
 		t.Errorf("%q, %v", got, err)
 	}
 }

@@ -24,7 +24,8 @@ func FuzzAttributes(f *testing.F) {
 	f.Fuzz(func(t *testing.T, name, namespace, connectors, configurations, params, expiration, key, value string) {
 		dns := regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 		for _, builtIn := range []bool{false, true} {
-			sent := attrs{"connector.name": name, "connector.namespace": namespace, "connectors": connectors, "configuration.names": configurations,
+			sent := attrs{"connector.name": name, "connector.namespace": namespace, "connectors": connectors,
+				"configuration.names":  configurations,
 				"configuration.params": params, "token.expiration": expiration, key: value}
 			a, err := parseAttributes(sent, "default", builtIn)
 			if err == nil {
@@ -40,14 +41,16 @@ func FuzzAttributes(f *testing.F) {
 				len(a.selection.Configurations) > 64 || len(a.selection.Excluded) > 64 {
 				t.Errorf("accepted: %+v", a)
 			}
-			if a.lifetime < 10*time.Minute || a.lifetime > 24*time.Hour || a.lifetime == 3607*time.Second || a.lifetime%time.Second != 0 {
+			if a.lifetime < 10*time.Minute || a.lifetime > 24*time.Hour || a.lifetime == 3607*time.Second ||
+				a.lifetime%time.Second != 0 {
 				t.Errorf("accepted: %v", a.lifetime)
 			}
 			if a.mode&^0o666 != 0 || a.mode != 0 && a.mode&0o444 == 0 || a.owner < 0 || a.owner > 1<<31-1 {
 				t.Errorf("accepted: %o and %d", a.mode, a.owner)
 			}
 			for _, r := range a.connectors {
-				if !dns.MatchString(r.name) || !dns.MatchString(r.namespace) || len(r.name) > 253 || len(r.namespace) > 63 || strings.Contains(r.namespace, ".") {
+				if !dns.MatchString(r.name) || !dns.MatchString(r.namespace) || len(r.name) > 253 || len(r.namespace) > 63 ||
+					strings.Contains(r.namespace, ".") {
 					t.Errorf("accepted: %q", r)
 				}
 			}
@@ -60,7 +63,8 @@ func FuzzAttributes(f *testing.F) {
 				}
 			}
 			for c, text := range a.selection.Params {
-				if value, err := decodeJSON(text); !slices.Contains(a.selection.Configurations, c) || err != nil || kindOf(value) != "object" {
+				if value, err := decodeJSON(text); !slices.Contains(a.selection.Configurations, c) || err != nil ||
+					kindOf(value) != "object" {
 					t.Errorf("params of %q: %s", c, text)
 				}
 			}
@@ -76,7 +80,8 @@ func FuzzFileName(f *testing.F) {
 		if checkFileName(name) != nil {
 			return
 		}
-		if name != filepath.Base(name) || name == "." || strings.HasPrefix(name, "..") || len(name) > 253 || !filepath.IsLocal(name) ||
+		if name != filepath.Base(name) || name == "." || strings.HasPrefix(name, "..") || len(name) > 253 ||
+			!filepath.IsLocal(name) ||
 			strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' || r == '/' || r == '\\' }) {
 			t.Errorf("accepted: %q", name)
 		}
@@ -85,16 +90,20 @@ func FuzzFileName(f *testing.F) {
 
 func FuzzRender(f *testing.F) {
 	for _, text := range []string{
-		"plain", "{{ .connector.spec.address }}", "{{ .context.token }}", "{{ fail .context.token }}", "{{ range .connectors }}{{ .x }}{{ end }}", "{{ print .none }}",
-		"{{ define \"a\" }}{{ . }}{{ end }}{{ template \"a\" .connector.spec }}", "{{ with $x := .connector.spec.list }}{{ index $x 0 | toJson }}{{ else }}{{ . }}{{ end }}",
-		"{{ .connector.spec.none | default .context | toString | b64enc }}", "{{ if and .a (or .b .connector) }}{{ get .connector \"x\" }}{{ end }}", npmrc,
+		"plain", "{{ .connector.spec.address }}", "{{ .context.token }}", "{{ fail .context.token }}",
+		"{{ range .connectors }}{{ .x }}{{ end }}", "{{ print .none }}",
+		"{{ define \"a\" }}{{ . }}{{ end }}{{ template \"a\" .connector.spec }}",
+		"{{ with $x := .connector.spec.list }}{{ index $x 0 | toJson }}{{ else }}{{ . }}{{ end }}",
+		"{{ .connector.spec.none | default .context | toString | b64enc }}",
+		"{{ if and .a (or .b .connector) }}{{ get .connector \"x\" }}{{ end }}", npmrc,
 	} {
 		f.Add(text, `{"spec":{"address":"https://example.com","list":[1,null,{"a":1.5}]}}`)
 	}
 	f.Add("{{ .connector.spec }}", `{"spec":"no value","metadata":[],"status":{"proxy":1}}`)
 	// Functions that are slow, whose result may be as long as a number says, or that can make a value hold itself: only a
 	// renderer survives those.
-	slow := regexp.MustCompile(`(?i)[0-9]{4}|0x|[0-9]e|gen[A-Z]|rand|bcrypt|htpasswd|derive|repeat|until|seq|indent|printf|wrap|AES|set|merge`)
+	slow := regexp.MustCompile(`(?i)[0-9]{4}|0x|[0-9]e|gen[A-Z]|rand|bcrypt|htpasswd|derive|repeat|until|seq|indent|` +
+		`printf|wrap|AES|set|merge`)
 	token := issue("default", "default", nil, time.Hour, apiAudience)
 	f.Fuzz(func(t *testing.T, text, data string) {
 		value, err := decodeJSON([]byte(data))
@@ -105,7 +114,8 @@ func FuzzRender(f *testing.F) {
 		mounted := []mountedConnector{{o, class("class", configuration("config", "file", text))}}
 		before, _ := json.Marshal(o)
 		for _, builtIn := range []bool{false, true} {
-			files, err := render(mounted, selection{Configurations: []string{"config"}, BuiltIn: builtIn}, token, func(string) {})
+			files, err := render(mounted, selection{Configurations: []string{"config"}, BuiltIn: builtIn}, token,
+				func(string) {})
 			if err != nil {
 				if secret := secretIn(err.Error()); secret != "" {
 					t.Errorf("the error contains %s", secret)
@@ -131,12 +141,15 @@ func FuzzRender(f *testing.F) {
 
 // What the driver reads of an object is what templates see of it.
 func FuzzParseObject(f *testing.F) {
-	for _, o := range []object{connector("team-a", "git", "git"), gitClass(), connector("a", "b", "c", with("http://x", "status", "proxy", "httpAddress", "audience")), {}} {
+	for _, o := range []object{connector("team-a", "git", "git"), gitClass(),
+		connector("a", "b", "c", with("http://x", "status", "proxy", "httpAddress", "audience")), {}} {
 		text, _ := json.Marshal(o)
 		f.Add(string(text))
 	}
-	f.Add(" {\n\"metadata\" : {\"n\\u0061me\" : \"a\\\"\\u00e4\\\\\" ,\t\"uid\":\"\\\\\"} , \"spec\":{ \"x\" : [ 1 , -2.5e3 , true,null,{ } , [ ] ], \"connectorClassName\":\"git\" } }\r\n")
-	f.Add(`{"metadata":{"name":["x"],"uid":{"name":"y"}},"Metadata":{"name":"z"},"spec":[{"connectorClassName":"a"}],"status":{"proxy":"x","PROXY":{}}}`)
+	f.Add(" {\n\"metadata\" : {\"n\\u0061me\" : \"a\\\"\\u00e4\\\\\" ,\t\"uid\":\"\\\\\"} , \"spec\":{ \"x\" : [ 1 , " +
+		"-2.5e3 , true,null,{ } , [ ] ], \"connectorClassName\":\"git\" } }\r\n")
+	f.Add(`{"metadata":{"name":["x"],"uid":{"name":"y"}},"Metadata":{"name":"z"},` +
+		`"spec":[{"connectorClassName":"a"}],"status":{"proxy":"x","PROXY":{}}}`)
 	f.Fuzz(func(t *testing.T, text string) {
 		value, err := decodeJSON([]byte(text))
 		decoded, ok := value.(object)
@@ -152,16 +165,19 @@ func FuzzParseObject(f *testing.F) {
 		}
 		o, err := parseObject(raw)
 		must(t, err)
-		if want := contentVersion(stringAt(decoded, "metadata", "uid"), stringAt(decoded, "metadata", "resourceVersion")); o.version != want {
+		if want := contentVersion(stringAt(decoded, "metadata", "uid"),
+			stringAt(decoded, "metadata", "resourceVersion")); o.version != want {
 			t.Errorf("%s: the version is %q, not %q", raw, o.version, want)
 		}
 		for _, field := range []struct {
 			got  string
 			path []string
 		}{
-			{o.namespace, []string{"metadata", "namespace"}}, {o.name, []string{"metadata", "name"}}, {o.class, []string{"spec", "connectorClassName"}},
+			{o.namespace, []string{"metadata", "namespace"}}, {o.name, []string{"metadata", "name"}},
+			{o.class, []string{"spec", "connectorClassName"}},
 			{o.classAudience, []string{"spec", "proxy", "audience"}}, {o.proxyAddress, []string{"status", "proxyAddress"}},
-			{o.proxyURL, []string{"status", "proxy", "httpAddress", "url"}}, {o.proxyAudience, []string{"status", "proxy", "httpAddress", "audience"}},
+			{o.proxyURL, []string{"status", "proxy", "httpAddress", "url"}},
+			{o.proxyAudience, []string{"status", "proxy", "httpAddress", "audience"}},
 		} {
 			if want := stringAt(decoded, field.path...); field.got != want {
 				t.Errorf("%s: %v is %q, not %q", raw, field.path, field.got, want)
@@ -172,8 +188,10 @@ func FuzzParseObject(f *testing.F) {
 
 func FuzzBundles(f *testing.F) {
 	a, b := certificate("a"), certificate("b")
-	for _, bundle := range []string{a + b, "\ufeff# a\r\n" + strings.ReplaceAll(a, "\n", "\r\n"), strings.ReplaceAll(b, "CERT", "X509 CERT"), a[:90], strings.TrimSpace(a) + b,
-		strings.ReplaceAll(a, " CERT", " TRUSTED CERT"), "-----BEGIN PRIVATE KEY-----\nAA==\n-----END PRIVATE KEY-----\n", "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----"} {
+	for _, bundle := range []string{a + b, "\ufeff# a\r\n" + strings.ReplaceAll(a, "\n", "\r\n"),
+		strings.ReplaceAll(b, "CERT", "X509 CERT"), a[:90], strings.TrimSpace(a) + b,
+		strings.ReplaceAll(a, " CERT", " TRUSTED CERT"), "-----BEGIN PRIVATE KEY-----\nAA==\n-----END PRIVATE KEY-----\n",
+		"-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----"} {
 		f.Add(bundle)
 	}
 	f.Fuzz(func(t *testing.T, bundle string) {
@@ -191,7 +209,8 @@ func FuzzBundles(f *testing.F) {
 			again += string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: block.Bytes}))
 			count++
 		}
-		if begun := strings.Count(strings.NewReplacer("\ufeff", "", "\r", "\n").Replace(bundle), "-----BEGIN"); count != begun || again != kept() {
+		if begun := strings.Count(strings.NewReplacer("\ufeff", "", "\r", "\n").Replace(bundle),
+			"-----BEGIN"); count != begun || again != kept() {
 			t.Errorf("%d of %d certificates in %q", count, begun, kept())
 		}
 		once := kept()

@@ -45,11 +45,12 @@ const (
 	// large is a string of twenty million characters.
 	large = `{{ $large := repeat 20000000 "x" }}`
 	// cyclic are a map and a list that contain themselves.
-	cyclic = `{{ $map := dict "a" 1 }}{{ $list := list $map }}{{ $_ := set $map "self" $map }}{{ $_ = set $map "list" $list }}`
+	cyclic = `{{ $map := dict "a" 1 }}{{ $list := list $map }}{{ $_ := set $map "self" $map }}{{ $_ = set $map "list" ` +
+		`$list }}`
 )
 
-// hostileTemplates are templates by their kinds. What takes memory takes more than the 128 MiB that a renderer may come to
-// have, if all at once.
+// hostileTemplates are templates by their kinds. What takes memory takes more than the 128 MiB that a renderer may come
+// to have, if all at once.
 func hostileTemplates() [][]hostile {
 	definitions := ""
 	for i := range 20000 {
@@ -69,13 +70,18 @@ func hostileTemplates() [][]hostile {
 			{"randBytes", `{{ randBytes 1000000000 }}`, takesMemory},
 			{"randAlphaNum", `{{ randAlphaNum 1000000000 }}`, takesEither},
 			{"shuffle", large + `{{ shuffle (print $large $large $large) }}`, takesEither},
-			{"printf with a huge width", `{{ printf "%1000000000d" 1 }}`, failsPlain + `.*: the format "%1000000000d" does not fit its values: %!\(NOVERB\)`}, // fmt has a limit
+			// fmt has a limit
+			{"printf with a huge width", `{{ printf "%1000000000d" 1 }}`, failsPlain +
+				`.*: the format "%1000000000d" does not fit its values: %!\(NOVERB\)`},
 			{"printf with many widths", `{{ printf (repeat 1000 "%1000000[1]d") 1 }}`, takesMemory},
-			{"printf with a width of the Pod's", `{{ range 1000 }}{{ $.configurations.count | int | printf "%[1]*[1]d" }}{{ end }}`, failsPlain + `.*%!\(BADWIDTH\)1000000000`},
+			{"printf with a width of the Pod's",
+				`{{ range 1000 }}{{ $.configurations.count | int | printf "%[1]*[1]d" }}{{ end }}`, failsPlain +
+					`.*%!\(BADWIDTH\)1000000000`},
 			{"printf of one argument many times", `{{ printf (repeat 1000 "%[1]s") (repeat 1000000 "x") }}`, takesMemory},
 			{"replace", `{{ replace "" (repeat 1000 "x") (repeat 1000000 "y") }}`, takesMemory},
 			{"regexReplaceAll", `{{ regexReplaceAll "" (repeat 1000000 "x") (repeat 1000 "y") }}`, takesMemory},
-			{"regexReplaceAll with repetitions", `{{ regexReplaceAll "(x{1,1000}){1,1000}" "x" "y" }}`, failsPlain + `.*invalid repeat count`},
+			{"regexReplaceAll with repetitions", `{{ regexReplaceAll "(x{1,1000}){1,1000}" "x" "y" }}`, failsPlain +
+				`.*invalid repeat count`},
 			{"regexSplit", large + `{{ regexSplit "" $large -1 }}`, takesEither},
 			{"mustRegexFindAll", large + `{{ mustRegexFindAll "" $large -1 }}`, takesEither},
 			{"splitList", large + `{{ splitList "" $large }}`, takesMemory},
@@ -86,13 +92,15 @@ func hostileTemplates() [][]hostile {
 			{"toJson", `{{ toJson (repeat 60000000 "<") }}`, takesMemory},
 			{"fromJson", `{{ $_ := fromJson (print "[" (repeat 3000000 "[],") "1]") }}`, takesEither},
 			{"date", `{{ date (repeat 5000000 "Monday, 02 January 2006 15:04:05.000000000 ") now }}`, takesMemory},
-			{"dateModify", `{{ now | dateModify "9223372036854775807h" | date "2006" | len }}`, failsPlain + `.*invalid duration`},
+			{"dateModify", `{{ now | dateModify "9223372036854775807h" | date "2006" | len }}`, failsPlain +
+				`.*invalid duration`},
 			{"trunc", `{{ trunc -9223372036854775808 "x" }}`, ""},
 			{"slice", `{{ slice (list 1 2) 1 9223372036854775807 }}`, failsPlain + `.*slice`},
 			{"semver", `{{ semver (repeat 100000 "1") }}`, failsPlain},
 			{"division by zero", `{{ div 1 0 }}`, failsPlain + `.*divide by zero`},
 			{"a failure of a hundred million words", `{{ fail (repeat 100000000 "x ") }}`, takesMemory},
-			{"a failure of a million lines", `{{ fail (repeat 1000000 "x\n") }}`, failsPlain + `: {{ fail \(repeat 1000000 "x\\n"\) }}: (x\n)+x? …$`},
+			{"a failure of a million lines", `{{ fail (repeat 1000000 "x\n") }}`, failsPlain +
+				`: {{ fail \(repeat 1000000 "x\\n"\) }}: (x\n)+x? …$`},
 		},
 		{ // Values that grow
 			{"a list doubled", `{{ $l := list 1 }}{{ range 64 }}{{ $l = concat $l $l }}{{ end }}`, takesEither},
@@ -100,10 +108,14 @@ func hostileTemplates() [][]hostile {
 			{"a string doubled", `{{ $s := "x" }}{{ range 64 }}{{ $s = print $s $s }}{{ end }}`, takesMemory},
 			{"cat and nindent", `{{ $s := "x" }}{{ range 64 }}{{ $s = cat $s $s | nindent 2 }}{{ end }}`, takesMemory},
 			{"quote of quote", `{{ $s := "\"" }}{{ range 64 }}{{ $s = quote $s }}{{ end }}`, takesMemory},
-			{"a map of many keys", `{{ $d := dict }}{{ range $i := 100000000 }}{{ $_ := set $d (toString $i) "" }}{{ end }}`, takesEither},
-			{"deep JSON indented", `{{ $d := dict }}{{ range 9000 }}{{ $d = dict "k" $d }}{{ end }}{{ toPrettyJson $d | repeat 3 }}`, takesEither},
-			{"a deep value copied", `{{ $d := dict }}{{ range 1000000 }}{{ $d = dict "k" $d }}{{ end }}{{ $_ := deepCopy $d }}`, takesEither},
-			{"a shared value printed", `{{ $l := list "x" }}{{ range 40 }}{{ $l = list $l $l }}{{ end }}{{ toJson $l }}`, takesEither},
+			{"a map of many keys", `{{ $d := dict }}{{ range $i := 100000000 }}{{ $_ := set $d (toString $i) "" }}{{ end }}`,
+				takesEither},
+			{"deep JSON indented",
+				`{{ $d := dict }}{{ range 9000 }}{{ $d = dict "k" $d }}{{ end }}{{ toPrettyJson $d | repeat 3 }}`, takesEither},
+			{"a deep value copied", `{{ $d := dict }}{{ range 1000000 }}{{ $d = dict "k" $d }}{{ end }}{{ $_ := deepCopy $d }}`,
+				takesEither},
+			{"a shared value printed", `{{ $l := list "x" }}{{ range 40 }}{{ $l = list $l $l }}{{ end }}{{ toJson $l }}`,
+				takesEither},
 		},
 		{ // Values that contain themselves
 			{"a cycle printed", cyclic + `{{ $map }}`, takesEither},
@@ -117,23 +129,32 @@ func hostileTemplates() [][]hostile {
 			{"a cycle in JSON that returns no error", cyclic + `{{ toJson $map }}`, takesEither},
 			{"a cycle joined", cyclic + `{{ join "," $list }}`, takesEither},
 			{"a cycle for printf's marks", cyclic + `{{ printf "%d%v" "%!" $map }}`, takesEither},
-			{"a cycle with a missing value", cyclic + `{{ $_ = set $map "none" .none }}{{ toJson $map }}`, `(` + takesEither + `|` + failsPlain + `.*has no value)`},
+			{"a cycle with a missing value", cyclic + `{{ $_ = set $map "none" .none }}{{ toJson $map }}`, `(` + takesEither +
+				`|` + failsPlain + `.*has no value)`},
 			{"a deep value printed", `{{ $d := dict }}{{ range 1000000 }}{{ $d = dict "k" $d }}{{ end }}{{ $d }}`, takesEither},
-			{"a shared value of floats", `{{ $l := list 1.5 }}{{ range 40 }}{{ $l = list $l $l }}{{ end }}{{ print $l }}`, takesEither},
+			{"a shared value of floats", `{{ $l := list 1.5 }}{{ range 40 }}{{ $l = list $l $l }}{{ end }}{{ print $l }}`,
+				takesEither},
 			{"a cycle in the data", `{{ $_ := set .connector.spec "up" . }}{{ . }}`, takesEither},
 		},
 		{ // Loops
 			{"range over a number", `{{ range 9223372036854775807 }}{{ end }}`, takesTime},
-			{"range that prints", `{{ range 9223372036854775807 }}x{{ end }}`, `: file "file": a volume may hold 1024 KiB in 256 files$`},
-			{"calls that double", `{{ define "two" }}{{ if gt . 0 }}{{ template "two" (sub . 1) }}{{ template "two" (sub . 1) }}{{ end }}{{ end }}{{ template "two" 60 }}`, takesTime},
+			{"range that prints", `{{ range 9223372036854775807 }}x{{ end }}`,
+				`: file "file": a volume may hold 1024 KiB in 256 files$`},
+			{"calls that double",
+				`{{ define "two" }}{{ if gt . 0 }}{{ template "two" (sub . 1) }}{{ template "two" (sub . 1) }}{{ end }}{{ end ` +
+					`}}{{ template "two" 60 }}`, takesTime},
 			{"a template that calls itself", `{{ template "file" . }}`, takesEither},
-			{"a template that prints and calls itself", `{{ define "r" }}x{{ template "r" . }}{{ end }}{{ template "r" . }}`, takesEither},
+			{"a template that prints and calls itself", `{{ define "r" }}x{{ template "r" . }}{{ end }}{{ template "r" . }}`,
+				takesEither},
 			{"uniq", `{{ $_ := uniq (until 200000) }}`, takesTime},
-			{"regexMatch", `{{ $s := repeat 100000 "x" }}{{ range 1000000 }}{{ $_ := regexMatch "(x+x+)+y" $s }}{{ end }}`, takesTime},
+			{"regexMatch", `{{ $s := repeat 100000 "x" }}{{ range 1000000 }}{{ $_ := regexMatch "(x+x+)+y" $s }}{{ end }}`,
+				takesTime},
 			{"sha512sum", `{{ $s := repeat 1000000 "x" }}{{ range 1000000 }}{{ $_ := sha512sum $s }}{{ end }}`, takesTime},
-			{"derivePassword", `{{ range 1000 }}{{ $_ := derivePassword 1 "long" "password" "user" "example.com" }}{{ end }}`, takesEither},
+			{"derivePassword", `{{ range 1000 }}{{ $_ := derivePassword 1 "long" "password" "user" "example.com" }}{{ end }}`,
+				takesEither},
 			{"genPrivateKey", `{{ range 1000 }}{{ $_ := genPrivateKey "rsa" }}{{ end }}`, takesTime},
-			{"htpasswd and bcrypt", `{{ range 1000 }}{{ $_ := htpasswd "user" "password" }}{{ $_ := bcrypt "password" }}{{ end }}`, takesTime},
+			{"htpasswd and bcrypt",
+				`{{ range 1000 }}{{ $_ := htpasswd "user" "password" }}{{ $_ := bcrypt "password" }}{{ end }}`, takesTime},
 		},
 		{ // Texts that are too much
 			{"parentheses", `{{ ` + strings.Repeat("(", 1<<20), failsPlain + `: max expression depth exceeded$`},
@@ -248,7 +269,8 @@ func TestHonestTemplatesThatAreSlow(t *testing.T) {
 		`{{ encryptAES "secretkey" "plaintext" | decryptAES "secretkey" }}`,
 		`{{ range until 10000 }}{{ regexReplaceAll "([a-z]+)\\.([a-z]+)" "git.example" "${2}.${1}" }}{{ end }}`,
 		`{{ range $i, $word := splitList " " (repeat 50000 "word ") }}{{ $i }}{{ end }}`,
-		`{{ $d := dict }}{{ range $i := 10000 }}{{ $_ := set $d (toString $i) (list $i (dict "a" "b")) }}{{ end }}{{ toPrettyJson $d | fromJson | toPrettyJson }}`,
+		`{{ $d := dict }}{{ range $i := 10000 }}{{ $_ := set $d (toString $i) (list $i (dict "a" "b")) }}{{ end }}{{ ` +
+			`toPrettyJson $d | fromJson | toPrettyJson }}`,
 		`{{ repeat 1048576 "x" }}`,
 	} {
 		n.api.put(class("slow", configuration("config", "file", template)))
@@ -288,15 +310,21 @@ func TestHostileObjects(t *testing.T) {
 		params    string
 		message   string // a regular expression; none: it does no harm
 	}{
-		{what: "10,000 files", class: class(files...), message: `^ConnectorClass "hostile", configuration "config": file "file-\d+": a volume may hold 1024 KiB in 256 files$`},
-		{what: "a huge file name", class: class(strings.Repeat("x", 1<<20), "x"), message: `^ConnectorClass "hostile", configuration "config": file name "x+ …$`},
+		{what: "10,000 files", class: class(files...),
+			message: `^ConnectorClass "hostile", configuration "config": file "file-\d+": a volume may hold 1024 KiB in 256 ` +
+				`files$`},
+		{what: "a huge file name", class: class(strings.Repeat("x", 1<<20), "x"),
+			message: `^ConnectorClass "hostile", configuration "config": file name "x+ …$`},
 		{what: "a large class", class: func() object { c := class("file", "x"); manyLists(c); return c }()},
 		{what: "a deep Connector", class: class("file", "x"), connector: with(nested(9000), "spec", "deep")},
-		{what: "a deep Connector printed", class: class("file", "{{ toPrettyJson .connector }}"), connector: with(nested(9000), "spec", "deep"), message: takesEither},
+		{what: "a deep Connector printed", class: class("file", "{{ toPrettyJson .connector }}"),
+			connector: with(nested(9000), "spec", "deep"), message: takesEither},
 		{what: "a large Connector", class: class("file", "x"), connector: manyLists},
-		{what: "a larger Connector", class: class("file", "x"), connector: with(json.RawMessage("["+strings.Repeat("{},", 1000000)+"{}]"), "spec", "lists"),
-			message: `^Connector "hostile-\d+/git": decoding it takes more than 64 MiB of memory$|` + takesEither},
-		{what: "deep parameters", class: class("file", "{{ toPrettyJson .configurations.deep }}"), params: `{"deep":` + string(nested(9000)) + `}`, message: takesEither},
+		{what: "a larger Connector", class: class("file", "x"),
+			connector: with(json.RawMessage("["+strings.Repeat("{},", 1000000)+"{}]"), "spec", "lists"),
+			message:   `^Connector "hostile-\d+/git": decoding it takes more than 64 MiB of memory$|` + takesEither},
+		{what: "deep parameters", class: class("file", "{{ toPrettyJson .configurations.deep }}"), params: `{"deep":` +
+			string(nested(9000)) + `}`, message: takesEither},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			namespace := fmt.Sprintf("hostile-%d", serial.Add(1))
@@ -305,7 +333,8 @@ func TestHostileObjects(t *testing.T) {
 				c.connector(o)
 			}
 			n.api.put(c.class, o)
-			v := n.pod(namespace+"/default").volume("config", attrs{"configuration.params": `{"config":` + cmp.Or(c.params, "{}") + `}`})
+			v := n.pod(namespace+"/default").volume("config",
+				attrs{"configuration.params": `{"config":` + cmp.Or(c.params, "{}") + `}`})
 			v.t = t
 			if c.message == "" {
 				v.mustPublish()
@@ -317,9 +346,11 @@ func TestHostileObjects(t *testing.T) {
 
 	// The API server takes no deeper objects, and so does the driver.
 	n.api.set(func() {
-		n.api.objects[connectorPath("default", "git")] = []byte(`{"metadata":{"name":"git"},"spec":` + string(nested(20000)) + "}")
+		n.api.objects[connectorPath("default", "git")] = []byte(`{"metadata":{"name":"git"},"spec":` + string(nested(20000)) +
+			"}")
 	})
-	n.volume().mustRefuse(codes.Unavailable, `Connector "default/git" cannot be read: the answer is not a Kubernetes object`)
+	n.volume().mustRefuse(codes.Unavailable,
+		`Connector "default/git" cannot be read: the answer is not a Kubernetes object`)
 
 	// Sixteen at once, and then somebody else.
 	n.api.put(class("file", "x"), connector("crowd", "git", "hostile", manyLists))
@@ -409,10 +440,17 @@ func attempts(address string) []attempt {
 			_, err = unix.Write(file, []byte("x"))
 			return err
 		}},
-		{"connect to the API server", "^network is unreachable$", connect(unix.AF_INET, &unix.SockaddrInet4{Port: int(host.Port()), Addr: host.Addr().As4()})},
-		{"connect to an abstract socket", "^connection refused$", connect(unix.AF_UNIX, &unix.SockaddrUnix{Name: "@" + address})},
-		{"make a raw socket", forbidden, func() error { _, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP); return err }},
-		{"make a user namespace", forbidden + "|^no space left on device$", func() error { // which says that there may be none
+		{"connect to the API server", "^network is unreachable$",
+			connect(unix.AF_INET, &unix.SockaddrInet4{Port: int(host.Port()), Addr: host.Addr().As4()})},
+		{"connect to an abstract socket", "^connection refused$",
+			connect(unix.AF_UNIX, &unix.SockaddrUnix{Name: "@" + address})},
+		{"make a raw socket", forbidden, func() error {
+			_,
+				err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_ICMP)
+			return err
+		}},
+		// which says that there may be none
+		{"make a user namespace", forbidden + "|^no space left on device$", func() error {
 			child, _, errno := unix.RawSyscall6(unix.SYS_CLONE, unix.CLONE_NEWUSER|uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
 			if errno != 0 {
 				return errno
@@ -453,12 +491,13 @@ func attempts(address string) []attempt {
 			dumpable, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
 			return cmp.Or(err, isNumber(dumpable))
 		}},
-		{"find something in the environment", "^GOMAXPROCS=1 GOMEMLIMIT=[0-9]+ GOTRACEBACK=none MALLOC_ARENA_MAX=1$", func() error {
-			os.Unsetenv(intruderKey)
-			variables := os.Environ()
-			slices.Sort(variables)
-			return errors.New(strings.Join(variables, " "))
-		}},
+		{"find something in the environment", "^GOMAXPROCS=1 GOMEMLIMIT=[0-9]+ GOTRACEBACK=none MALLOC_ARENA_MAX=1$",
+			func() error {
+				os.Unsetenv(intruderKey)
+				variables := os.Environ()
+				slices.Sort(variables)
+				return errors.New(strings.Join(variables, " "))
+			}},
 		{"print something", "^bad file descriptor$", func() error { _, err := unix.Write(2, []byte("x")); return err }},
 		{"find a descriptor", "^none$", func() error {
 			for fd := 3; fd < 1024; fd++ {
@@ -504,7 +543,8 @@ func attempts(address string) []attempt {
 		}
 		return err
 	}})
-	for name, resource := range sorted(map[string]int{"AS": unix.RLIMIT_AS, "DATA": unix.RLIMIT_DATA, "CPU": unix.RLIMIT_CPU, "FSIZE": unix.RLIMIT_FSIZE,
+	for name, resource := range sorted(map[string]int{"AS": unix.RLIMIT_AS, "DATA": unix.RLIMIT_DATA,
+		"CPU": unix.RLIMIT_CPU, "FSIZE": unix.RLIMIT_FSIZE,
 		"NOFILE": unix.RLIMIT_NOFILE, "NPROC": unix.RLIMIT_NPROC, "CORE": unix.RLIMIT_CORE, "MEMLOCK": unix.RLIMIT_MEMLOCK}) {
 		list = append(list, attempt{"raise RLIMIT_" + name, forbidden, func() error {
 			var limit unix.Rlimit
@@ -631,8 +671,10 @@ func TestRendererIsConfined(t *testing.T) {
 				uid = strconv.Itoa(rendererUID)
 			}
 			for field, want := range sorted(map[string]string{
-				"Uid": strings.TrimSuffix(strings.Repeat(uid+" ", 4), " "), "Gid": strings.TrimSuffix(strings.Repeat(uid+" ", 4), " "), "NoNewPrivs": "1",
-				"CapInh": "0000000000000000", "CapPrm": "0000000000000000", "CapEff": "0000000000000000", "CapBnd": "0000000000000000", "CapAmb": "0000000000000000",
+				"Uid": strings.TrimSuffix(strings.Repeat(uid+" ", 4), " "),
+				"Gid": strings.TrimSuffix(strings.Repeat(uid+" ", 4), " "), "NoNewPrivs": "1",
+				"CapInh": "0000000000000000", "CapPrm": "0000000000000000", "CapEff": "0000000000000000",
+				"CapBnd": "0000000000000000", "CapAmb": "0000000000000000",
 			}) {
 				if got := processStatus(t, pid, field); got != want {
 					t.Errorf("%s is %s, not %s", field, got, want)
@@ -641,7 +683,8 @@ func TestRendererIsConfined(t *testing.T) {
 			if groups := processStatus(t, pid, "Groups"); groups != "" && c.name != "same user" { // which may not leave them
 				t.Errorf("it is in the groups %s", groups)
 			}
-			for name, flag := range sorted(map[string]uintptr{"user": unix.CLONE_NEWUSER, "mnt": unix.CLONE_NEWNS, "net": unix.CLONE_NEWNET, "pid": unix.CLONE_NEWPID, "ipc": unix.CLONE_NEWIPC}) {
+			for name, flag := range sorted(map[string]uintptr{"user": unix.CLONE_NEWUSER, "mnt": unix.CLONE_NEWNS,
+				"net": unix.CLONE_NEWNET, "pid": unix.CLONE_NEWPID, "ipc": unix.CLONE_NEWIPC}) {
 				its, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", pid, name))
 				must(t, err)
 				ours, err := os.Readlink("/proc/self/ns/" + name)
@@ -696,7 +739,8 @@ func TestScanTakesNoMemory(t *testing.T) {
 		"numbers":       `{"status":[` + many(`%d,`) + `]}`,
 		"strings":       `{"status":{"proxy":[` + many(`"\n%d",`) + `]}}`,
 		"one string":    `{"status":{"url":"` + many(`\"%d`) + `"}}`,
-		"objects":       `{"status":{"proxy":{"x":` + strings.Repeat(`{"proxy":`, 9000) + `1` + strings.Repeat("}", 9000) + `}}}`,
+		"objects": `{"status":{"proxy":{"x":` + strings.Repeat(`{"proxy":`, 9000) + `1` + strings.Repeat("}", 9000) +
+			`}}}`,
 	}) {
 		if !json.Valid([]byte(text)) {
 			t.Fatalf("%s: not JSON", what)

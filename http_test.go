@@ -44,17 +44,21 @@ func (n *node) exchange(request string) string {
 func TestHTTP(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	for path, want := range sorted(map[string]int{"/healthz": 200, "/healthz?verbose": 200, "/readyz": 503, "/metrics": 200,
-		"/": 404, "/healthz/": 404, "//healthz": 404}) {
+	for path, want := range sorted(map[string]int{"/healthz": 200, "/healthz?verbose": 200, "/readyz": 503,
+		"/metrics": 200,
+		"/":        404, "/healthz/": 404, "//healthz": 404}) {
 		if code, body := n.get(path); code != want {
 			t.Errorf("%s answers %d, %q, not %d", path, code, body, want)
 		}
 	}
 	for what, c := range sorted(map[string]struct{ request, answer string }{
-		"HTTP/1.0":             {"GET /healthz HTTP/1.0\r\n\r\n", "200 OK"},
-		"another method":       {"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n", "405 Method Not Allowed"},
-		"keep-alive":           {"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: keep-alive\r\n\r\n", "Connection: close\r\n"},
-		"a long header":        {"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 3000) + "\r\n\r\n", "200 OK"},
+		"HTTP/1.0": {"GET /healthz HTTP/1.0\r\n\r\n", "200 OK"},
+		"another method": {"POST /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n",
+			"405 Method Not Allowed"},
+		"keep-alive": {"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: keep-alive\r\n\r\n",
+			"Connection: close\r\n"},
+		"a long header": {"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 3000) + "\r\n\r\n",
+			"200 OK"},
 		"too long a header":    {"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 4096) + "\r\n\r\n", ""},
 		"too long a line":      {"GET /" + strings.Repeat("x", 1<<20) + " HTTP/1.1\r\nHost: x\r\n\r\n", ""},
 		"no request":           {"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", ""},
@@ -185,7 +189,8 @@ func TestHTTPDisplacesTheOldestOfTheMost(t *testing.T) {
 func FuzzHTTP(f *testing.F) {
 	for _, request := range []string{"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", "GET http://x/metrics?a HTTP/1.0\r\n\r\n",
 		"CONNECT x:80 HTTP/1.1\r\n\r\n",
-		"OPTIONS * HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nTrailer: a\r\n\r\n0\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"} {
+		"OPTIONS * HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nTrailer: a\r\n\r\n0\r\n\r\n",
+		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"} {
 		f.Add([]byte(request))
 	}
 	w := &web{registration: &registration{socket: "/none"}, metrics: newMetrics(&budget{})}
@@ -403,7 +408,8 @@ func TestHTTPUnderSiege(t *testing.T) {
 	slices.Sort(peace)
 	slices.Sort(war)
 	quiet, loud, peak := peace[len(peace)/2], war[len(war)/2], p.peak(t)
-	t.Logf("%s connections; %d probes, p50 %v, at most %v; publish p50: %v (of %d) in peace, %v (of %d) in war; memory: %d KiB",
+	t.Logf("%s connections; %d probes, p50 %v, at most %v; publish p50: %v (of %d) in peace, %v (of %d) in war; memory: "+
+		"%d KiB",
 		counts[len(counts)-1], len(answered), answered[len(answered)/2], answered[len(answered)-1],
 		quiet, len(peace), loud, len(war), peak>>10)
 	if came, err := strconv.Atoi(counts[len(counts)-1]); err != nil || came < times(2000, 5000) {

@@ -12,7 +12,8 @@ package main
 //
 //	apiserver_test.go, node_test.go   what they are made with: the API server, the node, its Pods and volumes
 //	process_test.go                   main.go: the process, kubelet's registration, metrics, the command render
-//	http_test.go, preview_test.go     main.go: whoever reaches the port; hostile input, and whole clusters, for that command
+//	http_test.go                      main.go: whoever reaches the port
+//	preview_test.go                   main.go: hostile input, and whole clusters, for the command render
 //	publish_test.go                   csi.go: the contract of a volume, and the errors that a user can meet
 //	refresh_test.go                   kube.go: reads, the cache, tokens
 //	watch_test.go, push_test.go       kube.go and csi.go: watches, and what comes of them
@@ -89,7 +90,8 @@ func TestDirectDependencies(t *testing.T) {
 			direct = append(direct, f[0])
 		}
 	}
-	if want := []string{"github.com/Masterminds/sprig/v3", "github.com/container-storage-interface/spec", "golang.org/x/sys", "google.golang.org/grpc"}; !slices.Equal(direct, want) {
+	if want := []string{"github.com/Masterminds/sprig/v3", "github.com/container-storage-interface/spec",
+		"golang.org/x/sys", "google.golang.org/grpc"}; !slices.Equal(direct, want) {
 		t.Errorf("direct dependencies %v, not %v", direct, want)
 	}
 }
@@ -139,7 +141,8 @@ func runInNamespace() int {
 		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
 		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
 		if err := cmd.Start(); err != nil {
-			fmt.Fprintln(os.Stderr, "the tests mount volumes: run them as root, or allow user namespaces (sysctl user.max_user_namespaces):", err)
+			fmt.Fprintln(os.Stderr,
+				"the tests mount volumes: run them as root, or allow user namespaces (sysctl user.max_user_namespaces):", err)
 			return 1
 		}
 	}

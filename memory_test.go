@@ -177,7 +177,8 @@ func TestPodsVolumesHaveALimitTogether(t *testing.T) {
 	first, second, third := pod.volume("first"), pod.volume("second"), pod.volume("third")
 	first.mustPublish()
 	second.mustPublish()
-	third.mustRefuse(codes.ResourceExhausted, "takes 1014 KiB of memory", "other volumes and old files take 2029 KiB", "may take 2048 KiB")
+	third.mustRefuse(codes.ResourceExhausted, "takes 1014 KiB of memory", "other volumes and old files take 2029 KiB",
+		"may take 2048 KiB")
 	n.volume().mustPublish() // of another Pod
 
 	// Files may be replaced by as many, which leaves no room for the old ones beside them.
@@ -192,7 +193,8 @@ func TestPodsVolumesHaveALimitTogether(t *testing.T) {
 	wantUnchanged := second.unchangedFromNow()
 	n.api.put(sized(1010 << 10))
 	n.age()
-	wantError(t, second.publish(), codes.ResourceExhausted, "takes 1046 KiB of memory", "other volumes and old files take 1014 KiB")
+	wantError(t, second.publish(), codes.ResourceExhausted, "takes 1046 KiB of memory",
+		"other volumes and old files take 1014 KiB")
 	wantUnchanged()
 	second.wantClean()
 	n.api.put(sized(100 << 10))
@@ -221,7 +223,8 @@ func TestPodsVolumesAtOnce(t *testing.T) {
 		}
 	}
 	if published != 3 || len(mountsBelow(n.podsDir())) != 3 {
-		t.Errorf("%d volumes of 534 KiB are published, and %d mounted, of at most 2 MiB", published, len(mountsBelow(n.podsDir())))
+		t.Errorf("%d volumes of 534 KiB are published, and %d mounted, of at most 2 MiB", published,
+			len(mountsBelow(n.podsDir())))
 	}
 }
 
@@ -237,9 +240,11 @@ func TestNodesBudget(t *testing.T) {
 		v.mustPublish()
 	}
 	v, refused := volumes[0], n.volume()
-	words := []string{"takes 334 KiB of memory", "other volumes and old files take 1003 KiB", "may take 1024 KiB", "raise --volumes-budget"}
+	words := []string{"takes 334 KiB of memory", "other volumes and old files take 1003 KiB", "may take 1024 KiB",
+		"raise --volumes-budget"}
 	refused.mustRefuse(codes.ResourceExhausted, words...)
-	if got := n.readMetrics(); got["connectors_csi_volumes_bytes"] != 3*334.5*1024 || got["connectors_csi_volumes_budget_bytes"] != 1<<20 || got["connectors_csi_volumes"] != 3 {
+	if got := n.readMetrics(); got["connectors_csi_volumes_bytes"] != 3*334.5*1024 ||
+		got["connectors_csi_volumes_budget_bytes"] != 1<<20 || got["connectors_csi_volumes"] != 3 {
 		t.Errorf("metrics %v", got)
 	}
 
@@ -259,7 +264,8 @@ func TestNodesBudget(t *testing.T) {
 	// What grows beyond the budget is refused, and what grows within it is not.
 	wantUnchanged := v.unchangedFromNow()
 	n.api.put(sized(324 << 10))
-	wantError(t, v.publish(), codes.ResourceExhausted, "takes 358 KiB of memory", "other volumes and old files take 669 KiB", "--volumes-budget")
+	wantError(t, v.publish(), codes.ResourceExhausted, "takes 358 KiB of memory",
+		"other volumes and old files take 669 KiB", "--volumes-budget")
 	wantUnchanged()
 	v.wantClean()
 	n.api.put(sized(316 << 10))
@@ -291,7 +297,8 @@ func TestVolumesBeyondTheLimitsGoOn(t *testing.T) {
 	var volumes []*podVolume
 	for i := range 20 {
 		v := pod.volume(fmt.Sprint("v", i))
-		mustMount(t, v.target, files{"token": []byte(pod.token), "large": bytes.Repeat([]byte("x"), 300<<10)}, permissions{mode: defaultMode})
+		mustMount(t, v.target, files{"token": []byte(pod.token), "large": bytes.Repeat([]byte("x"), 300<<10)},
+			permissions{mode: defaultMode})
 		volumes = append(volumes, v)
 	}
 	for range 2 {
@@ -336,7 +343,8 @@ func TestOldFilesThatAreOpenCount(t *testing.T) {
 	results := publishAtOnce(volumes)
 	err := errors.Join(<-results, <-results) // one of them
 	wantError(t, err, codes.ResourceExhausted)
-	if err == nil || !strings.Contains(err.Error(), "983 KiB of it for old files that its containers have open or mount by subPath") {
+	if err == nil || !strings.Contains(err.Error(),
+		"983 KiB of it for old files that its containers have open or mount by subPath") {
 		t.Errorf("no figures in: %v", err)
 	}
 	if got := usedAt(t, volumes[0].target) + usedAt(t, volumes[1].target); got > 3<<20 || n.used() != got {
@@ -361,10 +369,10 @@ func TestOldFilesThatAreOpenCount(t *testing.T) {
 }
 
 // A Pod hands descriptors of its volume to somebody else, who keeps them when the Pod is gone, many Pods one after the
-// other: of a file, of a directory, of the volume's root, of a mount of it, and each eighth of an old file. Only what an
-// old file has cannot be given back; it is counted as long as it is kept, also beside a second driver. The memory that
-// the driver may have is that of deploy.yaml with a smaller budget: 864 MiB, of which 480 are for 240 of
-// volumes; here are 64 and no more.
+// other: of a file, of a directory, of the volume's root, of a mount of it, and each eighth of an old file. Only what
+// an old file has cannot be given back; it is counted as long as it is kept, also beside a second driver. The memory
+// that the driver may have is that of deploy.yaml with a smaller budget: 864 MiB, of which 480 are for 240 of volumes;
+// here are 64 and no more.
 func TestDescriptorsThatOutliveTheirPods(t *testing.T) {
 	const budget, other = 64, 864 - 480
 	pods := times(160, 400)
@@ -428,9 +436,11 @@ func TestDescriptorsThatOutliveTheirPods(t *testing.T) {
 	}
 	got := n.readMetrics()
 	pinned := got["connectors_csi_volumes_bytes"]
-	t.Logf("%d descriptors are kept; the group is charged %d MiB, of which the second driver counts %.0f for %d old files; each descriptor costs %d KiB",
+	t.Logf("%d descriptors are kept; the group is charged %d MiB, of which the second driver counts %.0f for %d old "+
+		"files; each descriptor costs %d KiB",
 		len(kept), group.used()>>20, pinned/(1<<20), old/2, (group.used()-before-int64(old)*1000<<10)/int64(len(kept))>>10)
-	if got["connectors_csi_volumes"] != 0 || pinned < float64(old/2*1000<<10) || pinned > float64(len(kept)/2*(mountMemory+4*inodeMemory)+old/2*1010<<10) {
+	if got["connectors_csi_volumes"] != 0 || pinned < float64(old/2*1000<<10) ||
+		pinned > float64(len(kept)/2*(mountMemory+4*inodeMemory)+old/2*1010<<10) {
 		t.Errorf("for %d old files that are kept the metrics are %v", old/2, got)
 	}
 	n.volume().mustPublish()
@@ -438,13 +448,15 @@ func TestDescriptorsThatOutliveTheirPods(t *testing.T) {
 }
 
 // Every Pod of a node that is full keeps every old file while updates come. Beyond the node's budget each of them gets
-// one update for which it lets go of nothing, so that all take at most twice the budget, which deploy.yaml has room for.
-// A Pod that keeps none is refreshed all the time. Here is a tenth of a node, with Pods of two volumes of 1014 KiB each.
+// one update for which it lets go of nothing, so that all take at most twice the budget, which deploy.yaml has room
+// for. A Pod that keeps none is refreshed all the time. Here is a tenth of a node, with Pods of two volumes of 1014 KiB
+// each.
 func TestOldFilesOfAWholeNode(t *testing.T) {
 	t.Parallel()
 	const pods = 11
 	n := startNode(t, func(d *driver) { d.budget.limit = 24 << 20 })
-	n.api.put(sized(980<<10), connector("default", "small", "small"), class("small", configuration("config", "token", "{{ .context.token }}")))
+	n.api.put(sized(980<<10), connector("default", "small", "small"),
+		class("small", configuration("config", "token", "{{ .context.token }}")))
 	innocent := n.volume(attrs{"connector.name": "small"})
 	innocent.mustPublish()
 	var volumes []*podVolume
@@ -532,7 +544,8 @@ func TestPinnedVolumesAreGivenBack(t *testing.T) {
 		v.mustUnpublish()
 		n.driver.forgetUnmounted()
 		used := n.used()
-		if open.kept >= 0 && (used < open.kept+mountMemory || used > open.kept+mountMemory+4*inodeMemory) || open.kept < 0 && used != 0 {
+		if open.kept >= 0 && (used < open.kept+mountMemory || used > open.kept+mountMemory+4*inodeMemory) ||
+			open.kept < 0 && used != 0 {
 			t.Errorf("%s: %d KiB are counted", what, used>>10)
 		}
 		if open.path == "/large" {
@@ -547,7 +560,8 @@ func TestPinnedVolumesAreGivenBack(t *testing.T) {
 		}
 	}
 	n.driver.renderers.close()
-	eventually(t, fmt.Sprintf("there are %d descriptors as before", before), func() bool { return descriptors(t) <= before })
+	eventually(t, fmt.Sprintf("there are %d descriptors as before", before),
+		func() bool { return descriptors(t) <= before })
 }
 
 // Failed publishes take nothing, and neither does a volume that somebody has unmounted.
@@ -711,10 +725,14 @@ func TestLongMountLine(t *testing.T) {
 	mustMount(t, target, files{"a": nil}, permissions{mode: defaultMode})
 	mounts, err := readMounts()
 	must(t, err)
-	if !slices.ContainsFunc(mounts, func(m mountInfo) bool { return m.point == target && m.source == mountSource && m.shared }) {
+	if !slices.ContainsFunc(mounts, func(m mountInfo) bool {
+		return m.point == target && m.source == mountSource &&
+			m.shared
+	}) {
 		t.Error("a mount after the long line is missing")
 	}
-	if !slices.ContainsFunc(mounts, func(m mountInfo) bool { return strings.HasSuffix(m.point, strings.Repeat(" ", 255)) }) {
+	if !slices.ContainsFunc(mounts,
+		func(m mountInfo) bool { return strings.HasSuffix(m.point, strings.Repeat(" ", 255)) }) {
 		t.Error("the mount of the long line is missing")
 	}
 	n.startProcess()

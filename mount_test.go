@@ -136,7 +136,8 @@ func TestPublishesOfDifferentTargetsRunInParallel(t *testing.T) {
 	}
 }
 
-// At most 16 requests of Pods are under way, four of them for one namespace, and the driver's own have places beside them.
+// At most 16 requests of Pods are under way, four of them for one namespace, and the driver's own have places beside
+// them.
 func TestRequestsAtOnceAreBounded(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
@@ -146,7 +147,8 @@ func TestRequestsAtOnceAreBounded(t *testing.T) {
 	publish := func(serviceAccount string, volumes int) {
 		t.Helper()
 		for range volumes {
-			go func(v *podVolume) { results <- v.publish() }(n.pod(serviceAccount).volume("config", attrs{"connector.namespace": "default"}))
+			go func(v *podVolume) { results <- v.publish() }(n.pod(serviceAccount).volume("config",
+				attrs{"connector.namespace": "default"}))
 		}
 		count += volumes
 		n.awaitCalls(count)
@@ -190,7 +192,8 @@ func TestConnectionIsReused(t *testing.T) {
 		n.volume().mustPublish()
 	}
 	n.api.set(func() {
-		if n.api.connections.Load() != connections || connections > 3 || !n.api.protocols["HTTP/2.0"] || len(n.api.protocols) != 1 {
+		if n.api.connections.Load() != connections || connections > 3 || !n.api.protocols["HTTP/2.0"] ||
+			len(n.api.protocols) != 1 {
 			t.Errorf("%d connections, protocols %v", n.api.connections.Load(), n.api.protocols)
 		}
 	})
@@ -344,7 +347,8 @@ func startContainer(t testing.TB, v *podVolume) string {
 	must(t, unix.Mount(v.target, dir, "", unix.MS_BIND|unix.MS_REC, ""))
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	must(t, unix.Mount("", dir, "", unix.MS_PRIVATE|unix.MS_REC, ""))
-	must(t, unix.Mount("", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""))
+	must(t, unix.Mount("", dir, "",
+		unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""))
 	return dir
 }
 
@@ -466,9 +470,10 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
-// During updates, 1,000 in long tests, readers never see a file missing, a part of the files, or files of two generations, and
-// nobody can write. The files of a generation stay until the next but one comes, so a reader that is kept from
-// running for two updates, which take milliseconds here and a minute or more in a cluster, has to begin again.
+// During updates, 1,000 in long tests, readers never see a file missing, a part of the files, or files of two
+// generations, and nobody can write. The files of a generation stay until the next but one comes, so a reader that is
+// kept from running for two updates, which take milliseconds here and a minute or more in a cluster, has to begin
+// again.
 func TestReadersDuringUpdates(t *testing.T) {
 	n := startPolling(t)
 	names := []string{"a", "b", "c", "d"}
@@ -668,8 +673,8 @@ func TestRestartKeepsVolumes(t *testing.T) {
 	v.mustUnpublish()
 }
 
-// What somebody else has mounted at the target path is unmounted by unpublish, as ever, and never emptied: neither under
-// our mount nor over it, whatever its files are called, not even with the device number that ours had.
+// What somebody else has mounted at the target path is unmounted by unpublish, as ever, and never emptied: neither
+// under our mount nor over it, whatever its files are called, not even with the device number that ours had.
 func TestForeignTmpfsIsNotEmptied(t *testing.T) {
 	t.Parallel()
 	over := func(t *testing.T, n *node, v *podVolume) { must(t, unix.Mount(mountSource, v.target, "tmpfs", 0, "")) }

@@ -161,7 +161,8 @@ func (n *node) awaitStart(log func() string) (address string) {
 
 // dial makes a connection to the driver's socket. Every error that comes over it is searched for secrets.
 func (n *node) dial() {
-	check := func(ctx context.Context, method string, request, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, options ...grpc.CallOption) error {
+	check := func(ctx context.Context, method string, request, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker,
+		options ...grpc.CallOption) error {
 		err := invoke(ctx, method, request, reply, conn, options...)
 		if err == nil {
 			return nil
@@ -261,7 +262,8 @@ func (n *node) run(binary string, environment []string, arguments ...string) *pr
 	host, port, err := net.SplitHostPort(n.api.Listener.Addr().String())
 	must(n.t, err)
 	p := &process{Cmd: exec.Command(binary, arguments...), log: &lockedBuffer{}, exited: make(chan struct{})}
-	p.Env = append(os.Environ(), roleKey+"="+roleDriver, "NODE_NAME=node-1", "KUBERNETES_SERVICE_HOST="+host, "KUBERNETES_SERVICE_PORT="+port)
+	p.Env = append(os.Environ(), roleKey+"="+roleDriver, "NODE_NAME=node-1", "KUBERNETES_SERVICE_HOST="+host,
+		"KUBERNETES_SERVICE_PORT="+port)
 	p.Env = append(p.Env, "GOMEMLIMIT=48MiB") // as deploy.yaml has it
 	p.Env = append(p.Env, environment...)
 	p.Stderr = io.MultiWriter(p.log, &n.log)
@@ -317,7 +319,8 @@ type testPod struct {
 // pod makes a Pod, which runs as the ServiceAccount "default" of the namespace "default" or as another one.
 func (n *node) pod(serviceAccount ...string) *testPod {
 	i := serial.Add(1)
-	p := &testPod{node: n, namespace: "default", serviceAccount: "default", name: fmt.Sprintf("pod-%d", i), uid: fmt.Sprintf("0f5e7ed5-0000-4000-8000-%012d", i)}
+	p := &testPod{node: n, namespace: "default", serviceAccount: "default", name: fmt.Sprintf("pod-%d", i),
+		uid: fmt.Sprintf("0f5e7ed5-0000-4000-8000-%012d", i)}
 	for _, s := range serviceAccount {
 		p.namespace, p.serviceAccount, _ = strings.Cut(s, "/")
 	}
@@ -328,7 +331,8 @@ func (n *node) pod(serviceAccount ...string) *testPod {
 
 // renewToken gives the Pod a new token, as kubelet does when the old one is about to expire.
 func (p *testPod) renewToken() {
-	p.token = issue(p.namespace, p.serviceAccount, map[string]string{"name": p.name, "uid": p.uid}, 30*time.Minute, apiAudience)
+	p.token = issue(p.namespace, p.serviceAccount, map[string]string{"name": p.name, "uid": p.uid}, 30*time.Minute,
+		apiAudience)
 }
 
 // podVolume is a volume of a Pod.
@@ -350,7 +354,8 @@ type attrs = map[string]string
 func (n *node) volume(attributes ...attrs) *podVolume { return n.pod().volume("config", attributes...) }
 
 func (p *testPod) volume(name string, attributes ...attrs) *podVolume {
-	v := &podVolume{t: p.node.t, node: p.node, pod: p, attributes: attrs{"connector.name": "git", "configuration.names": "config"}}
+	v := &podVolume{t: p.node.t, node: p.node, pod: p,
+		attributes: attrs{"connector.name": "git", "configuration.names": "config"}}
 	v.target = filepath.Join(p.node.podsDir(), p.uid, "volumes/kubernetes.io~csi", name, "mount")
 	for _, a := range attributes {
 		maps.Copy(v.attributes, a)
@@ -399,7 +404,8 @@ func (v *podVolume) publishWithin(timeout time.Duration) error {
 }
 
 func (v *podVolume) unpublish() error {
-	_, err := csi.NewNodeClient(v.node.conn).NodeUnpublishVolume(context.Background(), &csi.NodeUnpublishVolumeRequest{VolumeId: v.request().VolumeId, TargetPath: v.target})
+	_, err := csi.NewNodeClient(v.node.conn).NodeUnpublishVolume(context.Background(),
+		&csi.NodeUnpublishVolumeRequest{VolumeId: v.request().VolumeId, TargetPath: v.target})
 	return err
 }
 
@@ -442,7 +448,8 @@ func (v *podVolume) wantNothing() {
 	}
 }
 
-// mustRefuse publishes a volume that is not published, which has to fail with the code and the words and to leave nothing.
+// mustRefuse publishes a volume that is not published, which has to fail with the code and the words and to leave
+// nothing.
 func (v *podVolume) mustRefuse(code codes.Code, words ...string) {
 	v.t.Helper()
 	wantError(v.t, v.publish(), code, words...)
@@ -615,7 +622,8 @@ func class(name string, configurations ...object) object {
 	for _, c := range configurations {
 		list = append(list, c)
 	}
-	return object{"apiVersion": "connectors.alauda.io/v1alpha1", "kind": "ConnectorClass", "metadata": object{"name": name}, "spec": object{"configurations": list}}
+	return object{"apiVersion": "connectors.alauda.io/v1alpha1", "kind": "ConnectorClass",
+		"metadata": object{"name": name}, "spec": object{"configurations": list}}
 }
 
 // configuration makes a configuration of a class: file names and templates in turn.
@@ -655,7 +663,9 @@ func gitClassOf(data ...string) object {
 func gitClass() object {
 	return class("git",
 		configuration("config",
-			".gitconfig", "[http]\n\textraHeader = Authorization: Basic {{ printf \":%s\" .context.token | b64enc }}\n[url \"{{ .connector.status.proxyAddress }}\"]\n\tinsteadOf = {{ .connector.spec.address }}\n",
+			".gitconfig",
+			"[http]\n\textraHeader = Authorization: Basic {{ printf \":%s\" .context.token | b64enc }}\n[url \"{{ "+
+				".connector.status.proxyAddress }}\"]\n\tinsteadOf = {{ .connector.spec.address }}\n",
 			"token", "{{ .context.token }}",
 			"mark", "{{ .connector.metadata.annotations.mark }}"),
 		configuration("first", "shared", "from first", "one", "1"),

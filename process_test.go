@@ -50,22 +50,27 @@ func TestStartUpFailures(t *testing.T) {
 		arguments   []string
 		word        string
 	}{
-		"no node name":          {[]string{"NODE_NAME="}, nil, "no node name: set NODE_NAME"},
-		"no API server":         {[]string{"KUBERNETES_SERVICE_HOST="}, nil, "KUBERNETES_SERVICE_HOST"},
-		"not shared":            {nil, []string{"--kubelet-dir=" + notShared}, "not on a shared mount"},
-		"no budget":             {nil, []string{"--volumes-budget=0"}, "--volumes-budget 0 must be above zero"},
-		"a huge budget":         {nil, []string{"--volumes-budget=17592186044417"}, "--volumes-budget 17592186044417 must be above zero, and be a number of MiB"},
-		"a relative directory":  {nil, []string{"--kubelet-dir=kubelet"}, `--kubelet-dir "kubelet" must be an absolute path`},
-		"too long a path":       {nil, []string{"--kubelet-dir=" + deep}, "is too long for the path of a socket: it has 151 bytes, and may have 107"},
-		"another driver":        {nil, []string{"--kubelet-dir=" + taken}, "another process serves " + taken + "/plugins_registry/connectors-csi-reg.sock"},
-		"no such interval":      {nil, []string{"--refresh-interval=0s"}, "--refresh-interval 0s must be above zero"},
-		"argument":              {nil, []string{"start"}, `unexpected argument "start"`},
-		"port in use":           {nil, []string{"--http-address=" + busy.Addr().String()}, "address already in use"},
-		"no socket in its way":  {nil, []string{"--kubelet-dir=" + inTheWay}, "exists and is not a socket"},
-		"no registry directory": {nil, []string{"--kubelet-dir=" + n.dir + "/noRegistry"}, "mount kubelet's plugins_registry directory"},
+		"no node name":  {[]string{"NODE_NAME="}, nil, "no node name: set NODE_NAME"},
+		"no API server": {[]string{"KUBERNETES_SERVICE_HOST="}, nil, "KUBERNETES_SERVICE_HOST"},
+		"not shared":    {nil, []string{"--kubelet-dir=" + notShared}, "not on a shared mount"},
+		"no budget":     {nil, []string{"--volumes-budget=0"}, "--volumes-budget 0 must be above zero"},
+		"a huge budget": {nil, []string{"--volumes-budget=17592186044417"},
+			"--volumes-budget 17592186044417 must be above zero, and be a number of MiB"},
+		"a relative directory": {nil, []string{"--kubelet-dir=kubelet"}, `--kubelet-dir "kubelet" must be an absolute path`},
+		"too long a path": {nil, []string{"--kubelet-dir=" + deep},
+			"is too long for the path of a socket: it has 151 bytes, and may have 107"},
+		"another driver": {nil, []string{"--kubelet-dir=" + taken}, "another process serves " + taken +
+			"/plugins_registry/connectors-csi-reg.sock"},
+		"no such interval":     {nil, []string{"--refresh-interval=0s"}, "--refresh-interval 0s must be above zero"},
+		"argument":             {nil, []string{"start"}, `unexpected argument "start"`},
+		"port in use":          {nil, []string{"--http-address=" + busy.Addr().String()}, "address already in use"},
+		"no socket in its way": {nil, []string{"--kubelet-dir=" + inTheWay}, "exists and is not a socket"},
+		"no registry directory": {nil, []string{"--kubelet-dir=" + n.dir + "/noRegistry"},
+			"mount kubelet's plugins_registry directory"},
 	}) {
 		t.Run(what, func(t *testing.T) {
-			p := n.run(rendererBinary(), c.environment, append([]string{"--kubelet-dir=" + n.dir, "--http-address=127.0.0.1:0"}, c.arguments...)...)
+			p := n.run(rendererBinary(), c.environment,
+				append([]string{"--kubelet-dir=" + n.dir, "--http-address=127.0.0.1:0"}, c.arguments...)...)
 			p.wantFailure(t, c.word)
 		})
 	}
@@ -90,7 +95,8 @@ func TestStartUpFailures(t *testing.T) {
 func (p *process) wantFailure(t *testing.T, word string) {
 	t.Helper()
 	p.awaitExit(t)
-	if log := p.log.String(); p.ProcessState.ExitCode() != 1 || strings.Count(log, "\n") != 1 || !strings.HasPrefix(log, "connectors-csi: ") || !strings.Contains(log, word) {
+	if log := p.log.String(); p.ProcessState.ExitCode() != 1 || strings.Count(log, "\n") != 1 ||
+		!strings.HasPrefix(log, "connectors-csi: ") || !strings.Contains(log, word) {
 		t.Errorf("exit code %d, and no single line with %q: %q", p.ProcessState.ExitCode(), word, log)
 	}
 }
@@ -106,7 +112,11 @@ func TestShutdownFinishesWhatIsUnderWay(t *testing.T) {
 	go func() { result <- v.publish() }()
 	gate.await(1, "the publish is under way")
 	must(t, p.Process.Signal(syscall.SIGTERM))
-	eventually(t, "the socket is removed", func() bool { _, err := os.Lstat(n.socket()); return errors.Is(err, fs.ErrNotExist) })
+	eventually(t, "the socket is removed", func() bool {
+		_,
+			err := os.Lstat(n.socket())
+		return errors.Is(err, fs.ErrNotExist)
+	})
 	gate.open()
 	must(t, <-result)
 	p.awaitExit(t)
@@ -134,7 +144,8 @@ func TestLog(t *testing.T) {
 	writable.mustRefuse(codes.InvalidArgument)
 	var lines []string
 	eventually(t, "four lines", func() bool {
-		lines = slices.DeleteFunc(strings.Split(p.log.String(), "\n"), func(l string) bool { return !strings.Contains(l, "publish") })
+		lines = slices.DeleteFunc(strings.Split(p.log.String(), "\n"),
+			func(l string) bool { return !strings.Contains(l, "publish") })
 		return len(lines) >= 4 && strings.HasSuffix(p.log.String(), "\n")
 	})
 	for i, words := range [][]string{
@@ -165,22 +176,23 @@ func TestLogOfLargeRequests(t *testing.T) {
 		attributes attrs
 		change     func(*csi.NodePublishVolumeRequest)
 	}{
-		"Connector":         {attrs{"connector.name": long}, nil},
-		"namespace":         {attrs{"connector.namespace": long}, nil},
-		"Connectors":        {attrs{"connector.name": "-", "connectors": numbered(names+"-", 32)}, nil},
-		"many Connectors":   {attrs{"connector.name": "-", "connectors": numbered("x", 4000)}, nil},
-		"twice":             {attrs{"connector.name": "-", "connectors": names + "," + names}, nil},
-		"configuration":     {attrs{"configuration.names": long}, nil},
-		"control":           {attrs{"configuration.names": quotes}, nil},
-		"long names":        {attrs{"configuration.names": numbered(names, 64)}, nil},
-		"exclusions":        {attrs{"configuration.names": "config,!" + names}, nil},
-		"params":            {attrs{"configuration.params": `{"` + long + `": {}}`}, nil},
-		"params of long":    {attrs{"configuration.names": numbered(names, 64), "configuration.params": `{"y": {}}`}, nil},
-		"expiration":        {attrs{"token.expiration": long}, nil},
-		"quotes":            {attrs{"token.expiration": quotes}, nil},
-		"key":               {attrs{long: ""}, nil},
-		"large key":         {attrs{long + long: quotes}, nil},
-		"enumeration":       {attrs{"configuration.names": "enum", "configuration.params": `{"enum":{"p":"` + long + `"}}`}, nil},
+		"Connector":       {attrs{"connector.name": long}, nil},
+		"namespace":       {attrs{"connector.namespace": long}, nil},
+		"Connectors":      {attrs{"connector.name": "-", "connectors": numbered(names+"-", 32)}, nil},
+		"many Connectors": {attrs{"connector.name": "-", "connectors": numbered("x", 4000)}, nil},
+		"twice":           {attrs{"connector.name": "-", "connectors": names + "," + names}, nil},
+		"configuration":   {attrs{"configuration.names": long}, nil},
+		"control":         {attrs{"configuration.names": quotes}, nil},
+		"long names":      {attrs{"configuration.names": numbered(names, 64)}, nil},
+		"exclusions":      {attrs{"configuration.names": "config,!" + names}, nil},
+		"params":          {attrs{"configuration.params": `{"` + long + `": {}}`}, nil},
+		"params of long":  {attrs{"configuration.names": numbered(names, 64), "configuration.params": `{"y": {}}`}, nil},
+		"expiration":      {attrs{"token.expiration": long}, nil},
+		"quotes":          {attrs{"token.expiration": quotes}, nil},
+		"key":             {attrs{long: ""}, nil},
+		"large key":       {attrs{long + long: quotes}, nil},
+		"enumeration": {attrs{"configuration.names": "enum", "configuration.params": `{"enum":{"p":"` + long + `"}}`},
+			nil},
 		"name of the Pod":   {nil, podInfo("pod.name", long+long)},
 		"namespace of it":   {nil, podInfo("pod.namespace", quotes)},
 		"ephemeral":         {nil, podInfo("ephemeral", long)},
@@ -227,7 +239,8 @@ func (rawCodec) Unmarshal(data mem.BufferSlice, v any) error {
 func (n *node) callRegistration(method string, request []byte) []byte {
 	n.t.Helper()
 	var reply []byte
-	must(n.t, n.conn.Invoke(context.Background(), "/pluginregistration.Registration/"+method, &request, &reply, grpc.ForceCodecV2(rawCodec{})))
+	must(n.t, n.conn.Invoke(context.Background(), "/pluginregistration.Registration/"+method, &request, &reply,
+		grpc.ForceCodecV2(rawCodec{})))
 	return reply
 }
 
@@ -261,7 +274,8 @@ func TestRegistration(t *testing.T) {
 	n.wantReady(503, "kubelet has not registered the driver yet")
 
 	info := decodeStrings(t, n.callRegistration("GetInfo", nil))
-	if want := (map[uint64][]string{1: {"CSIPlugin"}, 2: {"connectors-csi"}, 4: {"1.0.0"}}); fmt.Sprint(info) != fmt.Sprint(want) {
+	if want := (map[uint64][]string{1: {"CSIPlugin"}, 2: {"connectors-csi"},
+		4: {"1.0.0"}}); fmt.Sprint(info) != fmt.Sprint(want) {
 		t.Errorf("PluginInfo is %v, not %v", info, want)
 	}
 	failed := append([]byte{8, 0, 2<<3 | 2, 4}, "nope"...)
@@ -449,7 +463,8 @@ func runInSmallNamespace(t *testing.T, script string) {
 	cmd := exec.Command("sh", "-c", script, "sh", self, "-test.run=^"+test+"$")
 	cmd.Env = append(os.Environ(), roleKey+"="+roleTests)
 	all := []syscall.SysProcIDMap{{Size: 1 << 16}}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS, UidMappings: all, GidMappings: all,
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS, UidMappings: all,
+		GidMappings:                all,
 		GidMappingsEnableSetgroups: true, Pdeathsig: syscall.SIGKILL}
 	if output, err := runCommand(cmd); err != nil {
 		t.Errorf("%v: %s", err, output)
@@ -532,7 +547,8 @@ func TestMetrics(t *testing.T) {
 	}
 	n.api.Close()
 	missing.mustRefuse(codes.Unavailable)
-	if got := n.readMetrics()[`connectors_csi_api_requests_total{resource="connectors",verb="get",code="none"}`]; got != 1 {
+	unanswered := `connectors_csi_api_requests_total{resource="connectors",verb="get",code="none"}`
+	if got := n.readMetrics()[unanswered]; got != 1 {
 		t.Errorf("%v requests without an answer", got)
 	}
 }
@@ -559,8 +575,10 @@ func runPreview(t *testing.T, cmd *exec.Cmd, objects []object) (stdout, stderr s
 
 func TestPreview(t *testing.T) {
 	t.Parallel()
-	git := class("git", configuration("config", ".gitconfig", "{{ .connector.spec.address }} {{ .context.token }}\n"), configuration("two", "a", "A", "b", "B\n"),
-		configuration("params", "p", "{{ .configurations.x }}"), configuration("names", "n", "{{ range .connectors }}{{ .metadata.namespace }}/{{ .name }} {{ end }}"))
+	git := class("git", configuration("config", ".gitconfig", "{{ .connector.spec.address }} {{ .context.token }}\n"),
+		configuration("two", "a", "A", "b", "B\n"),
+		configuration("params", "p", "{{ .configurations.x }}"),
+		configuration("names", "n", "{{ range .connectors }}{{ .metadata.namespace }}/{{ .name }} {{ end }}"))
 	one, two := connector("team-a", "one", "git"), connector("team-b", "two", "git")
 	unnamed := connector("", "unnamed", "git")
 	delete(unnamed["metadata"].(object), "namespace")
@@ -577,18 +595,29 @@ func TestPreview(t *testing.T) {
 	}{
 		{"one file", []object{git, one}, []string{"--configuration.names=config"}, "https://one.example.com TOKEN\n"},
 		{"a list", []object{list(git, one)}, []string{"--configuration.names", "config"}, "https://one.example.com TOKEN\n"},
-		{"a list of lists, and other kinds", []object{list(list(git), one), {"kind": "Pod", "metadata": object{"name": "x"}}}, []string{"--configuration.names=config"}, "https://one.example.com TOKEN\n"},
+		{"a list of lists, and other kinds", []object{list(list(git), one), {"kind": "Pod", "metadata": object{"name": "x"}}},
+			[]string{"--configuration.names=config"}, "https://one.example.com TOKEN\n"},
 		{"several files", []object{git, one}, []string{"--configuration.names=two"}, "==> a <==\nA\n==> b <==\nB\n"},
-		{"a token", []object{one, git}, []string{"--configuration.names=config", "--token-file", tokenFile}, "https://one.example.com the-token\n"},
-		{"all Connectors in their order", []object{two, git, one, two}, []string{"--configuration.names=names"}, "team-b/two team-a/one "},
-		{"a Connector of the first one's namespace", []object{two, git, one}, []string{"--configuration.names=names", "--connector.name=two"}, "team-b/two "},
-		{"a Connector of the Pod's namespace", []object{two, git, one}, []string{"--configuration.names=names", "--connector.name=one", "--namespace=team-a"}, "team-a/one "},
-		{"Connectors", []object{two, git, one}, []string{"--configuration.names=names", "--connectors=team-a/one"}, "team-a/one "},
-		{"a Connector without a namespace", []object{git, unnamed}, []string{"--configuration.names=names"}, "default/unnamed "},
-		{"and with the Pod's", []object{git, unnamed}, []string{"--configuration.names=names", "--namespace=team-c"}, "team-c/unnamed "},
-		{"the longest names", []object{git, long}, []string{"--configuration.names=names"}, longNamespace + "/" + longName + " "},
-		{"parameters", []object{git, one}, []string{"--configuration.names=params", `--configuration.params={"params":{"x":"y"}}`}, "y"},
-		{"built-in files", []object{git, one}, []string{"--builtin-files", "--configuration.names=!.curlrc,!.env,!connector.status.proxyAddress,!http.proxy,!https.proxy"}, "TOKEN"},
+		{"a token", []object{one, git}, []string{"--configuration.names=config", "--token-file", tokenFile},
+			"https://one.example.com the-token\n"},
+		{"all Connectors in their order", []object{two, git, one, two}, []string{"--configuration.names=names"},
+			"team-b/two team-a/one "},
+		{"a Connector of the first one's namespace", []object{two, git, one},
+			[]string{"--configuration.names=names", "--connector.name=two"}, "team-b/two "},
+		{"a Connector of the Pod's namespace", []object{two, git, one},
+			[]string{"--configuration.names=names", "--connector.name=one", "--namespace=team-a"}, "team-a/one "},
+		{"Connectors", []object{two, git, one}, []string{"--configuration.names=names", "--connectors=team-a/one"},
+			"team-a/one "},
+		{"a Connector without a namespace", []object{git, unnamed}, []string{"--configuration.names=names"},
+			"default/unnamed "},
+		{"and with the Pod's", []object{git, unnamed}, []string{"--configuration.names=names", "--namespace=team-c"},
+			"team-c/unnamed "},
+		{"the longest names", []object{git, long}, []string{"--configuration.names=names"}, longNamespace + "/" + longName +
+			" "},
+		{"parameters", []object{git, one}, []string{"--configuration.names=params",
+			`--configuration.params={"params":{"x":"y"}}`}, "y"},
+		{"built-in files", []object{git, one}, []string{"--builtin-files",
+			"--configuration.names=!.curlrc,!.env,!connector.status.proxyAddress,!http.proxy,!https.proxy"}, "TOKEN"},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			if stdout, stderr, code := runRender(t, c.objects, c.arguments...); stdout != c.stdout || stderr != "" || code != 0 {
@@ -598,7 +627,8 @@ func TestPreview(t *testing.T) {
 	}
 
 	dir := filepath.Join(t.TempDir(), "new")
-	if stdout, stderr, code := runRender(t, []object{git, one}, "--configuration.names=two", "--output-dir", dir); stdout+stderr != "" || code != 0 {
+	if stdout, stderr, code := runRender(t, []object{git, one}, "--configuration.names=two", "--output-dir",
+		dir); stdout+stderr != "" || code != 0 {
 		t.Errorf("exit code %d, %q, %q", code, stdout, stderr)
 	}
 	for name, want := range sorted(map[string]string{"a": "A", "b": "B\n"}) {
@@ -618,16 +648,23 @@ func TestPreview(t *testing.T) {
 	}{
 		{"no input", nil, []string{"--configuration.names=config"}, "there is no Connector on standard input"},
 		{"no Connector", []object{git}, []string{"--configuration.names=config"}, "there is no Connector on standard input"},
-		{"no class", []object{one}, []string{"--configuration.names=config"}, `ConnectorClass "git" of Connector "team-a/one" cannot be read: it is not in the input`},
-		{"another Connector", []object{git, one}, []string{"--configuration.names=config", "--connector.name=none"}, `Connector "team-a/none" cannot be read: it is not in the input`},
-		{"no name", []object{git, {"apiVersion": "connectors.alauda.io/v1alpha1", "kind": "Connector", "metadata": object{}}}, []string{"--configuration.names=config"}, "a Connector on standard input has no metadata.name"},
+		{"no class", []object{one}, []string{"--configuration.names=config"},
+			`ConnectorClass "git" of Connector "team-a/one" cannot be read: it is not in the input`},
+		{"another Connector", []object{git, one}, []string{"--configuration.names=config", "--connector.name=none"},
+			`Connector "team-a/none" cannot be read: it is not in the input`},
+		{"no name", []object{git, {"apiVersion": "connectors.alauda.io/v1alpha1", "kind": "Connector", "metadata": object{}}},
+			[]string{"--configuration.names=config"}, "a Connector on standard input has no metadata.name"},
 		{"no configuration", []object{git, one}, nil, "configuration.names is missing"},
-		{"an attribute too much", []object{git, one}, []string{"--configuration.names=config", "--connectors=a", "--connector.name=b"}, "cannot be combined"},
-		{"an argument too much", []object{git, one}, []string{"--configuration.names=config", "more"}, `unexpected argument "more"`},
-		{"an empty token", []object{git, one}, []string{"--configuration.names=config", "--token-file=/dev/null"}, "there is no token in /dev/null"},
+		{"an attribute too much", []object{git, one},
+			[]string{"--configuration.names=config", "--connectors=a", "--connector.name=b"}, "cannot be combined"},
+		{"an argument too much", []object{git, one}, []string{"--configuration.names=config", "more"},
+			`unexpected argument "more"`},
+		{"an empty token", []object{git, one}, []string{"--configuration.names=config", "--token-file=/dev/null"},
+			"there is no token in /dev/null"},
 	} {
 		t.Run(c.what, func(t *testing.T) {
-			if stdout, stderr, code := runRender(t, c.objects, c.arguments...); !strings.HasPrefix(stderr, "connectors-csi: ") || !strings.Contains(stderr, c.stderr) || stdout != "" || code != 1 {
+			if stdout, stderr, code := runRender(t, c.objects, c.arguments...); !strings.HasPrefix(stderr, "connectors-csi: ") ||
+				!strings.Contains(stderr, c.stderr) || stdout != "" || code != 1 {
 				t.Errorf("exit code %d, %q, and on standard error %q", code, stdout, stderr)
 			}
 		})
@@ -639,11 +676,12 @@ func TestPreviewRefusesAsAPublishDoes(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
 	for what, change := range sorted(map[string]struct{ class, connector object }{
-		"a missing value":   {gitClassOf("a", "x\n{{ .connector.spec.typo }}"), connector("default", "git", "git")},
-		"no configuration":  {class("git", configuration("other")), connector("default", "git", "git")},
-		"too much memory":   {gitClassOf("a", `{{ repeat 1000000000 "x" }}`), connector("default", "git", "git")},
-		"an address":        {gitClass(), connector("default", "git", "git", with("a b", "spec", "address"))},
-		"an audience":       {gitClass(), connector("default", "git", "git", with("vault", "status", "proxy", "httpAddress", "audience"))},
+		"a missing value":  {gitClassOf("a", "x\n{{ .connector.spec.typo }}"), connector("default", "git", "git")},
+		"no configuration": {class("git", configuration("other")), connector("default", "git", "git")},
+		"too much memory":  {gitClassOf("a", `{{ repeat 1000000000 "x" }}`), connector("default", "git", "git")},
+		"an address":       {gitClass(), connector("default", "git", "git", with("a b", "spec", "address"))},
+		"an audience": {gitClass(), connector("default", "git", "git",
+			with("vault", "status", "proxy", "httpAddress", "audience"))},
 		"no class name":     {gitClass(), connector("default", "git", "")},
 		"too large":         {gitClass(), connector("default", "git", "git", padded(4<<20))},
 		"a bad file name":   {gitClassOf("../a", "x"), connector("default", "git", "git")},
@@ -666,7 +704,8 @@ func TestPreviewRefusesAsAPublishDoes(t *testing.T) {
 // Where a container's rules or the kernel refuse namespaces, the limits hold all the same.
 func TestWithoutNamespaces(t *testing.T) {
 	t.Parallel()
-	git, one := class("git", configuration("config", "a", "A"), configuration("large", "a", `{{ repeat 1000000000 "x" }}`)), connector("default", "one", "git")
+	git, one := class("git", configuration("config", "a", "A"),
+		configuration("large", "a", `{{ repeat 1000000000 "x" }}`)), connector("default", "one", "git")
 	preview := func(name string) (stdout, stderr string, code int) {
 		script := `for n in user mnt net pid ipc; do echo 0 > /proc/sys/user/max_${n}_namespaces || exit 9; done; exec "$@"`
 		cmd := exec.Command("sh", "-c", script, "sh", rendererBinary(), "render", "--configuration.names="+name)
@@ -677,7 +716,8 @@ func TestWithoutNamespaces(t *testing.T) {
 	if stdout, stderr, code := preview("config"); stdout != "A" || stderr != "" || code != 0 {
 		t.Errorf("exit code %d, %q, and on standard error %q", code, stdout, stderr)
 	}
-	if _, stderr, code := preview("large"); !strings.Contains(stderr, "rendering it takes more than 64 MiB of memory") || code != 1 {
+	if _, stderr, code := preview("large"); !strings.Contains(stderr, "rendering it takes more than 64 MiB of memory") ||
+		code != 1 {
 		t.Errorf("exit code %d, and on standard error %q", code, stderr)
 	}
 }
@@ -698,7 +738,8 @@ func TestVersionAndHelp(t *testing.T) {
 			t.Errorf("--help does not say %q: %s", want, got)
 		}
 	}
-	for _, want := range []string{"-configuration.names", "-connectors", "-namespace", "-token-file", "-output-dir", "-builtin-files", "-check"} {
+	for _, want := range []string{"-configuration.names", "-connectors", "-namespace", "-token-file", "-output-dir",
+		"-builtin-files", "-check"} {
 		if got := run("render", "--help"); !strings.Contains(got, want) {
 			t.Errorf("render --help does not say %q: %s", want, got)
 		}

@@ -41,14 +41,16 @@ func TestMetricsNameNobody(t *testing.T) {
 	v.mustPublish()
 	n.api.put(connector("tenant-name", "connector-name", "class-name", with("https://address-name", "spec", "address")))
 	n.awaitMetric(`connectors_csi_pushes_total{code="OK"}`, 1)
-	n.api.put(class("class-name", configuration("config", "file-name", "{{ .connector.spec.missing }}{{/* the content */}}")))
+	n.api.put(class("class-name", configuration("config", "file-name",
+		"{{ .connector.spec.missing }}{{/* the content */}}")))
 	n.pod("tenant-name/account-name").volume("config", attributes).mustRefuse(codes.FailedPrecondition)
 	n.pod("tenant-name/account-name").volume("config", attrs{"connector.name": "none-name"}).mustRefuse(codes.NotFound)
 	n.api.forbid("tenant-name/account-name", connectorPath("tenant-name", "connector-name"))
 	n.pod("tenant-name/account-name").volume("config", attributes).mustRefuse(codes.PermissionDenied)
 	for _, path := range []string{"/metrics", "/healthz", "/readyz", "/tenant-name"} {
 		_, body := n.get(path)
-		for _, word := range []string{"-name", v.pod.name, v.pod.uid, "content", n.dir, "/pods", "http:", "https:", "eyJ", v.pod.token} {
+		for _, word := range []string{"-name", v.pod.name, v.pod.uid, "content", n.dir, "/pods", "http:", "https:", "eyJ",
+			v.pod.token} {
 			if strings.Contains(body, word) {
 				t.Errorf("%s has %q: %s", path, word, body)
 			}
@@ -72,14 +74,16 @@ func TestLargeAnswersAtOnceAreBounded(t *testing.T) {
 			case <-rest:
 			case <-r.Context().Done():
 			}
-			w.Write([]byte(`"metadata":{"name":"large","namespace":"default","uid":"u","resourceVersion":"1"},"spec":{"connectorClassName":"git"}}`))
+			w.Write([]byte(`"metadata":{"name":"large","namespace":"default","uid":"u","resourceVersion":"1"},` +
+				`"spec":{"connectorClassName":"git"}}`))
 			return true
 		}
 	})
 	const readers = 8
 	results := make(chan error)
 	for i := range readers {
-		v := n.pod(fmt.Sprintf("team-%d/default", i)).volume("config", attrs{"connector.name": "large", "connector.namespace": "default", "configuration.names": "first"})
+		v := n.pod(fmt.Sprintf("team-%d/default", i)).volume("config",
+			attrs{"connector.name": "large", "connector.namespace": "default", "configuration.names": "first"})
 		go func() { results <- v.publish() }()
 	}
 	q := n.driver.kube.largeAnswers
@@ -98,8 +102,8 @@ func TestLargeAnswersAtOnceAreBounded(t *testing.T) {
 	}
 }
 
-// A watch lasts for half an hour at most. One that a ServiceAccount may not open again is no reason to go on with what it
-// was given: the next call that finds the object older than the refresh interval reads it, and is refused.
+// A watch lasts for half an hour at most. One that a ServiceAccount may not open again is no reason to go on with what
+// it was given: the next call that finds the object older than the refresh interval reads it, and is refused.
 func TestPermissionTakenAwayWhileNothingChanges(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
@@ -124,8 +128,8 @@ func TestPermissionTakenAwayWhileNothingChanges(t *testing.T) {
 	v.want("token", v.pod.token)
 }
 
-// A request of which the API server answers nothing, or a byte now and then, ends after its fifteen seconds, long before
-// the call itself would; nothing is left of it.
+// A request of which the API server answers nothing, or a byte now and then, ends after its fifteen seconds, long
+// before the call itself would; nothing is left of it.
 func TestRequestsEnd(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)

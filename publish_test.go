@@ -36,7 +36,8 @@ func TestPublishMountsTheDocumentedExample(t *testing.T) {
 	v.mustPublish()
 	v.wantFiles(".gitconfig", "mark", "token")
 	v.want("token", v.pod.token)
-	v.want(".gitconfig", "[http]\n\textraHeader = Authorization: Basic "+base64.StdEncoding.EncodeToString([]byte(":"+v.pod.token))+
+	basic := base64.StdEncoding.EncodeToString([]byte(":" + v.pod.token))
+	v.want(".gitconfig", "[http]\n\textraHeader = Authorization: Basic "+basic+
 		"\n[url \"http://c-git.default.svc.cluster.local\"]\n\tinsteadOf = https://git.example.com\n")
 	v.mustUnpublish()
 }
@@ -58,7 +59,8 @@ func TestAttributesAccepted(t *testing.T) {
 		"an equal one":                  {"token.expiration": "0.5h"},
 		"less than a second more":       {"token.expiration": "30m0.9s"},
 		"params that are null":          {"configuration.params": `{"config": null, "another": null}`},
-		"as many bytes as possible":     {"configuration.params": strings.Repeat(" ", 32<<10-2-len("connector.namegitconfiguration.namesconfigconfiguration.params")) + "{}"},
+		"as many bytes as possible": {"configuration.params": strings.Repeat(" ",
+			32<<10-2-len("connector.namegitconfiguration.namesconfigconfiguration.params")) + "{}"},
 	}) {
 		t.Run(what, func(t *testing.T) {
 			v := n.volume(attributes)
@@ -77,17 +79,21 @@ func TestAttributesRefused(t *testing.T) {
 		attributes attrs
 		words      []string
 	}{
-		"no Connector":          {attrs{"connector.name": "-"}, []string{"connectors or connector.name is required"}},
-		"empty Connector":       {attrs{"connector.name": ""}, []string{"connectors or connector.name is required"}},
-		"list of nothing":       {attrs{"connector.name": "-", "connectors": " , "}, []string{"connectors or connector.name is required"}},
-		"both ways":             {attrs{"connectors": "git"}, []string{"connectors cannot be combined with connector.name"}},
-		"list and namespace":    {attrs{"connector.name": "-", "connectors": "git", "connector.namespace": "default"}, []string{"cannot be combined"}},
-		"the same twice":        {attrs{"connector.name": "-", "connectors": "git,default/git"}, []string{`"default/git" twice`}},
-		"no configuration":      {attrs{"configuration.names": "-"}, []string{"configuration.names is missing"}},
-		"empty configuration":   {attrs{"configuration.names": ""}, []string{"configuration.names is missing"}},
-		"only spaces":           {attrs{"configuration.names": " , "}, []string{"configuration.names is missing"}},
-		"only exclusions":       {attrs{"configuration.names": "!token"}, []string{"configuration.names is missing"}},
-		"singular":              {attrs{"configuration.name": "config"}, []string{`"configuration.name"`, "known are ", "configuration.names", "connector.namespace", "token.expiration"}},
+		"no Connector":    {attrs{"connector.name": "-"}, []string{"connectors or connector.name is required"}},
+		"empty Connector": {attrs{"connector.name": ""}, []string{"connectors or connector.name is required"}},
+		"list of nothing": {attrs{"connector.name": "-", "connectors": " , "},
+			[]string{"connectors or connector.name is required"}},
+		"both ways": {attrs{"connectors": "git"}, []string{"connectors cannot be combined with connector.name"}},
+		"list and namespace": {attrs{"connector.name": "-", "connectors": "git", "connector.namespace": "default"},
+			[]string{"cannot be combined"}},
+		"the same twice": {attrs{"connector.name": "-", "connectors": "git,default/git"},
+			[]string{`"default/git" twice`}},
+		"no configuration":    {attrs{"configuration.names": "-"}, []string{"configuration.names is missing"}},
+		"empty configuration": {attrs{"configuration.names": ""}, []string{"configuration.names is missing"}},
+		"only spaces":         {attrs{"configuration.names": " , "}, []string{"configuration.names is missing"}},
+		"only exclusions":     {attrs{"configuration.names": "!token"}, []string{"configuration.names is missing"}},
+		"singular": {attrs{"configuration.name": "config"},
+			[]string{`"configuration.name"`, "known are ", "configuration.names", "connector.namespace", "token.expiration"}},
 		"singular Connector":    {attrs{"connector": "git"}, []string{`unknown attribute "connector"`}},
 		"other spelling":        {attrs{"tokenExpiration": "1h"}, []string{`unknown attribute "tokenExpiration"`}},
 		"capital":               {attrs{"connector.Name": "git"}, []string{`unknown attribute "connector.Name"`}},
@@ -111,28 +117,43 @@ func TestAttributesRefused(t *testing.T) {
 		"no name in the list":   {attrs{"connector.name": "-", "connectors": "default/"}, []string{"DNS names"}},
 		"no namespace":          {attrs{"connector.name": "-", "connectors": "/git"}, []string{"DNS names"}},
 		"params no JSON":        {attrs{"configuration.params": "{"}, []string{"configuration.params is not a JSON object"}},
-		"params two values":     {attrs{"configuration.params": "{} {}"}, []string{"configuration.params is not a JSON object"}},
-		"params list":           {attrs{"configuration.params": `[]`}, []string{"configuration.params is not a JSON object"}},
-		"params null":           {attrs{"configuration.params": `null`}, []string{"configuration.params is not a JSON object"}},
-		"params string":         {attrs{"configuration.params": `{"config":"x"}`}, []string{`"config" is not a JSON object`}},
-		"params of another":     {attrs{"configuration.params": `{"first":{}}`}, []string{`"first"`, "not in configuration.names"}},
-		"params too deep": {attrs{"configuration.params": `{"config":` + strings.Repeat("[", 15000) + strings.Repeat("]", 15000) + "}"},
+		"params two values": {attrs{"configuration.params": "{} {}"},
+			[]string{"configuration.params is not a JSON object"}},
+		"params list": {attrs{"configuration.params": `[]`}, []string{"configuration.params is not a JSON object"}},
+		"params null": {attrs{"configuration.params": `null`},
+			[]string{"configuration.params is not a JSON object"}},
+		"params string": {attrs{"configuration.params": `{"config":"x"}`}, []string{`"config" is not a JSON object`}},
+		"params of another": {attrs{"configuration.params": `{"first":{}}`},
+			[]string{`"first"`, "not in configuration.names"}},
+		"params too deep": {attrs{"configuration.params": `{"config":` + strings.Repeat("[", 15000) +
+			strings.Repeat("]", 15000) + "}"},
 			[]string{"configuration.params is not a JSON object", "exceeded max depth at byte 10010)"}},
-		"one byte too many": {attrs{"configuration.params": strings.Repeat(" ", 32<<10-1-len("connector.namegitconfiguration.namesconfigconfiguration.params")) + "{}"},
+		"one byte too many": {attrs{"configuration.params": strings.Repeat(" ",
+			32<<10-1-len("connector.namegitconfiguration.namesconfigconfiguration.params")) + "{}"},
 			[]string{"volumeAttributes may have 32768 bytes, not 32769", "make them smaller"}},
-		"a long key":            {attrs{"connectors" + strings.Repeat("k", 30000): ""}, []string{`unknown attribute "connectors` + strings.Repeat("k", 190) + ` …"`}},
-		"33 Connectors":         {attrs{"connector.name": "-", "connectors": numbered("c", 33)}, []string{"connectors may name 32 Connectors, not 33"}},
-		"65 configurations":     {attrs{"configuration.names": numbered("c", 65)}, []string{"configuration.names may have 64 configurations and as many exclusions, not 65"}},
-		"65 exclusions":         {attrs{"configuration.names": "config," + numbered("!f", 65)}, []string{"configuration.names may have 64 configurations and as many exclusions, not 65"}},
-		"a configuration twice": {attrs{"configuration.names": "config, first, config"}, []string{`configuration.names has "config" twice`}},
-		"an exclusion twice":    {attrs{"configuration.names": "config,!a,! a"}, []string{`configuration.names has "a" twice`}},
-		"long configuration":    {attrs{"configuration.names": strings.Repeat("x", 254)}, []string{"configuration.names: a name may have 253 bytes, not 254"}},
-		"more than a day":       {attrs{"token.expiration": "24h0m1s"}, []string{"token.expiration may be at most 24h0m0s, not 24h0m1s"}},
-		"45 years":              {attrs{"token.expiration": "400000h"}, []string{"token.expiration may be at most 24h0m0s"}},
-		"more than a Duration":  {attrs{"token.expiration": "9999999h"}, []string{`token.expiration "9999999h" is not a duration`}},
-		"3607 seconds":          {attrs{"token.expiration": "1h0m7s"}, []string{"token.expiration may not be 1h0m7s", "3607 seconds", "a year"}},
-		"nearly 3608 seconds":   {attrs{"token.expiration": "3607.999s"}, []string{"token.expiration may not be 1h0m7s"}},
-		"nearly ten minutes":    {attrs{"token.expiration": "9m59.999s"}, []string{"at least 10m"}},
+		"a long key": {attrs{"connectors" + strings.Repeat("k", 30000): ""},
+			[]string{`unknown attribute "connectors` + strings.Repeat("k", 190) + ` …"`}},
+		"33 Connectors": {attrs{"connector.name": "-", "connectors": numbered("c", 33)},
+			[]string{"connectors may name 32 Connectors, not 33"}},
+		"65 configurations": {attrs{"configuration.names": numbered("c", 65)},
+			[]string{"configuration.names may have 64 configurations and as many exclusions, not 65"}},
+		"65 exclusions": {attrs{"configuration.names": "config," + numbered("!f", 65)},
+			[]string{"configuration.names may have 64 configurations and as many exclusions, not 65"}},
+		"a configuration twice": {attrs{"configuration.names": "config, first, config"},
+			[]string{`configuration.names has "config" twice`}},
+		"an exclusion twice": {attrs{"configuration.names": "config,!a,! a"},
+			[]string{`configuration.names has "a" twice`}},
+		"long configuration": {attrs{"configuration.names": strings.Repeat("x", 254)},
+			[]string{"configuration.names: a name may have 253 bytes, not 254"}},
+		"more than a day": {attrs{"token.expiration": "24h0m1s"},
+			[]string{"token.expiration may be at most 24h0m0s, not 24h0m1s"}},
+		"45 years": {attrs{"token.expiration": "400000h"}, []string{"token.expiration may be at most 24h0m0s"}},
+		"more than a Duration": {attrs{"token.expiration": "9999999h"},
+			[]string{`token.expiration "9999999h" is not a duration`}},
+		"3607 seconds": {attrs{"token.expiration": "1h0m7s"},
+			[]string{"token.expiration may not be 1h0m7s", "3607 seconds", "a year"}},
+		"nearly 3608 seconds": {attrs{"token.expiration": "3607.999s"}, []string{"token.expiration may not be 1h0m7s"}},
+		"nearly ten minutes":  {attrs{"token.expiration": "9m59.999s"}, []string{"at least 10m"}},
 	}) {
 		t.Run(what, func(t *testing.T) {
 			v := n.volume(c.attributes)
@@ -259,34 +280,45 @@ func TestRequestsRefused(t *testing.T) {
 		code   codes.Code
 		words  string
 	}{
-		"not read-only":    {func(r *csi.NodePublishVolumeRequest) { r.Readonly = false }, codes.InvalidArgument, "csi.readOnly: true"},
-		"no volume id":     {func(r *csi.NodePublishVolumeRequest) { r.VolumeId = "" }, codes.InvalidArgument, "volume_id"},
-		"no capability":    {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = nil }, codes.InvalidArgument, "volume_capability"},
-		"block":            {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessType = &csi.VolumeCapability_Block{} }, codes.InvalidArgument, "volume_capability"},
+		"not read-only": {func(r *csi.NodePublishVolumeRequest) { r.Readonly = false }, codes.InvalidArgument,
+			"csi.readOnly: true"},
+		"no volume id": {func(r *csi.NodePublishVolumeRequest) { r.VolumeId = "" }, codes.InvalidArgument, "volume_id"},
+		"no capability": {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = nil }, codes.InvalidArgument,
+			"volume_capability"},
+		"block": {func(r *csi.NodePublishVolumeRequest) {
+			r.VolumeCapability.AccessType = &csi.VolumeCapability_Block{}
+		}, codes.InvalidArgument, "volume_capability"},
 		"group":            {group("staff"), codes.InvalidArgument, `volume_mount_group "staff"`},
 		"negative group":   {group("-1"), codes.InvalidArgument, `volume_mount_group "-1"`},
 		"too high a group": {group("2147483648"), codes.InvalidArgument, `volume_mount_group "2147483648"`},
-		"no access mode":   {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessMode = nil }, codes.InvalidArgument, "no access_mode"},
+		"no access mode": {func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessMode = nil },
+			codes.InvalidArgument, "no access_mode"},
 		"unknown mode": {func(r *csi.NodePublishVolumeRequest) {
 			r.VolumeCapability.AccessMode.Mode = csi.VolumeCapability_AccessMode_UNKNOWN
 		}, codes.InvalidArgument, "no access_mode"},
-		"file system":     {fsType("ext4"), codes.InvalidArgument, `fs_type "ext4": the volume is a tmpfs; leave csi.fsType out`},
-		"mount flags":     {mountFlags("exec", "dev"), codes.InvalidArgument, `mount_flags "exec": mount options are not supported`},
-		"persistent":      {podInfo("ephemeral", "false"), codes.InvalidArgument, `csi.storage.k8s.io/ephemeral is "false": only inline volumes can be mounted`},
+		"file system": {fsType("ext4"), codes.InvalidArgument,
+			`fs_type "ext4": the volume is a tmpfs; leave csi.fsType out`},
+		"mount flags": {mountFlags("exec", "dev"), codes.InvalidArgument,
+			`mount_flags "exec": mount options are not supported`},
+		"persistent": {podInfo("ephemeral", "false"), codes.InvalidArgument,
+			`csi.storage.k8s.io/ephemeral is "false": only inline volumes can be mounted`},
 		"not ephemeral":   {podInfo("ephemeral", ""), codes.InvalidArgument, `csi.storage.k8s.io/ephemeral is ""`},
 		"other Pod":       {podInfo("pod.name", other.name), codes.PermissionDenied, "pod.name"},
 		"other namespace": {podInfo("pod.namespace", "kube-system"), codes.PermissionDenied, "pod.namespace"},
 		"other uid":       {podInfo("pod.uid", other.uid), codes.PermissionDenied, "pod.uid"},
 		"other account":   {podInfo("serviceAccount.name", "admin"), codes.PermissionDenied, "serviceAccount.name"},
-		"huge token":      {tokens(`{"":{"token":"` + strings.Repeat("x", 16<<10+1) + `"}}`), codes.InvalidArgument, "more than 16 KiB"},
-		"no token":        {tokens(""), codes.FailedPrecondition, "tokenRequests"},
-		"no JSON":         {tokens("eyJ"), codes.FailedPrecondition, "tokenRequests"},
-		"other audience":  {tokens(`{"vault":{"token":"` + other.token + `"}}`), codes.FailedPrecondition, "tokenRequests"},
-		"empty token":     {tokens(`{"":{"token":""}}`), codes.FailedPrecondition, "tokenRequests"},
-		"no JWT":          {tokens(`{"":{"token":"secret"}}`), codes.InvalidArgument, "not one of a Pod's ServiceAccount"},
-		"no base64":       {tokens(`{"":{"token":"a.!.c"}}`), codes.InvalidArgument, "not one of a Pod's ServiceAccount"},
-		"no claims":       {tokens(`{"":{"token":"e30.e30.e30"}}`), codes.InvalidArgument, "not one of a Pod's ServiceAccount"},
-		"token of no Pod": {tokens(`{"":{"token":"` + issue("default", "default", nil, time.Hour, apiAudience) + `"}}`), codes.InvalidArgument, "not one of a Pod's ServiceAccount"},
+		"huge token": {tokens(`{"":{"token":"` + strings.Repeat("x", 16<<10+1) + `"}}`), codes.InvalidArgument,
+			"more than 16 KiB"},
+		"no token":       {tokens(""), codes.FailedPrecondition, "tokenRequests"},
+		"no JSON":        {tokens("eyJ"), codes.FailedPrecondition, "tokenRequests"},
+		"other audience": {tokens(`{"vault":{"token":"` + other.token + `"}}`), codes.FailedPrecondition, "tokenRequests"},
+		"empty token":    {tokens(`{"":{"token":""}}`), codes.FailedPrecondition, "tokenRequests"},
+		"no JWT":         {tokens(`{"":{"token":"secret"}}`), codes.InvalidArgument, "not one of a Pod's ServiceAccount"},
+		"no base64":      {tokens(`{"":{"token":"a.!.c"}}`), codes.InvalidArgument, "not one of a Pod's ServiceAccount"},
+		"no claims": {tokens(`{"":{"token":"e30.e30.e30"}}`), codes.InvalidArgument,
+			"not one of a Pod's ServiceAccount"},
+		"token of no Pod": {tokens(`{"":{"token":"` + issue("default", "default", nil, time.Hour, apiAudience) + `"}}`),
+			codes.InvalidArgument, "not one of a Pod's ServiceAccount"},
 		"another's token": {tokens(`{"":{"token":"` + other.token + `"}}`), codes.PermissionDenied, "the token is that of"},
 	}) {
 		t.Run(what, func(t *testing.T) {
@@ -350,7 +382,8 @@ func TestTargetPathsRefused(t *testing.T) {
 			target := target(v.target)
 			v.t, v.change = t, func(r *csi.NodePublishVolumeRequest) { r.TargetPath = target }
 			v.mustRefuse(codes.InvalidArgument, "target_path")
-			_, err := csi.NewNodeClient(n.conn).NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: "csi-1", TargetPath: target})
+			_, err := csi.NewNodeClient(n.conn).NodeUnpublishVolume(t.Context(),
+				&csi.NodeUnpublishVolumeRequest{VolumeId: "csi-1", TargetPath: target})
 			wantError(t, err, codes.InvalidArgument, "target_path")
 		})
 	}
@@ -411,7 +444,8 @@ func TestIdentityAndCapabilities(t *testing.T) {
 		t.Errorf("node info %v, %v", info, err)
 	}
 	node, err := nodeClient.NodeGetCapabilities(ctx, &csi.NodeGetCapabilitiesRequest{})
-	if err != nil || len(node.Capabilities) != 1 || node.Capabilities[0].GetRpc().GetType() != csi.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP {
+	if err != nil || len(node.Capabilities) != 1 ||
+		node.Capabilities[0].GetRpc().GetType() != csi.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP {
 		t.Errorf("node capabilities %v, %v", node, err)
 	}
 	_, err = nodeClient.NodeGetVolumeStats(ctx, &csi.NodeGetVolumeStatsRequest{})
@@ -433,32 +467,45 @@ func TestObjectErrors(t *testing.T) {
 	}{
 		"no Connector": {func(n *node) { n.api.remove(connectorPath("default", "git")) }, codes.NotFound,
 			[]string{`Connector "default/git" not found`, "create it", "connector.name"}},
-		"forbidden": {func(n *node) { n.api.forbid("default/default", connectorPath("default", "git")) }, codes.PermissionDenied,
-			[]string{"ServiceAccount default/default may not read", `Connector "default/git"`, `User "system:serviceaccount:default:default" cannot get`,
-				"kubectl create rolebinding default.default-connectors --namespace=default --clusterrole=connectors-connector-viewer-role --serviceaccount=default:default"}},
+		"forbidden": {func(n *node) { n.api.forbid("default/default", connectorPath("default", "git")) },
+			codes.PermissionDenied,
+			[]string{"ServiceAccount default/default may not read", `Connector "default/git"`,
+				`User "system:serviceaccount:default:default" cannot get`,
+				"kubectl create rolebinding default.default-connectors --namespace=default " +
+					"--clusterrole=connectors-connector-viewer-role --serviceaccount=default:default"}},
 		"no class": {func(n *node) { n.api.remove(classPath("git")) }, codes.NotFound,
 			[]string{`ConnectorClass "git" of Connector "default/git" not found`, "spec.connectorClassName"}},
 		"class forbidden": {func(n *node) { n.api.forbid(driverUser, classPath("git")) }, codes.PermissionDenied,
 			[]string{`the driver may not read ConnectorClass "git"`, "deploy.yaml"}},
-		"no class named": {func(n *node) { n.api.put(connector("default", "git", "git", with(nil, "spec", "connectorClassName"))) }, codes.FailedPrecondition,
+		"no class named": {func(n *node) {
+			n.api.put(connector("default", "git", "git",
+				with(nil, "spec", "connectorClassName")))
+		}, codes.FailedPrecondition,
 			[]string{`Connector "default/git"`, "spec.connectorClassName"}},
-		"class named by a path": {func(n *node) { n.api.put(connector("default", "git", "../namespaces/x")) }, codes.FailedPrecondition,
+		"class named by a path": {func(n *node) { n.api.put(connector("default", "git", "../namespaces/x")) },
+			codes.FailedPrecondition,
 			[]string{"spec.connectorClassName", "../namespaces/x"}},
-		"no such configuration": {func(n *node) { n.api.put(class("git", configuration("one"), configuration("two"))) }, codes.InvalidArgument,
+		"no such configuration": {func(n *node) { n.api.put(class("git", configuration("one"), configuration("two"))) },
+			codes.InvalidArgument,
 			[]string{`configuration "config"`, `ConnectorClass "git" has: one, two`}},
-		"no configuration at all": {func(n *node) { n.api.put(class("git")) }, codes.InvalidArgument, []string{`ConnectorClass "git" has: none`}},
+		"no configuration at all": {func(n *node) { n.api.put(class("git")) }, codes.InvalidArgument,
+			[]string{`ConnectorClass "git" has: none`}},
 		"template does not parse": {func(n *node) { n.api.put(gitClassOf("a", "ok\n{{ if }}")) }, codes.FailedPrecondition,
 			[]string{`ConnectorClass "git", configuration "config": a line 2: missing value for if`}},
-		"unknown function": {func(n *node) { n.api.put(gitClassOf("a", "{{ getHostByName \"x\" }}")) }, codes.FailedPrecondition,
+		"unknown function": {func(n *node) { n.api.put(gitClassOf("a", "{{ getHostByName \"x\" }}")) },
+			codes.FailedPrecondition,
 			[]string{`"getHostByName" not defined`}},
-		"template fails": {func(n *node) { n.api.put(gitClassOf("a", "1\n2\n{{ fail \"sorry\" }}")) }, codes.FailedPrecondition,
+		"template fails": {func(n *node) { n.api.put(gitClassOf("a", "1\n2\n{{ fail \"sorry\" }}")) },
+			codes.FailedPrecondition,
 			[]string{`a line 3: {{ fail "sorry" }}: sorry`}},
 		"missing value": {func(n *node) {
 			n.api.put(gitClassOf("a", "x\n{{ .connector.spec.project }}"))
 		}, codes.FailedPrecondition,
 			[]string{`ConnectorClass "git", configuration "config": a line 2: {{ .connector.spec.project }} has no value`}},
-		"no proxy address": {func(n *node) { n.api.put(connector("default", "git", "git", with(nil, "status"))) }, codes.FailedPrecondition,
-			[]string{".gitconfig line 3: {{ .connector.status.proxyAddress }} has no value", "Connector default/git has no proxy address yet", "status.proxy.httpAddress.url", "wait"}},
+		"no proxy address": {func(n *node) { n.api.put(connector("default", "git", "git", with(nil, "status"))) },
+			codes.FailedPrecondition,
+			[]string{".gitconfig line 3: {{ .connector.status.proxyAddress }} has no value",
+				"Connector default/git has no proxy address yet", "status.proxy.httpAddress.url", "wait"}},
 		"bad file name": {func(n *node) { n.api.put(gitClassOf("../a", "")) }, codes.FailedPrecondition,
 			[]string{`file name "../a" is not allowed`, "must not begin with '..'"}},
 		"too large": {func(n *node) { n.api.put(gitClassOf("a", "{{ repeat 1048577 \"x\" }}")) }, codes.FailedPrecondition,
@@ -467,15 +514,19 @@ func TestObjectErrors(t *testing.T) {
 			n.api.put(gitClassOf("a", `{{ repeat 1048000 "x" }}`, "b", `{{ repeat 577 "x" }}`))
 		},
 			codes.FailedPrecondition, []string{`file "b"`, "1024 KiB"}},
-		"template is no string": {func(n *node) { n.api.put(class("git", object{"name": "config", "data": object{"a": 1}})) }, codes.FailedPrecondition,
+		"template is no string": {func(n *node) { n.api.put(class("git", object{"name": "config", "data": object{"a": 1}})) },
+			codes.FailedPrecondition,
 			[]string{`file "a"`, "not a string"}},
 		"token request forbidden": {func(n *node) {
 			n.api.set(func() { n.api.noTokens = true })
-			n.api.put(connector("default", "git", "git", with("http://c-git.default.svc.cluster.local", "status", "proxy", "httpAddress", "audience")))
-		}, codes.PermissionDenied, []string{"may not request a token for ServiceAccount default/default", "ClusterRole connectors-csi-token", "token.expiration"}},
+			n.api.put(connector("default", "git", "git",
+				with("http://c-git.default.svc.cluster.local", "status", "proxy", "httpAddress", "audience")))
+		}, codes.PermissionDenied, []string{"may not request a token for ServiceAccount default/default",
+			"ClusterRole connectors-csi-token", "token.expiration"}},
 		"Pod gone": {func(n *node) {
 			n.api.set(func() { clear(n.api.podUIDs) })
-			n.api.put(connector("default", "git", "git", with("http://c-git.default.svc.cluster.local", "status", "proxy", "httpAddress", "audience")))
+			n.api.put(connector("default", "git", "git",
+				with("http://c-git.default.svc.cluster.local", "status", "proxy", "httpAddress", "audience")))
 		}, codes.Aborted, []string{"does not match the UID in record"}},
 	}) {
 		t.Run(what, func(t *testing.T) {
@@ -535,12 +586,14 @@ func TestAPIServerErrors(t *testing.T) {
 		want   codes.Code
 		words  string
 	}{
-		"401":              {401, statusBody(401, "Unauthorized", "Unauthorized"), nil, codes.Unauthenticated, "Unauthorized (HTTP 401"},
-		"403":              {403, statusBody(403, "Forbidden", "not for you"), nil, codes.PermissionDenied, "not for you"},
-		"404":              {404, statusBody(404, "NotFound", "nobody knows it"), nil, codes.NotFound, "nobody knows it"},
-		"409":              {409, statusBody(409, "Conflict", "another change"), nil, codes.Aborted, "another change"},
-		"429":              {429, statusBody(429, "TooManyRequests", "slow down"), nil, codes.ResourceExhausted, "slow down"},
-		"429 for an hour":  {429, statusBody(429, "TooManyRequests", "slow down"), []string{"Retry-After", "3600"}, codes.ResourceExhausted, "slow down"},
+		"401": {401, statusBody(401, "Unauthorized", "Unauthorized"), nil, codes.Unauthenticated,
+			"Unauthorized (HTTP 401"},
+		"403": {403, statusBody(403, "Forbidden", "not for you"), nil, codes.PermissionDenied, "not for you"},
+		"404": {404, statusBody(404, "NotFound", "nobody knows it"), nil, codes.NotFound, "nobody knows it"},
+		"409": {409, statusBody(409, "Conflict", "another change"), nil, codes.Aborted, "another change"},
+		"429": {429, statusBody(429, "TooManyRequests", "slow down"), nil, codes.ResourceExhausted, "slow down"},
+		"429 for an hour": {429, statusBody(429, "TooManyRequests", "slow down"), []string{"Retry-After", "3600"},
+			codes.ResourceExhausted, "slow down"},
 		"500":              {500, statusBody(500, "InternalError", "etcd is gone"), nil, codes.Unavailable, "etcd is gone"},
 		"503":              {503, "", nil, codes.Unavailable, "Service Unavailable (HTTP 503"},
 		"502 of a proxy":   {502, "<html>" + fileMark + "</html>", nil, codes.Unavailable, "Bad Gateway (HTTP 502"},
@@ -550,9 +603,11 @@ func TestAPIServerErrors(t *testing.T) {
 		"half an object":   {200, `{"metadata":{`, nil, codes.Unavailable, "not a Kubernetes object"},
 		"nothing":          {200, "", nil, codes.Unavailable, "not a Kubernetes object"},
 		"null":             {200, "null", nil, codes.Unavailable, "not a Kubernetes object"},
-		"too much":         {200, `{"a":"` + strings.Repeat("x", 3<<20) + `"}`, nil, codes.FailedPrecondition, "more than 3072 KiB"},
-		"no class in it":   {200, "{}", nil, codes.FailedPrecondition, "spec.connectorClassName"},
-		"long message":     {500, statusBody(500, "InternalError", "%s", strings.Repeat("ü", 2000)), nil, codes.Unavailable, "…"},
+		"too much": {200, `{"a":"` + strings.Repeat("x", 3<<20) + `"}`, nil, codes.FailedPrecondition,
+			"more than 3072 KiB"},
+		"no class in it": {200, "{}", nil, codes.FailedPrecondition, "spec.connectorClassName"},
+		"long message": {500, statusBody(500, "InternalError", "%s", strings.Repeat("ü", 2000)), nil, codes.Unavailable,
+			"…"},
 	}) {
 		t.Run(what, func(t *testing.T) {
 			n := startNode(t)
@@ -625,7 +680,8 @@ func TestAPIServerDown(t *testing.T) {
 	n := startNode(t)
 	v := n.volume()
 	n.api.Close()
-	v.mustRefuse(codes.Unavailable, `Connector "default/git" cannot be read`, "no answer from the API server", "connection refused")
+	v.mustRefuse(codes.Unavailable, `Connector "default/git" cannot be read`, "no answer from the API server",
+		"connection refused")
 }
 
 func TestAPIServerSlow(t *testing.T) {
@@ -645,10 +701,12 @@ func TestAnotherServersCertificate(t *testing.T) {
 	n := newNode(t)
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
-	authority := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, NotAfter: time.Now().Add(time.Hour)}
+	authority := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true,
+		NotAfter: time.Now().Add(time.Hour)}
 	der, err := x509.CreateCertificate(rand.Reader, authority, authority, key.Public(), key)
 	must(t, err)
-	must(t, os.WriteFile(n.serviceAccount()+"/ca.crt", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644))
+	must(t, os.WriteFile(n.serviceAccount()+"/ca.crt", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
+		0o644))
 	n.start()
 	n.volume().mustRefuse(codes.Unavailable, "no answer from the API server", "certificate signed by unknown authority")
 	if n.api.count("") > 0 {
@@ -661,12 +719,15 @@ func TestAnotherServersCertificate(t *testing.T) {
 func TestSeveralConnectors(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	see := "{{ .connector.name }}:{{ range .connectors }} {{ .namespace }}/{{ .name }}={{ .spec.address }}{{ end }} {{ .connectorclass.proxyAddress | default \"none\" }}"
-	a, b := class("a", configuration("both", "both", "a: "+see, "a", see), configuration("only-a", "x", "from a")), class("b", configuration("both", "both", "b: "+see, "b", see))
+	see := "{{ .connector.name }}:{{ range .connectors }} {{ .namespace }}/{{ .name }}={{ .spec.address }}{{ end }} {{ " +
+		".connectorclass.proxyAddress | default \"none\" }}"
+	a, b := class("a", configuration("both", "both", "a: "+see, "a", see), configuration("only-a", "x", "from a")),
+		class("b", configuration("both", "both", "b: "+see, "b", see))
 	with("http://proxy-of-b", "status", "proxy", "httpAddress", "url")(b)
 	n.api.put(a, b, connector("default", "a1", "a"), connector("team-a", "a2", "a"), connector("team-a", "b1", "b"))
 
-	v := n.volume(attrs{"connector.name": "-", "connectors": "a1, team-a/b1 ,team-a/a2", "configuration.names": "both,only-a"})
+	v := n.volume(attrs{"connector.name": "-", "connectors": "a1, team-a/b1 ,team-a/a2",
+		"configuration.names": "both,only-a"})
 	v.mustPublish()
 	v.wantFiles("a", "b", "both", "x")
 	ofA := "a1: default/a1=https://a1.example.com team-a/a2=https://a2.example.com none"
@@ -682,8 +743,10 @@ func TestSeveralConnectors(t *testing.T) {
 		mustRefuse(codes.InvalidArgument, `"none"`, `ConnectorClass "a" has: both, only-a; ConnectorClass "b" has: both`)
 	n.api.forbid("default/default", connectorPath("team-a", "b1"))
 	n.volume(attrs{"connector.name": "-", "connectors": "a1,team-a/b1", "configuration.names": "both"}).
-		mustRefuse(codes.PermissionDenied, `may not read Connector "team-a/b1"`, "--namespace=team-a", "--serviceaccount=default:default")
-	n.volume(attrs{"connector.name": "-", "connectors": "a1,team-a/none", "configuration.names": "both"}).mustRefuse(codes.NotFound, `"team-a/none"`)
+		mustRefuse(codes.PermissionDenied, `may not read Connector "team-a/b1"`, "--namespace=team-a",
+			"--serviceaccount=default:default")
+	n.volume(attrs{"connector.name": "-", "connectors": "a1,team-a/none",
+		"configuration.names": "both"}).mustRefuse(codes.NotFound, `"team-a/none"`)
 }
 
 func TestConfigurationParams(t *testing.T) {
@@ -725,7 +788,8 @@ func TestConfigurationParams(t *testing.T) {
 		`{"config":{"name":"n","list":"a"}}`:       `configuration param "list" must be of type array, not string`,
 		`{"config":{"name":"n","list":["a","c"]}}`: `configuration param "list" must be one of [a b 3], not "c"`,
 		`{"config":{"name":"n","map":[]}}`:         `configuration param "map" must be of type object, not array`,
-		`{"config":{"name":"n","kind":"` + strings.Repeat("x", 300) + `"}}`: `must be one of [mirror publish], not "` + strings.Repeat("x", 200) + ` …"`,
+		`{"config":{"name":"n","kind":"` + strings.Repeat("x", 300) + `"}}`: `must be one of [mirror publish], not "` +
+			strings.Repeat("x", 200) + ` …"`,
 		`{"git":{}}`: "not in configuration.names: config",
 	}) {
 		n.volume(attrs{"configuration.params": params}).mustRefuse(codes.InvalidArgument, word)
@@ -741,7 +805,8 @@ func TestExclusions(t *testing.T) {
 	v.attributes["configuration.names"] = "first,second,!two,!shared,!one"
 	v.mustPublish()
 	v.wantFiles()
-	n.volume(attrs{"configuration.names": "first,!two"}).mustRefuse(codes.InvalidArgument, `excludes the file "two"`, "one, shared")
+	n.volume(attrs{"configuration.names": "first,!two"}).mustRefuse(codes.InvalidArgument, `excludes the file "two"`,
+		"one, shared")
 	n.volume(attrs{"configuration.names": "none,!one"}).mustRefuse(codes.InvalidArgument, `configuration "none"`)
 }
 
@@ -753,7 +818,8 @@ func TestBuiltInFilesOfOneConnector(t *testing.T) {
 	n.api.put(connector("default", "git", "git", with(certificate("the CA"), "status", "proxy", "httpAddress", "CACerts")))
 	v := n.volume(attrs{"configuration.names": "-"})
 	v.mustPublish()
-	v.wantFiles(".curlrc", ".env", "ca.cert", "ca.crt", "connector.status.proxyAddress", "context.proxy.caCert", "context.token", "http.proxy", "https.proxy")
+	v.wantFiles(".curlrc", ".env", "ca.cert", "ca.crt", "connector.status.proxyAddress", "context.proxy.caCert",
+		"context.token", "http.proxy", "https.proxy")
 	proxy := "http://default%2Fgit:" + v.pod.token + "@c-git.default.svc.cluster.local:80"
 	for name, want := range sorted(map[string]string{
 		"context.token": v.pod.token, "connector.status.proxyAddress": "http://c-git.default.svc.cluster.local",
@@ -784,7 +850,8 @@ func (v *podVolume) wantEnvironment(proxy string) {
 	out, err := runCommand(cmd)
 	must(v.t, err)
 	environment := strings.Split(out, "\n")
-	for _, want := range []string{"http_proxy=" + proxy, "HTTP_PROXY=" + proxy, "https_proxy=" + proxy, "HTTPS_PROXY=" + proxy,
+	for _, want := range []string{"http_proxy=" + proxy, "HTTP_PROXY=" + proxy, "https_proxy=" + proxy, "HTTPS_PROXY=" +
+		proxy,
 		"no_proxy=localhost,127.0.0.1", "NO_PROXY=localhost,127.0.0.1"} {
 		if !slices.Contains(environment, want) {
 			v.t.Errorf("no %s in %q", want, environment)
@@ -820,7 +887,8 @@ func TestBuiltInFilesWithoutValues(t *testing.T) {
 	v.mustPublish()
 	v.wantFiles("context.token")
 	for address, want := range sorted(map[string]string{
-		"http://[fd00::1]:3128": "@[fd00::1]:3128", "https://proxy": "@proxy:443", "http://10.0.0.1/path?x": "@10.0.0.1:80", "http://proxy:": "@proxy:80",
+		"http://[fd00::1]:3128": "@[fd00::1]:3128", "https://proxy": "@proxy:443", "http://10.0.0.1/path?x": "@10.0.0.1:80",
+		"http://proxy:": "@proxy:80",
 	}) {
 		n.api.put(connector("default", "git", "git", with(address, "status", "proxy", "httpAddress", "url")))
 		v := n.volume(attrs{"configuration.names": "-"})
@@ -829,7 +897,8 @@ func TestBuiltInFilesWithoutValues(t *testing.T) {
 			t.Errorf("%s: %s", address, got)
 		}
 	}
-	for _, address := range []string{"proxy:80", "ftp://proxy", "http://", "http:///path", "http://a(id)", "http://a;id", "http://%41", "//proxy"} {
+	for _, address := range []string{"proxy:80", "ftp://proxy", "http://", "http:///path", "http://a(id)", "http://a;id",
+		"http://%41", "//proxy"} {
 		n.api.put(connector("default", "git", "git", with(address, "status", "proxy", "httpAddress", "url")))
 		n.volume(attrs{"configuration.names": "-"}).mustRefuse(codes.FailedPrecondition, "is not an http or https URL")
 	}
@@ -838,7 +907,8 @@ func TestBuiltInFilesWithoutValues(t *testing.T) {
 func TestCA(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	ofConnector, ofClass := with(certificate("CA of the Connector"), "status", "proxy", "httpAddress", "CACerts"), with(certificate("CA of the class"), "status", "proxy", "httpAddress", "CACerts")
+	ofConnector, ofClass := with(certificate("CA of the Connector"), "status", "proxy", "httpAddress", "CACerts"),
+		with(certificate("CA of the class"), "status", "proxy", "httpAddress", "CACerts")
 	plain, withCA := gitClassOf("ca", "{{ .context.proxy.caCert }}"), gitClassOf("ca", "{{ .context.proxy.caCert }}")
 	ofClass(withCA)
 	for _, c := range []struct {
@@ -855,7 +925,9 @@ func TestCA(t *testing.T) {
 		v.mustPublish()
 		v.want("ca", c.want)
 	}
-	n.api.put(connector("default", "last", "git", with(certificate("CA of the last"), "status", "proxy", "httpAddress", "CACerts")), connector("default", "none", "git"))
+	n.api.put(connector("default", "last", "git",
+		with(certificate("CA of the last"), "status", "proxy", "httpAddress", "CACerts")),
+		connector("default", "none", "git"))
 	v := n.volume(attrs{"connector.name": "-", "connectors": "git,last,none"})
 	v.mustPublish()
 	v.want("ca", certificate("CA of the last"))
@@ -874,11 +946,14 @@ func TestInjection(t *testing.T) {
 	for _, field := range []struct {
 		name string
 		of   func(value string) func(object)
-	}{{"spec.address", address}, {"spec.addressExtensions", extension}, {"status.proxy.httpAddress.url", url}, {"status.proxyAddress", proxyAddress}} {
-		for _, value := range []string{"https://x\n[core]\n\tfsmonitor = id", "https://x\r", "https://x y", "\thttps://x", `https://x"`, "https://x'", `https://x\y`, "https://x`id`",
+	}{{"spec.address", address}, {"spec.addressExtensions", extension}, {"status.proxy.httpAddress.url", url},
+		{"status.proxyAddress", proxyAddress}} {
+		for _, value := range []string{"https://x\n[core]\n\tfsmonitor = id", "https://x\r", "https://x y", "\thttps://x",
+			`https://x"`, "https://x'", `https://x\y`, "https://x`id`",
 			"https://x\x00", "https://x\u0085", "https://x\u2028y", "https://x\u00a0", "https://x\x1b[31m"} {
 			n.api.put(connector("default", "git", "git", field.of(value)))
-			n.volume(attrs{"configuration.names": "first"}).mustRefuse(codes.FailedPrecondition, `Connector "default/git": `+field.name, "an address is ASCII")
+			n.volume(attrs{"configuration.names": "first"}).mustRefuse(codes.FailedPrecondition,
+				`Connector "default/git": `+field.name, "an address is ASCII")
 		}
 		n.api.put(connector("default", "git", "git", field.of("https://user@[fd00::1]:8443/path;x/?a=b&c=%20#d,~!*()")))
 		n.volume(attrs{"configuration.names": "first"}).mustPublish()

@@ -42,7 +42,8 @@ func TestChangeIsReadOnce(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
 	pod, builder := n.pod(), n.pod("default/builder")
-	volumes := []*podVolume{pod.volume("a"), pod.volume("b"), n.volume(), n.volume(), builder.volume("a"), builder.volume("b")}
+	volumes := []*podVolume{pod.volume("a"), pod.volume("b"), n.volume(), n.volume(), builder.volume("a"),
+		builder.volume("b")}
 	for _, v := range volumes {
 		v.settle()
 	}
@@ -72,12 +73,14 @@ func TestFloodOfChanges(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
 	n.api.put(connector("team-a", "git", "git"), connector("team-a", "events", "git"))
-	hostile, events, v := n.pod("team-a/default").volume("config"), n.pod("team-a/default").volume("config", attrs{"connector.name": "events"}), n.volume()
+	hostile, events, v := n.pod("team-a/default").volume("config"),
+		n.pod("team-a/default").volume("config", attrs{"connector.name": "events"}), n.volume()
 	for _, v := range []*podVolume{hostile, events, v} {
 		v.settle()
 	}
 	n.awaitWatches(4)
-	flood, stop, done := n.api.stream("team-a/default", connectorPath("team-a", "events")), make(chan struct{}), make(chan int)
+	flood, stop, done := n.api.stream("team-a/default", connectorPath("team-a", "events")), make(chan struct{}),
+		make(chan int)
 	began, pushed, asked := time.Now(), n.readMetrics()[pushedOK], n.api.countFromNow("")
 	go func() {
 		for i := 0; ; i++ {
@@ -87,7 +90,8 @@ func TestFloodOfChanges(t *testing.T) {
 				return
 			case <-time.After(time.Millisecond):
 				n.api.put(connector("team-a", "git", "git", with(fmt.Sprintf("https://%d", i), "spec", "address")))
-				flood.send(fmt.Sprintf(`{"type":"MODIFIED","object":{"metadata":{"uid":"x","resourceVersion":"%d"}}}`, 1000+i) + "\n")
+				flood.send(fmt.Sprintf(`{"type":"MODIFIED","object":{"metadata":{"uid":"x","resourceVersion":"%d"}}}`, 1000+i) +
+					"\n")
 			}
 		}
 	}()
@@ -300,7 +304,8 @@ func TestEveryPartOfARequestCounts(t *testing.T) {
 func counting(comment int) object {
 	data := []string{}
 	for _, name := range fourNames {
-		data = append(data, name, fmt.Sprintf(`{{/* %d */}}{{ .connector.spec.number }}{{ "\n" }}{{ repeat 5000 "x" }}`, comment))
+		data = append(data, name, fmt.Sprintf(`{{/* %d */}}{{ .connector.spec.number }}{{ "\n" }}{{ repeat 5000 "x" }}`,
+			comment))
 	}
 	return gitClassOf(data...)
 }
@@ -401,7 +406,8 @@ func TestPushesAmongCalls(t *testing.T) {
 	}
 	n.wantForgotten()
 	n.driver.renderers.close()
-	eventually(t, fmt.Sprintf("there are %d descriptors as before", descriptorsBefore), func() bool { return descriptors(t) <= descriptorsBefore })
+	eventually(t, fmt.Sprintf("there are %d descriptors as before", descriptorsBefore),
+		func() bool { return descriptors(t) <= descriptorsBefore })
 }
 
 // Killed in the middle of pushes, and started again, the driver leaves whole files, and goes on with kubelet's call.
@@ -481,8 +487,8 @@ func TestRestartOfAWatchingDriver(t *testing.T) {
 
 // ---- A second after an update ----
 
-// watchFile watches what a path leads to by inotify, as a program does that wants to know of a change of its file. What it
-// returns reads the events that have come.
+// watchFile watches what a path leads to by inotify, as a program does that wants to know of a change of its file. What
+// it returns reads the events that have come.
 func watchFile(t *testing.T, path string) (events func() uint32) {
 	t.Helper()
 	watch, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
@@ -537,8 +543,8 @@ func TestWatchedFileIsRemoved(t *testing.T) {
 	}
 }
 
-// Within the second after an update kubelet's calls go on as ever, and are never told to come again, also while old files
-// are being removed.
+// Within the second after an update kubelet's calls go on as ever, and are never told to come again, also while old
+// files are being removed.
 func TestCallsWithinTheSecond(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
@@ -595,8 +601,8 @@ func TestUnmountedWithinTheSecond(t *testing.T) {
 	}
 }
 
-// A driver that is killed within the second leaves old files, which the next one's first call removes, whether it changes
-// something or not.
+// A driver that is killed within the second leaves old files, which the next one's first call removes, whether it
+// changes something or not.
 func TestKilledWithinTheSecond(t *testing.T) {
 	t.Parallel()
 	for _, change := range []bool{false, true} {
@@ -680,8 +686,8 @@ func TestForgottenWhileAPushIsDue(t *testing.T) {
 	}
 }
 
-// Records come and go while everybody is at them: calls that give up, pushes, removals of old files, volumes that somebody
-// unmounts, whoever looks for those, and the end of the driver. No call is left waiting, and nothing is left.
+// Records come and go while everybody is at them: calls that give up, pushes, removals of old files, volumes that
+// somebody unmounts, whoever looks for those, and the end of the driver. No call is left waiting, and nothing is left.
 func TestRecordsAmongEverything(t *testing.T) {
 	n := startNode(t)
 	d, stop := n.driver, make(chan bool)
@@ -730,7 +736,8 @@ func TestRecordsAmongEverything(t *testing.T) {
 				case round%10 == 9:
 					err = v.unpublish()
 				case round%3 == 0: // it gives up
-					if err = v.publishWithin(time.Duration(round) * 50 * time.Microsecond); status.Code(err) == codes.DeadlineExceeded || status.Code(err) == codes.Canceled {
+					err = v.publishWithin(time.Duration(round) * 50 * time.Microsecond)
+					if code := status.Code(err); code == codes.DeadlineExceeded || code == codes.Canceled {
 						err = nil
 					}
 				default:

@@ -117,8 +117,10 @@ func TestObjectsOfAVolumeAreLimited(t *testing.T) {
 		paths = append(paths, connectorPath("default", name))
 	}
 	v := n.volume(attrs{"connector.name": "-", "connectors": strings.Join(names[:4], ",")})
-	v.mustRefuse(codes.FailedPrecondition, `Connector "default/large-3"`, "more than 4096 KiB together") // the class counts once
-	size := func(padding int) (all int) {                                                                // of the four and their class
+	// the class counts once
+	v.mustRefuse(codes.FailedPrecondition, `Connector "default/large-3"`, "more than 4096 KiB together")
+	// of the four and their class
+	size := func(padding int) (all int) {
 		n.api.put(connector("default", "large-3", "git", padded(padding)))
 		n.api.set(func() {
 			for _, path := range paths {
@@ -144,7 +146,8 @@ func TestObjectsOfAVolumeAreLimited(t *testing.T) {
 	n.volume(attrs{"connector.name": "-", "connectors": strings.Join(names, ",")}).mustRefuse(codes.FailedPrecondition,
 		`Connector "default/large-3"`, "it has 1024 KiB", "more than 4096 KiB together")
 	n.api.put(connector("default", "larger", "git", padded(3<<20)))
-	n.volume(attrs{"connector.name": "larger"}).mustRefuse(codes.FailedPrecondition, `Connector "default/larger"`, "more than 3072 KiB")
+	n.volume(attrs{"connector.name": "larger"}).mustRefuse(codes.FailedPrecondition, `Connector "default/larger"`,
+		"more than 3072 KiB")
 }
 
 // What the calls under way hold is bounded for each namespace and for all; what is beyond has to come again.
@@ -168,7 +171,8 @@ func TestObjectsUnderWayAreLimited(t *testing.T) {
 		defer c.end()
 	}
 	full := hold("default", 3)
-	n.volume().mustRefuse(codes.ResourceExhausted, `Connector "default/git" cannot be read`, "6144 KiB", `namespace "default"`)
+	n.volume().mustRefuse(codes.ResourceExhausted, `Connector "default/git" cannot be read`, "6144 KiB",
+		`namespace "default"`)
 	n.pod("team-a/default").volume("config").mustPublish()
 	rest := append(hold("team-b", 3, 3), hold("team-c", 3, 1)...)
 	n.pod("team-a/default").volume("config").mustRefuse(codes.ResourceExhausted, "16384 KiB")
@@ -342,11 +346,13 @@ func TestFirstPublishChecksThePodsOwnToken(t *testing.T) {
 	forged.mustRefuse(codes.Unauthenticated, `Connector "default/git"`, "Unauthorized")
 
 	expired := n.volume()
-	expired.pod.token = issue("default", "default", map[string]string{"name": expired.pod.name, "uid": expired.pod.uid}, -time.Minute, apiAudience)
+	expired.pod.token = issue("default", "default", map[string]string{"name": expired.pod.name, "uid": expired.pod.uid},
+		-time.Minute, apiAudience)
 	expired.mustRefuse(codes.Unauthenticated)
 
 	n.api.forbid("default/builder", git)
-	n.pod("default/builder").volume("config").mustRefuse(codes.PermissionDenied, "ServiceAccount default/builder may not read")
+	n.pod("default/builder").volume("config").mustRefuse(codes.PermissionDenied,
+		"ServiceAccount default/builder may not read")
 
 	v := n.volume()
 	n.api.put(connector("default", "git", "git", with("https://changed", "spec", "address")))
@@ -419,7 +425,8 @@ func TestOwnTokenForAnotherExpiration(t *testing.T) {
 	path := tokenPath("default", "default")
 	v.mustPublish()
 	request := n.api.lastBody(path)
-	for field, want := range sorted(map[string]any{"apiVersion": "v1", "kind": "Pod", "name": v.pod.name, "uid": v.pod.uid}) {
+	for field, want := range sorted(map[string]any{"apiVersion": "v1", "kind": "Pod", "name": v.pod.name,
+		"uid": v.pod.uid}) {
 		if got := valueAt(request, "spec", "boundObjectRef", field); got != want {
 			t.Errorf("boundObjectRef.%s is %v, not %v", field, got, want)
 		}
@@ -435,7 +442,8 @@ func TestOwnTokenForAnotherExpiration(t *testing.T) {
 		t.Errorf("requests came from %q and %q", by, connectorBy)
 	}
 	token := v.file("token")
-	if c, ok := decodeClaims(token); !ok || token == v.pod.token || c.Kubernetes.Pod["uid"] != v.pod.uid || time.Until(time.Unix(c.Expires, 0)) < 59*time.Minute {
+	if c, ok := decodeClaims(token); !ok || token == v.pod.token || c.Kubernetes.Pod["uid"] != v.pod.uid ||
+		time.Until(time.Unix(c.Expires, 0)) < 59*time.Minute {
 		t.Errorf("the token in the file has the claims %+v", c)
 	}
 	n.volume(attrs{"token.expiration": "10m"}).mustPublish() // the shortest
@@ -544,12 +552,15 @@ func TestAudience(t *testing.T) {
 	git, other := gitClass(), class("other", configuration("config", "other", "x"))
 	with("http://c-git", "spec", "proxy", "audience")(git)
 	with("http://c-other", proxy...)(other)
-	n.api.put(git, other, connector("default", "git", "git", with("http://c-git", proxy...)), connector("default", "same", "git", with("http://c-git", proxy...)),
-		connector("default", "address", "git", with("http://c-address.default.svc.cluster.local", proxy...)), connector("default", "other", "other"))
+	n.api.put(git, other, connector("default", "git", "git", with("http://c-git", proxy...)),
+		connector("default", "same", "git", with("http://c-git", proxy...)),
+		connector("default", "address", "git", with("http://c-address.default.svc.cluster.local", proxy...)),
+		connector("default", "other", "other"))
 	v := n.volume(attrs{"connector.name": "-", "connectors": "git,same,address,other"})
 	v.mustPublish()
 	c, _ := decodeClaims(v.file("token"))
-	if want := []string{apiAudience, "http://c-git", "http://c-address.default.svc.cluster.local", "http://c-other"}; !slices.Equal(c.Audience, want) {
+	if want := []string{apiAudience, "http://c-git", "http://c-address.default.svc.cluster.local",
+		"http://c-other"}; !slices.Equal(c.Audience, want) {
 		t.Errorf("audiences %v, not %v", c.Audience, want)
 	}
 	if got := valueAt(n.api.lastBody(tokenPath("default", "default")), "spec", "expirationSeconds"); got != 1800. {
@@ -560,12 +571,14 @@ func TestAudience(t *testing.T) {
 	n.api.put(git, connector("default", "git", "git", with("http://moved", proxy...)), connector("default", "same", "git"))
 	n.age()
 	v.mustPublish()
-	if c, _ := decodeClaims(v.file("token")); !slices.Contains(c.Audience, "http://moved") || slices.Contains(c.Audience, "http://c-git") {
+	if c, _ := decodeClaims(v.file("token")); !slices.Contains(c.Audience, "http://moved") ||
+		slices.Contains(c.Audience, "http://c-git") {
 		t.Errorf("the audience has changed, but the token's are %v", c.Audience)
 	}
 }
 
-// Whoever writes a Connector's status decides where tokens go. That must not be a way to have them made for another service.
+// Whoever writes a Connector's status decides where tokens go. That must not be a way to have them made for another
+// service.
 func TestAudienceOfSomebodyElse(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
@@ -578,18 +591,25 @@ func TestAudienceOfSomebodyElse(t *testing.T) {
 		{"no proxy", httpAddress(object{"audience": "vault"})},
 		{"a part of the proxy's address", httpAddress(object{"url": "http://proxy", "audience": "http://prox"})},
 		{"the address in another spelling", httpAddress(object{"url": "http://proxy", "URL": "vault", "audience": "vault"})},
-		{"an address that is not used", with(object{"proxyAddress": "http://evil", "proxy": object{"httpAddress": object{"url": "vault", "audience": "vault"}}}, "status")},
-		{"a service that is no URL, as the proxy's address", httpAddress(object{"url": "sts.amazonaws.com", "audience": "sts.amazonaws.com"})},
-		{"the same as proxyAddress too", with(object{"proxyAddress": "vault", "proxy": object{"httpAddress": object{"url": "vault", "audience": "vault"}}}, "status")},
+		{"an address that is not used",
+			with(object{"proxyAddress": "http://evil",
+				"proxy": object{"httpAddress": object{"url": "vault", "audience": "vault"}}}, "status")},
+		{"a service that is no URL, as the proxy's address",
+			httpAddress(object{"url": "sts.amazonaws.com", "audience": "sts.amazonaws.com"})},
+		{"the same as proxyAddress too",
+			with(object{"proxyAddress": "vault", "proxy": object{"httpAddress": object{"url": "vault", "audience": "vault"}}},
+				"status")},
 		{"a word before a colon", httpAddress(object{"url": "istio-ca:80", "audience": "istio-ca:80"})},
-		{"a URL of another scheme", httpAddress(object{"url": "spiffe://cluster.local/ns/a", "audience": "spiffe://cluster.local/ns/a"})},
+		{"a URL of another scheme", httpAddress(object{"url": "spiffe://cluster.local/ns/a",
+			"audience": "spiffe://cluster.local/ns/a"})},
 		{"a URN", httpAddress(object{"url": "urn:istio-ca", "audience": "urn:istio-ca"})},
 		{"http without a host", httpAddress(object{"url": "http:///vault", "audience": "http:///vault"})},
 		{"http with a port alone", httpAddress(object{"url": "http://:80", "audience": "http://:80"})},
 		{"http with a user alone", httpAddress(object{"url": "http://vault@", "audience": "http://vault@"})},
 		{"http as a word", httpAddress(object{"url": "http:vault", "audience": "http:vault"})},
 		{"a path", httpAddress(object{"url": "//vault", "audience": "//vault"})},
-		{"an address in a list", with(object{"proxy": []any{object{"httpAddress": object{"url": "vault"}}, object{"httpAddress": object{"audience": "vault"}}}}, "status")},
+		{"an address in a list", with(object{"proxy": []any{object{"httpAddress": object{"url": "vault"}},
+			object{"httpAddress": object{"audience": "vault"}}}}, "status")},
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			n.api.put(connector("default", "git", "git", c.status))
@@ -619,12 +639,13 @@ func (v *podVolume) renewNow() {
 	})
 }
 
-// Kubelet calls no more for a Pod that is ending, or is down: the driver renews a token that it asked for by itself, with
-// nothing of the Pod's, whose own token has expired; also where its objects are not watched, and are older than a
+// Kubelet calls no more for a Pod that is ending, or is down: the driver renews a token that it asked for by itself,
+// with nothing of the Pod's, whose own token has expired; also where its objects are not watched, and are older than a
 // refresh would take.
 func TestDriverRenewsItsTokenByItself(t *testing.T) {
 	t.Parallel()
-	for what, start := range sorted(map[string]func(testing.TB, ...func(*driver)) *node{"watched": startNode, "polled": startPolling}) {
+	for what, start := range sorted(map[string]func(testing.TB, ...func(*driver)) *node{"watched": startNode,
+		"polled": startPolling}) {
 		t.Run(what, func(t *testing.T) {
 			n := start(t)
 			v := n.volume(attrs{"token.expiration": "1h"})

@@ -88,7 +88,8 @@ func kilobytes(t testing.TB, pid int, field string) int {
 // ---- Renderers that die, and renderers that lie ----
 
 // perhapsMounted are the codes after which kubelet takes care of a volume that may be mounted.
-var perhapsMounted = []codes.Code{codes.Canceled, codes.DeadlineExceeded, codes.Unavailable, codes.ResourceExhausted, codes.Aborted}
+var perhapsMounted = []codes.Code{codes.Canceled, codes.DeadlineExceeded, codes.Unavailable, codes.ResourceExhausted,
+	codes.Aborted}
 
 func descriptors(t *testing.T) int {
 	entries, err := os.ReadDir("/proc/self/fd")
@@ -141,13 +142,15 @@ func TestRenderersKilledAtAnyMoment(t *testing.T) {
 	if left := children(t, os.Getpid()); len(left) > 0 {
 		t.Errorf("processes are left: %v", left)
 	}
-	eventually(t, fmt.Sprintf("there are %d descriptors as before", before), func() bool { return descriptors(t) <= before })
+	eventually(t, fmt.Sprintf("there are %d descriptors as before", before),
+		func() bool { return descriptors(t) <= before })
 }
 
 func TestRenderersEndWithTheDriver(t *testing.T) {
 	t.Parallel()
 	n := newNode(t)
-	n.api.put(class("endless", configuration("config", "file", "{{ range 9223372036854775807 }}{{ end }}")), connector("default", "endless", "endless"))
+	n.api.put(class("endless", configuration("config", "file", "{{ range 9223372036854775807 }}{{ end }}")),
+		connector("default", "endless", "endless"))
 	p := n.startBinary(rendererBinary())
 	n.volume().mustPublish()
 	idle := slices.Collect(maps.Keys(children(t, p.Process.Pid)))
@@ -194,7 +197,8 @@ func impostors() []impostor {
 	type write = func(kind byte, content string)
 	return []impostor{
 		{"a frame of no kind", codes.Unavailable, `unexpected frame 'X'`, func(_ string, write write) { write('X', "") }},
-		{"a frame that is too long", codes.Unavailable, `a frame of 1048577 bytes`, func(_ string, write write) { write(frameContent, strings.Repeat("x", huge+1)) }},
+		{"a frame that is too long", codes.Unavailable, `a frame of 1048577 bytes`,
+			func(_ string, write write) { write(frameContent, strings.Repeat("x", huge+1)) }},
 		{"300 files", codes.Unavailable, `a volume may hold 1024 KiB in 256 files`, func(_ string, write write) {
 			for i := range 300 {
 				write(frameName, fmt.Sprint(i))
@@ -228,35 +232,41 @@ func impostors() []impostor {
 			write(frameContent, "x")
 			write(frameDone, "")
 		}},
-		{"the token many times", codes.FailedPrecondition, `^(TOKEN){20}$`, func(token string, write write) { write(frameFailure, strings.Repeat(token, 20)) }},
-		{"the token in the Pod's error", codes.InvalidArgument, `^x TOKEN$`, func(token string, write write) { write(framePodFailure, "x "+token) }},
-		{"the token in a step", codes.Unavailable, `the renderer ended .*; its last step was the TOKEN`, func(token string, _ write) {
-			say("the " + token)
-			os.Exit(0)
-		}},
+		{"the token many times", codes.FailedPrecondition, `^(TOKEN){20}$`,
+			func(token string, write write) { write(frameFailure, strings.Repeat(token, 20)) }},
+		{"the token in the Pod's error", codes.InvalidArgument, `^x TOKEN$`,
+			func(token string, write write) { write(framePodFailure, "x "+token) }},
+		{"the token in a step", codes.Unavailable, `the renderer ended .*; its last step was the TOKEN`,
+			func(token string, _ write) {
+				say("the " + token)
+				os.Exit(0)
+			}},
 		{"a long step", codes.Unavailable, `the renderer ended .*; its last step was xxx.* …$`, func(string, write) {
 			say(strings.Repeat("x", huge))
 			os.Exit(0)
 		}},
-		{"what is not UTF-8", codes.FailedPrecondition, `^\?x\?$`, func(_ string, write write) { write(frameFailure, "\xffx\xff") }},
+		{"what is not UTF-8", codes.FailedPrecondition, `^\?x\?$`,
+			func(_ string, write write) { write(frameFailure, "\xffx\xff") }},
 		{"half an answer", codes.Unavailable, `unexpected EOF`, func(_ string, write write) {
 			write(frameName, "a")
 			os.Stdout.Write([]byte{frameContent, 0, 0, 0, 9, 'x'})
 			os.Exit(0)
 		}},
-		{"no answer", codes.Unavailable, `the node is too busy: nothing had .* of processor time in 5s`, func(string, write) { say("nothing") }},
+		{"no answer", codes.Unavailable, `the node is too busy: nothing had .* of processor time in 5s`,
+			func(string, write) { say("nothing") }},
 		{"steps without an answer", codes.FailedPrecondition, `^on and on takes more than 5s$`, func(string, write) {
 			for used := time.Duration(0); used < renderProcessorTime/3; used, _ = processorClock(os.Getpid()) {
 				say("on and on")
 			}
 		}},
-		{"endless files", codes.FailedPrecondition, `^files takes more than (2s of processor time|5s)$`, func(_ string, write write) {
-			say("files")
-			for {
-				write(frameName, "a")
-				write(frameContent, "x")
-			}
-		}},
+		{"endless files", codes.FailedPrecondition, `^files takes more than (2s of processor time|5s)$`,
+			func(_ string, write write) {
+				say("files")
+				for {
+					write(frameName, "a")
+					write(frameContent, "x")
+				}
+			}},
 		{"no beginning", codes.Unavailable, `no renderer could be started: .*confining a renderer`, nil},
 	}
 }
@@ -303,7 +313,8 @@ func TestRenderersThatCannotBeTrusted(t *testing.T) {
 			v := volumes[i]
 			v.t = t
 			err := errs[i]
-			if c.code == codes.FailedPrecondition && status.Code(err) == codes.Unavailable && strings.Contains(err.Error(), "the node is too busy") {
+			if c.code == codes.FailedPrecondition && status.Code(err) == codes.Unavailable &&
+				strings.Contains(err.Error(), "the node is too busy") {
 				t.Skip("the machine is too busy") // for it to take the time that it is refused for
 			}
 			wantError(t, err, c.code)
@@ -313,7 +324,8 @@ func TestRenderersThatCannotBeTrusted(t *testing.T) {
 			v.wantNothing()
 			// A failure is an answer, and no reason to end.
 			p := v.node.driver.renderers
-			if isAnswer := c.code == codes.InvalidArgument || strings.HasPrefix(c.message, "^") && !strings.Contains(c.message, "takes"); (len(p.idle) == 1) != isAnswer {
+			if isAnswer := c.code == codes.InvalidArgument ||
+				strings.HasPrefix(c.message, "^") && !strings.Contains(c.message, "takes"); (len(p.idle) == 1) != isAnswer {
 				t.Errorf("%d renderers go on", len(p.idle))
 			}
 			p.close()
@@ -359,7 +371,8 @@ func TestFullestAccountIsNext(t *testing.T) {
 		p.accounts["once-poor"] = &account{left: time.Second, at: time.Now().Add(-2 * time.Minute)} // 7 s by now
 	})
 	served := make(chan string)
-	for i, who := range []string{"poor/1", "rich/1", "once-poor/1", "poor/2", "full/1", "rich/2", "full/2", "once-poor/2"} {
+	for i, who := range []string{"poor/1", "rich/1", "once-poor/1", "poor/2", "full/1", "rich/2", "full/2",
+		"once-poor/2"} {
 		go func() {
 			namespace, _, _ := strings.Cut(who, "/")
 			if err := p.acquire(t.Context(), &turn{namespace: namespace, key: [32]byte{byte(i)}}); err != nil {
@@ -369,7 +382,8 @@ func TestFullestAccountIsNext(t *testing.T) {
 		}()
 		awaitTurns(t, p, i+1)
 	}
-	for _, want := range []string{"full/1", "full/2", "once-poor/1", "once-poor/2", "rich/1", "rich/2", "poor/1", "poor/2"} {
+	for _, want := range []string{"full/1", "full/2", "once-poor/1", "once-poor/2", "rich/1", "rich/2", "poor/1",
+		"poor/2"} {
 		changeRenderers(p, func() { p.capacity++ })
 		if got := <-served; got != want {
 			t.Errorf("the next is %s, not %s", got, want)
@@ -415,7 +429,8 @@ func TestOthersDoNotWaitForHostileVolumes(t *testing.T) {
 
 func TestEmptyAccount(t *testing.T) {
 	n := startNode(t)
-	n.api.put(class("endless", configuration("config", "file", "{{ range 9223372036854775807 }}{{ end }}"), configuration("good", "file", "x"),
+	n.api.put(class("endless", configuration("config", "file", "{{ range 9223372036854775807 }}{{ end }}"),
+		configuration("good", "file", "x"),
 		configuration("other", "file", "y")), connector("hungry", "git", "endless"))
 	p := n.driver.renderers
 	setAccount := func(left, ago time.Duration) {
@@ -431,7 +446,8 @@ func TestEmptyAccount(t *testing.T) {
 	v.mustBeStopped(takesTime)
 
 	// The next are refused at once, whatever they are, unless they are known to be cheap.
-	used := `^rendering for namespace "hungry" has used up its 10s of processor time, of which 3s come back each minute, enough for the next try in \d+s; ` +
+	used := `^rendering for namespace "hungry" has used up its 10s of processor time, of which 3s come back each ` +
+		`minute, enough for the next try in \d+s; ` +
 		`what took most, [\d.]+m?s, is ConnectorClass "endless", configuration "config", file "file": rendering it$`
 	good := volume("good")
 	for _, v := range []*podVolume{volume("other"), good} {
@@ -475,7 +491,8 @@ func TestEmptyAccount(t *testing.T) {
 func TestKnownLimitIsNotTriedAgain(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	n.api.put(class("large", configuration("config", "file", `{{ $x := repeat 200000000 "x" }}`)), connector("default", "large", "large"))
+	n.api.put(class("large", configuration("config", "file", `{{ $x := repeat 200000000 "x" }}`)),
+		connector("default", "large", "large"))
 	p := n.driver.renderers
 	volume := func() *podVolume { return n.volume(attrs{"connector.name": "large", "token.expiration": "1h"}) }
 	limits := func() float64 { return n.readMetrics()[`connectors_csi_renderer_limits_total{limit="memory"}`] }
@@ -491,7 +508,8 @@ func TestKnownLimitIsNotTriedAgain(t *testing.T) {
 	if limits() != 1 {
 		t.Errorf("twenty Pods have hit the limit %v times", limits())
 	}
-	volume().mustRefuse(codes.FailedPrecondition, "takes more than 64 MiB of memory; it is tried again after 30s, or when something has changed")
+	volume().mustRefuse(codes.FailedPrecondition,
+		"takes more than 64 MiB of memory; it is tried again after 30s, or when something has changed")
 	if tokens() != 0 {
 		t.Error("a token was asked for that could not be used")
 	}
@@ -549,7 +567,8 @@ func TestOutcomesAreBounded(t *testing.T) {
 
 func TestRenderersAreUsedAgain(t *testing.T) {
 	n := startNode(t)
-	n.api.put(class("bad", configuration("config", "file", `{{ .none }}`)), connector("a", "git", "git"), connector("a", "bad", "bad"))
+	n.api.put(class("bad", configuration("config", "file", `{{ .none }}`)), connector("a", "git", "git"),
+		connector("a", "bad", "bad"))
 	publish := func(namespace string) (all []int) {
 		t.Helper()
 		n.pod(namespace+"/default").volume("config", attrs{"connector.namespace": "default"}).mustPublish()
@@ -562,7 +581,8 @@ func TestRenderersAreUsedAgain(t *testing.T) {
 	}
 	a := first[0]
 	for range 3 {
-		n.pod("a/default").volume("config", attrs{"connector.name": "bad"}).mustRefuse(codes.FailedPrecondition, "has no value")
+		n.pod("a/default").volume("config", attrs{"connector.name": "bad"}).mustRefuse(codes.FailedPrecondition,
+			"has no value")
 		if again := publish("a"); !slices.Equal(again, first) {
 			t.Errorf("for the same namespace, and after a failure, there is %v, not %v", again, first)
 		}
@@ -606,7 +626,8 @@ func TestRenderersAreUsedAgain(t *testing.T) {
 // A caller who gives up leaves its place in the line, or ends its renderer.
 func TestCallersThatGiveUpRendering(t *testing.T) {
 	n := startNode(t)
-	n.api.put(class("endless", configuration("config", "file", "{{ range 9223372036854775807 }}{{ end }}")), connector("default", "endless", "endless"))
+	n.api.put(class("endless", configuration("config", "file", "{{ range 9223372036854775807 }}{{ end }}")),
+		connector("default", "endless", "endless"))
 	p := n.driver.renderers
 	publish := func() (giveUp func()) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -632,7 +653,11 @@ func TestCallersThatGiveUpRendering(t *testing.T) {
 	changeRenderers(p, func() { p.capacity = maxRenderers })
 
 	giveUp = publish()
-	eventually(t, "a renderer is at it", func() bool { r := n.renderers(); return len(r) == 1 && processorTime(t, r[0]) > 0 })
+	eventually(t, "a renderer is at it", func() bool {
+		r := n.renderers()
+		return len(r) == 1 &&
+			processorTime(t, r[0]) > 0
+	})
 	giveUp()
 	if left := n.renderers(); len(left) > 0 || len(p.active) != 0 || p.accounts["default"] == nil {
 		t.Errorf("renderers %v, at it %d, accounts %v", left, len(p.active), p.accounts)

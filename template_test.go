@@ -18,9 +18,11 @@ import (
 // rendered publishes a volume of one file, from a Connector with some fields, and returns the file.
 func (n *node) rendered(text string, change ...func(object)) (string, error) {
 	n.t.Helper()
-	spec := object{"connectorClassName": "class", "address": "https://example.com", "number": 3, "big": 12345678901, "float": 1.5, "yes": true,
+	spec := object{"connectorClassName": "class", "address": "https://example.com", "number": 3, "big": 12345678901,
+		"float": 1.5, "yes": true,
 		"null": nil, "nulls": []any{nil}, "list": []any{"a", 1, 2.5}, "empty": "", "map": object{"key": "value"}}
-	n.api.put(class("class", configuration("config", "file", text)), connector("default", "rendered", "class", append([]func(object){with(spec, "spec")}, change...)...))
+	n.api.put(class("class", configuration("config", "file", text)),
+		connector("default", "rendered", "class", append([]func(object){with(spec, "spec")}, change...)...))
 	v := n.volume(attrs{"connector.name": "rendered"})
 	if err := v.publish(); err != nil {
 		v.wantNothing()
@@ -39,10 +41,11 @@ func TestTemplates(t *testing.T) {
 		`{{/* a comment */}}x`:  "x",
 		`{{ .connector.kind }}`: "Connector",
 		`{{ .connector.metadata.name }}|{{ .connector.name }}|{{ .connector.namespace }}`: "rendered|rendered|default",
-		`{{ (index .connectors 0).status.proxyAddress }}`:                                 "http://c-rendered.default.svc.cluster.local",
-		`{{ (index .connector.status.conditions 0).type }}`:                               "Ready",
-		`{{ .context.proxy.caCert }}`:                                                     "",
-		`{{ index .configurations "none" | default "x" }}`:                                "x",
+		`{{ (index .connectors 0).status.proxyAddress }}`: "http://c-rendered.default" +
+			".svc.cluster.local",
+		`{{ (index .connector.status.conditions 0).type }}`: "Ready",
+		`{{ .context.proxy.caCert }}`:                       "",
+		`{{ index .configurations "none" | default "x" }}`:  "x",
 
 		// Numbers are what they were in the object.
 		`{{ .connector.spec.number }} {{ .connector.spec.big }} {{ .connector.spec.float }}`: "3 12345678901 1.5",
@@ -51,35 +54,40 @@ func TestTemplates(t *testing.T) {
 		`{{ printf "%d" .connector.spec.number }}`:                                           "3",
 
 		// Missing values are nothing, as long as they are not printed.
-		`{{ if .connector.spec.none }}a{{ else }}b{{ end }}`:                                                                         "b",
-		`{{ if .connector.spec.none.of.this }}a{{ end }}`:                                                                            "",
-		`{{ if not .connector.spec.none }}a{{ end }}`:                                                                                "a",
-		`{{ if and .connector.spec.none true }}a{{ end }}`:                                                                           "",
-		`{{ if .connector.spec.null }}a{{ else }}b{{ end }}`:                                                                         "b",
-		`{{ range .connector.spec.none }}a{{ end }}`:                                                                                 "",
-		`{{ range .connector.spec.none }}a{{ else }}b{{ end }}`:                                                                      "b",
-		`{{ with .connector.spec.none }}a{{ else }}b{{ end }}`:                                                                       "b",
-		`{{ with .connector.spec.none }}a{{ else with .connector.kind }}{{ . }}{{ end }}`:                                            "Connector",
-		`{{ default "x" .connector.spec.none }}`:                                                                                     "x",
-		`{{ .connector.spec.none.of.this | default "x" }}`:                                                                           "x",
-		`{{ .connector.spec.null | default "x" }}`:                                                                                   "x",
-		`{{ coalesce .connector.spec.none .connector.spec.empty "x" }}`:                                                              "x",
-		`{{ $x := .connector.spec.none }}{{ $x | default "x" }}`:                                                                     "x",
-		`{{ $x := .connector.spec.none }}{{ $x = "y" }}{{ $x }}`:                                                                     "y",
-		`{{ hasKey .connector.spec "null" }} {{ empty .connector.spec.none }}`:                                                       "false true",
-		`{{ .connector.spec.empty }}`:                                                                                                "",
-		`{{ print "a" 1 }} {{ println "b" }}{{ urlquery "a/b" }} {{ html "<" }} {{ js "'" }} {{ toString 1 }} {{ printf "%s" "c" }}`: "a1 b\na%2Fb &lt; \\' 1 c",
+		`{{ if .connector.spec.none }}a{{ else }}b{{ end }}`:                              "b",
+		`{{ if .connector.spec.none.of.this }}a{{ end }}`:                                 "",
+		`{{ if not .connector.spec.none }}a{{ end }}`:                                     "a",
+		`{{ if and .connector.spec.none true }}a{{ end }}`:                                "",
+		`{{ if .connector.spec.null }}a{{ else }}b{{ end }}`:                              "b",
+		`{{ range .connector.spec.none }}a{{ end }}`:                                      "",
+		`{{ range .connector.spec.none }}a{{ else }}b{{ end }}`:                           "b",
+		`{{ with .connector.spec.none }}a{{ else }}b{{ end }}`:                            "b",
+		`{{ with .connector.spec.none }}a{{ else with .connector.kind }}{{ . }}{{ end }}`: "Connector",
+		`{{ default "x" .connector.spec.none }}`:                                          "x",
+		`{{ .connector.spec.none.of.this | default "x" }}`:                                "x",
+		`{{ .connector.spec.null | default "x" }}`:                                        "x",
+		`{{ coalesce .connector.spec.none .connector.spec.empty "x" }}`:                   "x",
+		`{{ $x := .connector.spec.none }}{{ $x | default "x" }}`:                          "x",
+		`{{ $x := .connector.spec.none }}{{ $x = "y" }}{{ $x }}`:                          "y",
+		`{{ hasKey .connector.spec "null" }} {{ empty .connector.spec.none }}`:            "false true",
+		`{{ .connector.spec.empty }}`:                                                     "",
+		`{{ print "a" 1 }} {{ println "b" }}{{ urlquery "a/b" }} {{ html "<" }} {{ js "'" }} {{ toString 1 }} {{ printf ` +
+			`"%s" "c" }}`: "a1 b\na%2Fb &lt; \\' 1 c",
 
 		// sprig
-		`{{ "a" | upper | b64enc }} {{ list 1 2 | join "," }} {{ (urlParse "https://h:1/p").hostname }} {{ dict "a" 1 | toJson }}`: `QQ== 1,2 h {"a":1}`,
-		`{{ sha256sum "a" | trunc 8 }} {{ splitList "," "a,b" | last }} {{ trimPrefix "/" "/a" }} {{ ternary "y" "n" true }}`:      "ca978112 b a y",
+		`{{ "a" | upper | b64enc }} {{ list 1 2 | join "," }} {{ (urlParse "https://h:1/p").hostname }} {{ dict "a" 1 | ` +
+			`toJson }}`: `QQ== 1,2 h {"a":1}`,
+		`{{ sha256sum "a" | trunc 8 }} {{ splitList "," "a,b" | last }} ` +
+			`{{ trimPrefix "/" "/a" }} {{ ternary "y" "n" true }}`: "ca978112 b a y",
 
 		// The renderer reaches no files, and has the time zones all the same.
 		`{{ dateInZone "15:04 MST" 1767268800 "Europe/Berlin" }} {{ date "15:04 MST" 1767268800 }}`: "13:00 CET 12:00 UTC",
 
 		// Templates, loops
-		`{{ define "t" }}<{{ . }}>{{ end }}{{ template "t" .connector.kind }}{{ block "b" 1 }}{{ . }}{{ end }}`:                                  "<Connector>1",
-		`{{ range $i, $e := .connector.spec.list }}{{ if eq $i 1 }}{{ continue }}{{ end }}{{ $e }}{{ if eq $i 2 }}{{ break }}{{ end }}{{ end }}`: "a2.5",
+		`{{ define "t" }}<{{ . }}>{{ end }}{{ template "t" .connector.kind }}` +
+			`{{ block "b" 1 }}{{ . }}{{ end }}`: "<Connector>1",
+		`{{ range $i, $e := .connector.spec.list }}{{ if eq $i 1 }}{{ continue }}{{ end }}{{ $e }}{{ if eq $i 2 }}{{ break ` +
+			`}}{{ end }}{{ end }}`: "a2.5",
 		`{{ range 3 }}{{ . }}{{ end }}`: "012",
 	}) {
 		got, err := n.rendered(template)
@@ -95,10 +103,14 @@ func TestTemplatesThatFail(t *testing.T) {
 	missing := "no value"
 	for template, word := range sorted(map[string]string{
 		// Printing a missing value
-		`{{ .connector.spec.none }}`:                                        "file line 1: {{ .connector.spec.none }} has no value",
-		"\n\n  {{ .connector.spec.none }}":                                  "file line 3: {{ .connector.spec.none }} has no value",
-		`{{.connector.spec.null}}`:                                          "file line 1: {{ .connector.spec.null }} has no value",
-		`{{ .connector.spec.none.of.this }}`:                                "{{ .connector.spec.none.of.this }} has no value",
+		`{{ .connector.spec.none }}`: "file line 1: {{ .connector.spec.none }} has " +
+			"no value",
+		"\n\n  {{ .connector.spec.none }}": "file line 3: {{ .connector.spec.none }} has " +
+			"no value",
+		`{{.connector.spec.null}}`: "file line 1: {{ .connector.spec.null }} has " +
+			"no value",
+		`{{ .connector.spec.none.of.this }}`: "{{ .connector.spec.none.of.this }} " +
+			"has no value",
 		`{{ index .connector.spec "none" }}`:                                missing,
 		`{{ get .connector.spec "none" | default nil }}`:                    missing,
 		`{{ $x := .connector.spec.none }}{{ $x }}`:                          missing,
@@ -142,7 +154,8 @@ func TestTemplatesThatFail(t *testing.T) {
 			t.Errorf("%s\n\tis %q", template, got)
 		}
 		wantError(t, err, codes.FailedPrecondition, `ConnectorClass "class", configuration "config": file line `, word)
-		if text := err.Error(); strings.Contains(text, checkFunction) || strings.Contains(text, "executing") || strings.Contains(text, "error calling") {
+		if text := err.Error(); strings.Contains(text, checkFunction) || strings.Contains(text, "executing") ||
+			strings.Contains(text, "error calling") {
 			t.Errorf("not in plain words: %v", err)
 		}
 	}
@@ -200,7 +213,8 @@ func TestTemplatesThatWantToTellTheToken(t *testing.T) {
 		}
 	}
 	// These do not fail, and are files.
-	for _, template := range []string{`{{ len .context.token }}`, `{{ b64enc .context.token | b64dec | len }}`, `{{ .context }}`} {
+	for _, template := range []string{`{{ len .context.token }}`, `{{ b64enc .context.token | b64dec | len }}`,
+		`{{ .context }}`} {
 		if _, err := n.rendered(template); err != nil {
 			t.Error(err)
 		}
@@ -221,7 +235,8 @@ func TestOutputLimit(t *testing.T) {
 		wantError(t, err, codes.FailedPrecondition, "a volume may hold 1024 KiB in 256 files")
 	}
 	// A file that replaces another one counts once.
-	n.api.put(class("git", configuration("one", "a", `{{ repeat 1048576 "x" }}`), configuration("two", "a", `{{ repeat 1048576 "y" }}`)))
+	n.api.put(class("git", configuration("one", "a", `{{ repeat 1048576 "x" }}`),
+		configuration("two", "a", `{{ repeat 1048576 "y" }}`)))
 	v := n.volume(attrs{"configuration.names": "one,two"})
 	v.mustPublish()
 	v.want("a", strings.Repeat("y", 1<<20))
@@ -231,12 +246,16 @@ func TestOutputLimit(t *testing.T) {
 func TestTemplatesCannotChangeWhatOthersSee(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	change := `{{ $_ := set .connector.spec "address" "changed" }}{{ $_ := set .context "token" "changed" }}{{ $_ := unset .connector.metadata "name" }}` +
-		`{{ $_ := set .configurations "p" "changed" }}{{ $_ := set (index .connector.spec.list 0) "x" "changed" }}{{ .connector.spec.address }}`
-	see := `{{ .connector.spec.address }} {{ .connector.metadata.name }} {{ .configurations.p }} {{ (index .connector.spec.list 0).x }}`
+	change := `{{ $_ := set .connector.spec "address" "changed" }}{{ $_ := set .context "token" "changed" }}{{ $_ := ` +
+		`unset .connector.metadata "name" }}` +
+		`{{ $_ := set .configurations "p" "changed" }}{{ $_ := set (index .connector.spec.list 0) "x" "changed" }}{{ ` +
+		`.connector.spec.address }}`
+	see := `{{ .connector.spec.address }} {{ .connector.metadata.name }} {{ .configurations.p }} {{ (index ` +
+		`.connector.spec.list 0).x }}`
 	n.api.put(gitClassOf("a", change, "b", see),
 		connector("default", "git", "git", with([]any{object{"x": "kept"}}, "spec", "list")))
-	v, w := n.volume(attrs{"configuration.params": `{"config":{"p":"kept"}}`}), n.volume(attrs{"configuration.params": `{"config":{"p":"kept"}}`})
+	v, w := n.volume(attrs{"configuration.params": `{"config":{"p":"kept"}}`}),
+		n.volume(attrs{"configuration.params": `{"config":{"p":"kept"}}`})
 	for range 2 {
 		for _, v := range []*podVolume{v, w} {
 			v.pod.renewToken() // so that the files are made again, from the cache
@@ -250,8 +269,11 @@ func TestTemplatesCannotChangeWhatOthersSee(t *testing.T) {
 func TestFileNames(t *testing.T) {
 	t.Parallel()
 	for name, ok := range sorted(map[string]bool{
-		"a": true, ".a": true, "a.b": true, "a..b": true, "-": true, "_": true, "A-z_0.9": true, ".env": true, "...": false, strings.Repeat("a", 253): true,
-		"": false, ".": false, "..": false, "..a": false, "..data": false, "a/b": false, "/a": false, "a\\b": false, "a b": false, "a\n": false, "é": false,
+		"a": true, ".a": true, "a.b": true, "a..b": true, "-": true, "_": true, "A-z_0.9": true, ".env": true, "...": false,
+		strings.Repeat("a", 253): true,
+		"":                       false, ".": false, "..": false, "..a": false, "..data": false, "a/b": false, "/a": false,
+		"a\\b": false,
+		"a b":  false, "a\n": false, "é": false,
 		"a\x00": false, "a:b": false, strings.Repeat("a", 254): false,
 	}) {
 		if err := checkFileName(name); (err == nil) != ok {
@@ -267,7 +289,8 @@ func TestFileNames(t *testing.T) {
 
 // ---- The documented ConnectorClasses: what they make is read by the rules of its format ----
 
-// parseGitConfig reads git-config(1): sections, subsections in quotes, keys; a key's values by "section.subsection.key".
+// parseGitConfig reads git-config(1): sections, subsections in quotes, keys; a key's values by
+// "section.subsection.key".
 func parseGitConfig(t *testing.T, text string) map[string][]string {
 	t.Helper()
 	header := regexp.MustCompile(`^\[([-.a-zA-Z0-9]+)(?: "((?:[^"\\]|\\.)*)")?\]$`)
@@ -299,28 +322,38 @@ func TestDocumentedGitClasses(t *testing.T) {
 		want func(token string) map[string][]string
 		both bool // also with two Connectors
 	}{
-		"1.0": {"[http]\n  sslVerify = false\n", func(string) map[string][]string { return map[string][]string{"http..sslVerify": {"false"}} }, false},
+		"1.0": {"[http]\n  sslVerify = false\n",
+			func(string) map[string][]string { return map[string][]string{"http..sslVerify": {"false"}} }, false},
 		"1.0 to 1.8": {"[http]\n    extraHeader = Authorization: Basic {{ printf \":%s\" .context.token | b64enc }}\n" +
 			"[url \"{{ .connector.status.proxyAddress }}\"]\n    insteadOf = {{.connector.spec.address}}\n",
 			func(token string) map[string][]string {
-				return map[string][]string{"http..extraHeader": {basic(":" + token)}, "url." + one + ".insteadOf": {"https://git.example.com"}}
+				return map[string][]string{"http..extraHeader": {basic(":" + token)}, "url." + one +
+					".insteadOf": {"https://git.example.com"}}
 			}, false},
-		"1.9": {"[http]\n    extraHeader = Authorization: Basic {{ printf \":%s\" .context.token | b64enc }}\n{{- range .connectors }}\n" +
+		"1.9": {"[http]\n    extraHeader = Authorization: Basic {{ printf \":%s\" .context.token | b64enc }}\n{{- range " +
+			".connectors }}\n" +
 			"[url \"{{ .status.proxyAddress }}\"]\n    insteadOf = {{.spec.address}}\n{{- end }}\n",
 			func(token string) map[string][]string {
-				return map[string][]string{"http..extraHeader": {basic(":" + token)}, "url." + one + ".insteadOf": {"https://git.example.com"},
+				return map[string][]string{"http..extraHeader": {basic(":" + token)}, "url." + one +
+					".insteadOf": {"https://git.example.com"},
 					"url." + two + ".insteadOf": {"https://other.example.com"}}
 			}, true},
-		"a parameter of the Connector": {"{{ $sslVerify := \"true\" -}}\n{{- range .connector.spec.params }}{{- if eq .name \"sslVerify\" }}{{$sslVerify = .value }}{{ end }}{{- end }}\n" +
-			"[http]\n  sslVerify = {{ $sslVerify }}\n", func(string) map[string][]string { return map[string][]string{"http..sslVerify": {"true"}} }, false},
-		"1.6, without colon": {"[http]\n    extraHeader = Authorization: Basic {{ .context.token | b64enc }}\n[url \"{{ .connector.status.proxyAddress }}\"]\n    insteadOf = {{ .connector.spec.address }}\n",
+		"a parameter of the Connector": {"{{ $sslVerify := \"true\" -}}\n{{- range .connector.spec.params }}{{- if eq " +
+			".name \"sslVerify\" }}{{$sslVerify = .value }}{{ end }}{{- end }}\n" +
+			"[http]\n  sslVerify = {{ $sslVerify }}\n",
+			func(string) map[string][]string { return map[string][]string{"http..sslVerify": {"true"}} }, false},
+		"1.6, without colon": {"[http]\n    extraHeader = Authorization: Basic {{ .context.token | b64enc }}\n[url \"{{ " +
+			".connector.status.proxyAddress }}\"]\n    insteadOf = {{ .connector.spec.address }}\n",
 			func(token string) map[string][]string {
-				return map[string][]string{"http..extraHeader": {basic(token)}, "url." + one + ".insteadOf": {"https://git.example.com"}}
+				return map[string][]string{"http..extraHeader": {basic(token)}, "url." + one +
+					".insteadOf": {"https://git.example.com"}}
 			}, false},
-		"1.12": {"{{- range .connectors }}\n[http \"{{ .status.proxy.httpAddress.url }}\"]\n    extraHeader = Authorization: Basic {{ printf \":%s\" $.context.token | b64enc }}\n" +
+		"1.12": {"{{- range .connectors }}\n[http \"{{ .status.proxy.httpAddress.url }}\"]\n    extraHeader = " +
+			"Authorization: Basic {{ printf \":%s\" $.context.token | b64enc }}\n" +
 			"[url \"{{ .status.proxy.httpAddress.url }}\"]\n    insteadOf = {{.spec.address}}\n{{- end }}\n",
 			func(token string) map[string][]string {
-				return map[string][]string{"http." + one + ".extraHeader": {basic(":" + token)}, "url." + one + ".insteadOf": {"https://git.example.com"},
+				return map[string][]string{"http." + one + ".extraHeader": {basic(":" + token)}, "url." + one +
+					".insteadOf": {"https://git.example.com"},
 					"http." + two + ".extraHeader": {basic(":" + token)}, "url." + two + ".insteadOf": {"https://other.example.com"}}
 			}, true},
 	}) {
@@ -332,7 +365,8 @@ func TestDocumentedGitClasses(t *testing.T) {
 			if c.both {
 				w := n.volume(attrs{"connector.name": "-", "connectors": "git, team-a/other"})
 				w.mustPublish()
-				if got, want := parseGitConfig(t, w.file(".gitconfig")), c.want(w.pod.token); !maps.EqualFunc(got, want, slices.Equal) {
+				if got, want := parseGitConfig(t, w.file(".gitconfig")),
+					c.want(w.pod.token); !maps.EqualFunc(got, want, slices.Equal) {
 					t.Errorf("two Connectors: %v, not %v", got, want)
 				}
 				maps.DeleteFunc(want, func(key string, _ []string) bool { return strings.Contains(key, two) })
@@ -424,7 +458,8 @@ func TestDocumentedNPMClass(t *testing.T) {
 	n := startNode(t)
 	n.api.put(class("npm", configuration("npmrc", "ca.cert", "{{ .context.proxy.caCert }}", ".npmrc", npmrc),
 		configuration("yarnrc", "ca.cert", "{{ .context.proxy.caCert }}", ".yarnrc.yml", yarnrc)),
-		connector("default", "npm", "npm", with("https://nexus.example.com:8443/repository/npm/", "spec", "address"), with(certificate("the CA"), "status", "proxy", "httpAddress", "CACerts")))
+		connector("default", "npm", "npm", with("https://nexus.example.com:8443/repository/npm/", "spec", "address"),
+			with(certificate("the CA"), "status", "proxy", "httpAddress", "CACerts")))
 	v := n.volume(attrs{"connector.name": "npm", "configuration.names": "npmrc, yarnrc"})
 	v.mustPublish()
 	v.wantFiles(".npmrc", ".yarnrc.yml", "ca.cert")
@@ -436,7 +471,8 @@ func TestDocumentedNPMClass(t *testing.T) {
 
 	ini := parseLines(t, v.file(".npmrc"), regexp.MustCompile(`^([^#;=\[\]]+)=(.*)$`))
 	if want := (map[string]string{
-		"registry": "https://nexus.example.com:8443/repository/npm/", "//nexus.example.com:8443/repository/npm/:_auth": "dXNlcjpwYXNzd29yZA==",
+		"registry": "https://nexus.example.com:8443/repository/npm/",
+		"//nexus.example.com:8443/repository/npm/:_auth": "dXNlcjpwYXNzd29yZA==",
 		"https-proxy": proxy, "proxy": proxy, "strict-ssl": "false", "audit": "false", "fund": "false",
 	}); !maps.Equal(ini, want) {
 		t.Errorf(".npmrc is %v, not %v", ini, want)
@@ -444,8 +480,10 @@ func TestDocumentedNPMClass(t *testing.T) {
 
 	yaml := parseLines(t, v.file(".yarnrc.yml"), regexp.MustCompile(`^(?:- )?([a-zA-Z.]+):? ?"?([^"]*)"?$`))
 	if want := (map[string]string{
-		"npmRegistryServer": "https://nexus.example.com:8443/repository/npm/", "npmPublishRegistry": "https://nexus.example.com:8443/repository/npm/",
-		"npmAuthIdent": "dXNlcjpwYXNzd29yZA==", "unsafeHttpWhitelist": "", "nexus.example.com": "", "httpProxy": proxy, "httpsProxy": proxy,
+		"npmRegistryServer":  "https://nexus.example.com:8443/repository/npm/",
+		"npmPublishRegistry": "https://nexus.example.com:8443/repository/npm/",
+		"npmAuthIdent":       "dXNlcjpwYXNzd29yZA==", "unsafeHttpWhitelist": "", "nexus.example.com": "", "httpProxy": proxy,
+		"httpsProxy":    proxy,
 		"npmAlwaysAuth": "true", "enableStrictSsl": "false",
 	}); !maps.Equal(yaml, want) {
 		t.Errorf(".yarnrc.yml is %v, not %v", yaml, want)
@@ -455,17 +493,20 @@ func TestDocumentedNPMClass(t *testing.T) {
 func TestDocumentedClassesForSeveralConnectors(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	lines := "{{- range .connectors }}\n# Configuration for Connector: {{ .name }}\nparam_name = {{ .name }}\nparam_value = {{ .spec.address }}\n{{- end }}\n"
+	lines := "{{- range .connectors }}\n# Configuration for Connector: {{ .name }}\nparam_name = {{ .name " +
+		"}}\nparam_value = {{ .spec.address }}\n{{- end }}\n"
 	n.api.put(class("multi-connector", configuration("config", ".multi-connector-config", lines)),
 		connector("default", "a", "multi-connector"), connector("team-a", "b", "multi-connector"))
 	v := n.volume(attrs{"connector.name": "-", "connectors": "a,team-a/b"})
 	v.mustPublish()
-	v.want(".multi-connector-config", "\n# Configuration for Connector: a\nparam_name = a\nparam_value = https://a.example.com"+
-		"\n# Configuration for Connector: b\nparam_name = b\nparam_value = https://b.example.com\n")
+	v.want(".multi-connector-config",
+		"\n# Configuration for Connector: a\nparam_name = a\nparam_value = https://a.example.com"+
+			"\n# Configuration for Connector: b\nparam_name = b\nparam_value = https://b.example.com\n")
 
 	n.api.put(class("connector-a", configuration("config-a", "config.xml", lines)),
 		class("connector-b", configuration("config-b", "settings.json",
-			"{\"connectors\": [\n{{- range .connectors }}\n  {\"name\": \"{{ .name }}\", \"address\": \"{{ .spec.address }}\"},\n{{- end }}\n]}\n")),
+			"{\"connectors\": [\n{{- range .connectors }}\n  {\"name\": \"{{ .name }}\", \"address\": \"{{ .spec.address "+
+				"}}\"},\n{{- end }}\n]}\n")),
 		connector("default", "a", "connector-a"), connector("team-a", "b", "connector-b"))
 	v = n.volume(attrs{"connector.name": "-", "connectors": "a,team-a/b", "configuration.names": "config-a,config-b"})
 	v.mustPublish()

@@ -71,29 +71,33 @@ func TestPatternsOfAddressesAreTheDrivers(t *testing.T) {
 func TestCharactersOfAddresses(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	const rule = ", but an address is ASCII without white space, control characters, quotes and any of \\ ` $ < > { } | ^: "
+	const rule = ", but an address is ASCII without white space, control characters, quotes and any of " +
+		"\\ ` $ < > { } | ^: "
 	for part, message := range sorted(map[string]string{
-		"$(id)":                         `'$' at position 11` + rule + `remove it, or write it as %24`,
-		"${AWS_SECRET_ACCESS_KEY}":      `'$' at position 11` + rule + `remove it, or write it as %24`,
-		"a{b":                           `'{' at position 12` + rule + `remove it, or write it as %7B`,
-		"a}b":                           `'}' at position 12` + rule + `remove it, or write it as %7D`,
-		"</url><id>x</id>":              `'<' at position 11` + rule + `remove it, or write it as %3C`,
-		">/dev/null":                    `'>' at position 11` + rule + `remove it, or write it as %3E`,
-		"|id":                           `'|' at position 11` + rule + `remove it, or write it as %7C`,
-		"^":                             `'^' at position 11` + rule + `remove it, or write it as %5E`,
-		"`id`":                          "'`' at position 11" + rule + `remove it, or write it as %60`,
-		"%5C\\":                         `'\\' at position 14` + rule + `remove it, or write it as %5C`,
-		"'":                             `'\'' at position 11` + rule + `remove it, or write it as %27`,
-		" ":                             `' ' at position 11` + rule + `remove it, or write it as %20`,
-		"\n":                            `'\n' at position 11` + rule + `remove it, or write it as %0A`,
-		"\x7f":                          `'\x7f' at position 11` + rule + `remove it, or write it as %7F`,
-		"\u200b":                        `U+200B at position 11` + rule + `remove it, or write it as %E2%80%8B, in a host name as xn--…`,
-		"\u202e":                        `U+202E at position 11` + rule,
-		"\u2066":                        `U+2066 at position 11` + rule,
-		"\u3164":                        `U+3164 at position 11` + rule, // Hangul filler
-		"\uffa0":                        `U+FFA0 at position 11` + rule,
-		"\u00ad":                        `U+00AD at position 11` + rule,
-		"\u0430pple":                    `U+0430 at position 11` + rule + `remove it, or write it as %D0%B0, in a host name as xn--…`, // Cyrillic
+		"$(id)":                    `'$' at position 11` + rule + `remove it, or write it as %24`,
+		"${AWS_SECRET_ACCESS_KEY}": `'$' at position 11` + rule + `remove it, or write it as %24`,
+		"a{b":                      `'{' at position 12` + rule + `remove it, or write it as %7B`,
+		"a}b":                      `'}' at position 12` + rule + `remove it, or write it as %7D`,
+		"</url><id>x</id>":         `'<' at position 11` + rule + `remove it, or write it as %3C`,
+		">/dev/null":               `'>' at position 11` + rule + `remove it, or write it as %3E`,
+		"|id":                      `'|' at position 11` + rule + `remove it, or write it as %7C`,
+		"^":                        `'^' at position 11` + rule + `remove it, or write it as %5E`,
+		"`id`":                     "'`' at position 11" + rule + `remove it, or write it as %60`,
+		"%5C\\":                    `'\\' at position 14` + rule + `remove it, or write it as %5C`,
+		"'":                        `'\'' at position 11` + rule + `remove it, or write it as %27`,
+		" ":                        `' ' at position 11` + rule + `remove it, or write it as %20`,
+		"\n":                       `'\n' at position 11` + rule + `remove it, or write it as %0A`,
+		"\x7f":                     `'\x7f' at position 11` + rule + `remove it, or write it as %7F`,
+		"\u200b": `U+200B at position 11` + rule +
+			`remove it, or write it as %E2%80%8B, in a host name as xn--…`,
+		"\u202e": `U+202E at position 11` + rule,
+		"\u2066": `U+2066 at position 11` + rule,
+		"\u3164": `U+3164 at position 11` + rule, // Hangul filler
+		"\uffa0": `U+FFA0 at position 11` + rule,
+		"\u00ad": `U+00AD at position 11` + rule,
+		// Cyrillic
+		"\u0430pple": `U+0430 at position 11` + rule +
+			`remove it, or write it as %D0%B0, in a host name as xn--…`,
 		"\u2024":                        `U+2024 at position 11` + rule,
 		"\uff0f":                        `U+FF0F at position 11` + rule,
 		"\ufe0f":                        `U+FE0F at position 11` + rule,
@@ -149,14 +153,15 @@ func TestBundlesThatAreKept(t *testing.T) {
 	lines := strings.SplitAfter(b, "\n")
 	first, body, last := lines[0], lines[1:len(lines)-2], lines[len(lines)-2]
 	for what, bundle := range sorted(map[string]string{
-		"as they are":              a + b + c,
-		"without a last newline":   strings.TrimSuffix(a+b+c, "\n"),
-		"CRLF":                     strings.ReplaceAll(a+b+c, "\n", "\r\n"),
-		"CR":                       strings.ReplaceAll(a+b+c, "\n", "\r"),
-		"CR twice":                 strings.ReplaceAll(a+b+c, "\n", "\r\r\n"),
-		"a byte order mark":        "\ufeff" + a + b + c,
-		"a mark before each":       "\ufeff" + a + "\ufeff" + b + "\ufeff" + c,
-		"comments":                 "# evil\n" + a + "[core]\n\tfsmonitor = id\n\n" + b + "Subject: CN = c - d\n==\n" + c + "evil",
+		"as they are":            a + b + c,
+		"without a last newline": strings.TrimSuffix(a+b+c, "\n"),
+		"CRLF":                   strings.ReplaceAll(a+b+c, "\n", "\r\n"),
+		"CR":                     strings.ReplaceAll(a+b+c, "\n", "\r"),
+		"CR twice":               strings.ReplaceAll(a+b+c, "\n", "\r\r\n"),
+		"a byte order mark":      "\ufeff" + a + b + c,
+		"a mark before each":     "\ufeff" + a + "\ufeff" + b + "\ufeff" + c,
+		"comments": "# evil\n" + a + "[core]\n\tfsmonitor = id\n\n" + b + "Subject: CN = c - d\n==\n" + c +
+			"evil",
 		"lines of dashes":          "-----\n" + a + "---- b ----\n" + b + "-----------------\n" + c,
 		"NUL between":              a + "\x00\n" + b + c + "\x00",
 		"X509 CERTIFICATE":         a + labelled("X509") + c,
@@ -240,7 +245,8 @@ func TestBundlesThatAreRefused(t *testing.T) {
 		"a request, labelled wrong": {a + block("CERTIFICATE", request...) + c, "2 of 3", damaged},
 		"a key, labelled wrong":     {a + block("CERTIFICATE", pkcs8...) + c, "2 of 3", damaged},
 		"a list, labelled wrong":    {a + block("CERTIFICATE", list...) + c, "2 of 3", damaged},
-		"a request":                 {a + block("CERTIFICATE REQUEST", request...) + c, "2 of 3", labelled("CERTIFICATE REQUEST")},
+		"a request": {a + block("CERTIFICATE REQUEST", request...) + c, "2 of 3",
+			labelled("CERTIFICATE REQUEST")},
 		"a private key":             {block("PRIVATE KEY", pkcs8...) + a, "1 of 2", labelled("PRIVATE KEY")},
 		"a private key on one line": {a + "-----BEGIN PRIVATE KEY-----MIGH" + c, "2 of 3", noBlock},
 		"a revocation list":         {a + block("X509 CRL", list...) + c, "2 of 3", labelled("X509 CRL")},
@@ -270,7 +276,8 @@ func TestBundlesThatAreRefused(t *testing.T) {
 	git := gitClass()
 	with(a[:100], "status", "proxy", "httpAddress", "CACerts")(git)
 	n.api.put(git, connector("default", "git", "git"))
-	n.volume().mustRefuse(codes.FailedPrecondition, `ConnectorClass "git": status.proxy.httpAddress.CACerts, certificate 1 of 1: `+noBlock)
+	n.volume().mustRefuse(codes.FailedPrecondition,
+		`ConnectorClass "git": status.proxy.httpAddress.CACerts, certificate 1 of 1: `+noBlock)
 }
 
 // Whether the operator is to be waited for depends on what fails, not on the words of the template.
@@ -280,20 +287,21 @@ func TestHintOfAProxyThatIsNotThereYet(t *testing.T) {
 	const hint = "Connector default/git has no proxy address yet (status.proxy.httpAddress.url): wait for the "
 	noStatus, noURL := with(nil, "status"), with(nil, "status", "proxy", "httpAddress", "url")
 	for template, fails := range sorted(map[string]bool{
-		`{{ .connector.status.proxyAddress }}`:                                                             true,
-		`{{ .connector.status.proxy.httpAddress.url }}`:                                                    true,
-		`{{ .connector.status.proxyAddress | b64enc }}`:                                                    true,
-		`{{ (urlParse .connector.status.proxyAddress).host }}`:                                             true,
-		`{{ $u := .connector.status.proxyAddress }}{{ urlParse $u }}`:                                      true,
-		`{{ range .connectors }}{{ .status.proxyAddress }}{{ end }}`:                                       true,
-		`{{ if not .connector.status.proxyAddress }}{{ fail "too early" }}{{ end }}`:                       true,
-		`{{ .connector.status.proxyAddress }}{{ .connector.spec.typo }}`:                                   true, // one after the other
-		"# for the proxy\n{{ .connector.spec.typo }}":                                                      false,
-		`{{/* the proxy */}}{{ .connector.spec.proxyTypo }}`:                                               false,
-		`{{ .connector.spec.typo }}{{ .connector.status.proxyAddress }}`:                                   false,
-		`{{ .connectorclass.proxyAddress }}`:                                                               false,
-		`{{ fail "no proxy" }}`:                                                                            false,
-		`{{ proxy }}`:                                                                                      false,
+		`{{ .connector.status.proxyAddress }}`:                                       true,
+		`{{ .connector.status.proxy.httpAddress.url }}`:                              true,
+		`{{ .connector.status.proxyAddress | b64enc }}`:                              true,
+		`{{ (urlParse .connector.status.proxyAddress).host }}`:                       true,
+		`{{ $u := .connector.status.proxyAddress }}{{ urlParse $u }}`:                true,
+		`{{ range .connectors }}{{ .status.proxyAddress }}{{ end }}`:                 true,
+		`{{ if not .connector.status.proxyAddress }}{{ fail "too early" }}{{ end }}`: true,
+		// one after the other
+		`{{ .connector.status.proxyAddress }}{{ .connector.spec.typo }}`: true,
+		"# for the proxy\n{{ .connector.spec.typo }}":                    false,
+		`{{/* the proxy */}}{{ .connector.spec.proxyTypo }}`:             false,
+		`{{ .connector.spec.typo }}{{ .connector.status.proxyAddress }}`: false,
+		`{{ .connectorclass.proxyAddress }}`:                             false,
+		`{{ fail "no proxy" }}`:                                          false,
+		`{{ proxy }}`:                                                    false,
 		`{{ if .connector.status.proxyAddress }}proxy{{ else }}{{ .connector.spec.typo }}{{ end }}{{ x }}`: false,
 	}) {
 		for _, change := range []func(object){noStatus, noURL} {
@@ -371,7 +379,8 @@ func TestRemediesOfMessages(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
 	// Two ServiceAccounts of one name are bound by two RoleBindings, whatever their namespaces' names are.
-	names, command := map[string]string{}, regexp.MustCompile(`kubectl create rolebinding (\S+-connectors) --namespace=default `)
+	names, command := map[string]string{},
+		regexp.MustCompile(`kubectl create rolebinding (\S+-connectors) --namespace=default `)
 	for _, reader := range []string{"team-a/b", "team/b", "team/a-b", "team/a.b", "team-a/default", "team-a-b/default",
 		"team-a/b-default", "team-a/b.default"} {
 		n.api.forbid(reader, connectorPath("default", "git"))

@@ -51,7 +51,8 @@ func TestStreamsAreShared(t *testing.T) {
 	n := startNode(t)
 	n.api.put(connector("default", "other", "git"))
 	pod := n.pod()
-	volumes := []*podVolume{pod.volume("a"), pod.volume("b"), n.volume(), n.volume(attrs{"connector.name": "other"}), n.pod("default/builder").volume("config")}
+	volumes := []*podVolume{pod.volume("a"), pod.volume("b"), n.volume(), n.volume(attrs{"connector.name": "other"}),
+		n.pod("default/builder").volume("config")}
 	for _, v := range volumes {
 		v.settle()
 	}
@@ -192,36 +193,37 @@ func TestWhateverAStreamSays(t *testing.T) {
 		text string
 		end  string // how the stream ends after it, if it does
 	}{
-		"end":                         {"", "end"},
-		"abort":                       {"", "abort"},
-		"half a line, then the end":   {`{"type":"MODIFIED","obj`, "end"},
-		"half a line, then an abort":  {`{"type":"MODIFIED","obj`, "abort"},
-		"a line without its newline":  {strings.TrimSpace(event("MODIFIED", "x", "y", 1)), "end"},
-		"the end in a huge line":      {strings.Repeat("x", 1<<20), "end"},
-		"a huge line":                 {event("MODIFIED", strings.Repeat("x", 1<<20), "y", 1), ""},
-		"a huge line without end":     {strings.Repeat("x", 1<<20), ""},
-		"a huge line of brackets":     {strings.Repeat("[", 1<<20) + "\n", ""},
-		"not JSON":                    {"<html>\n", ""},
-		"empty lines":                 {"\n\n\r\n", ""},
-		"null":                        {"null\n", ""},
-		"a list":                      {"[]\n", ""},
-		"nothing":                     {"{}\n", ""},
-		"no object":                   {`{"type":"MODIFIED"}` + "\n", ""},
-		"an object without metadata":  {`{"type":"MODIFIED","object":{}}` + "\n", ""},
-		"another type":                {event("RENAMED", "x", "y", 1), ""},
-		"wrong types":                 {`{"type":7,"object":"x"}` + "\n", ""},
-		"another object":              {event("MODIFIED", "another", "uid-1", 1<<40), ""},
-		"an old version":              {event("MODIFIED", "git", "uid-1", 1), ""},
-		"DELETED, which is not so":    {event("DELETED", "git", "uid-1", 1<<40), ""},
-		"a bookmark":                  {event("BOOKMARK", "", "", 1), ""},
-		"a bookmark and the end":      {event("BOOKMARK", "", "", 1), "end"},
-		"a bookmark without version":  {`{"type":"BOOKMARK","object":{"metadata":{}}}` + "\n", "end"},
-		"a version that is no number": {`{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"a&b=c d"}}}` + "\n", "end"},
-		"410":                         {status(410, "Expired"), ""},
-		"410 and the end":             {status(410, "Expired"), "end"},
-		"500":                         {status(500, "InternalError"), ""},
-		"401":                         {status(401, "Unauthorized"), "end"},
-		"an error without status":     {`{"type":"ERROR"}` + "\n", ""},
+		"end":                        {"", "end"},
+		"abort":                      {"", "abort"},
+		"half a line, then the end":  {`{"type":"MODIFIED","obj`, "end"},
+		"half a line, then an abort": {`{"type":"MODIFIED","obj`, "abort"},
+		"a line without its newline": {strings.TrimSpace(event("MODIFIED", "x", "y", 1)), "end"},
+		"the end in a huge line":     {strings.Repeat("x", 1<<20), "end"},
+		"a huge line":                {event("MODIFIED", strings.Repeat("x", 1<<20), "y", 1), ""},
+		"a huge line without end":    {strings.Repeat("x", 1<<20), ""},
+		"a huge line of brackets":    {strings.Repeat("[", 1<<20) + "\n", ""},
+		"not JSON":                   {"<html>\n", ""},
+		"empty lines":                {"\n\n\r\n", ""},
+		"null":                       {"null\n", ""},
+		"a list":                     {"[]\n", ""},
+		"nothing":                    {"{}\n", ""},
+		"no object":                  {`{"type":"MODIFIED"}` + "\n", ""},
+		"an object without metadata": {`{"type":"MODIFIED","object":{}}` + "\n", ""},
+		"another type":               {event("RENAMED", "x", "y", 1), ""},
+		"wrong types":                {`{"type":7,"object":"x"}` + "\n", ""},
+		"another object":             {event("MODIFIED", "another", "uid-1", 1<<40), ""},
+		"an old version":             {event("MODIFIED", "git", "uid-1", 1), ""},
+		"DELETED, which is not so":   {event("DELETED", "git", "uid-1", 1<<40), ""},
+		"a bookmark":                 {event("BOOKMARK", "", "", 1), ""},
+		"a bookmark and the end":     {event("BOOKMARK", "", "", 1), "end"},
+		"a bookmark without version": {`{"type":"BOOKMARK","object":{"metadata":{}}}` + "\n", "end"},
+		"a version that is no number": {`{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"a&b=c d"}}}` + "\n",
+			"end"},
+		"410":                     {status(410, "Expired"), ""},
+		"410 and the end":         {status(410, "Expired"), "end"},
+		"500":                     {status(500, "InternalError"), ""},
+		"401":                     {status(401, "Unauthorized"), "end"},
+		"an error without status": {`{"type":"ERROR"}` + "\n", ""},
 	}
 	n := startNode(t)
 	volumes, i := map[string]*podVolume{}, 0
@@ -259,12 +261,13 @@ func TestWhateverAStreamSays(t *testing.T) {
 	n.wantForgotten()
 }
 
-// kubectl apply leaves the whole object in an annotation: an event can be larger than what is looked into, and says that
-// something has changed all the same, on a stream that goes on.
+// kubectl apply leaves the whole object in an annotation: an event can be larger than what is looked into, and says
+// that something has changed all the same, on a stream that goes on.
 func TestEventsWithLargeAnnotations(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	annotated := with(strings.Repeat("x", 100<<10), "metadata", "annotations", "kubectl.kubernetes.io/last-applied-configuration")
+	annotated := with(strings.Repeat("x", 100<<10), "metadata", "annotations",
+		"kubectl.kubernetes.io/last-applied-configuration")
 	put := func(i int) {
 		n.api.put(connector("default", "git", "git", annotated, with(fmt.Sprintf("https://large-%d", i), "spec", "address")))
 	}
@@ -274,7 +277,8 @@ func TestEventsWithLargeAnnotations(t *testing.T) {
 		put(i + 1)
 		v.await(".gitconfig", fmt.Sprintf("https://large-%d", i+1))
 	}
-	if opened := n.readMetrics()[`connectors_csi_api_requests_total{resource="connectors",verb="watch",code="200"}`]; opened != 1 {
+	watches := `connectors_csi_api_requests_total{resource="connectors",verb="watch",code="200"}`
+	if opened := n.readMetrics()[watches]; opened != 1 {
 		t.Errorf("the Connector's watch was opened %v times", opened)
 	}
 }
@@ -350,7 +354,8 @@ func TestWatchesThatAreRefused(t *testing.T) {
 		volumes[what].settle()
 	}
 	for what, name := range names {
-		eventually(t, what+": a stream was tried", func() bool { return len(n.api.watched(connectorPath("default", name))) > 0 })
+		eventually(t, what+": a stream was tried",
+			func() bool { return len(n.api.watched(connectorPath("default", name))) > 0 })
 		n.api.put(moved(name, "polled"))
 		volumes[what].mustPublish()
 		volumes[what].await(".gitconfig", "https://polled")
@@ -518,7 +523,8 @@ func TestFailedPush(t *testing.T) {
 			log, wantUnchanged := n.logFromNow(), v.unchangedFromNow()
 			c.fail(n.api)
 			n.awaitMetric(fmt.Sprintf(`connectors_csi_pushes_total{code=%q}`, code), 1)
-			line := regexp.MustCompile(`level=ERROR msg=push pod=default/` + v.pod.name + ` .*code=` + code.String() + ` .*` + c.words)
+			line := regexp.MustCompile(`level=ERROR msg=push pod=default/` + v.pod.name + ` .*code=` + code.String() + ` .*` +
+				c.words)
 			eventually(t, "the failure is logged", func() bool { return line.MatchString(log()) })
 			wantError(t, v.publish(), code, c.words)
 			wantUnchanged()
@@ -848,8 +854,8 @@ func TestMoreObjectsThanStreams(t *testing.T) {
 	n.wantForgotten()
 }
 
-// A stream that is lost waits as long as the API server asks for, and never longer than five minutes; or else a time that
-// grows to half a minute.
+// A stream that is lost waits as long as the API server asks for, and never longer than five minutes; or else a time
+// that grows to half a minute.
 func TestStreamsArePostponed(t *testing.T) {
 	t.Parallel()
 	for range 1000 {
@@ -871,10 +877,14 @@ func TestStreamsArePostponed(t *testing.T) {
 		}
 	}
 	n := startNode(t)
-	n.api.answer("watch=1", 503, statusBody(503, "ServiceUnavailable", "not now"), "Retry-After", "86400") // more than is read
+	// more than is read
+	n.api.answer("watch=1", 503, statusBody(503, "ServiceUnavailable", "not now"), "Retry-After", "86400")
 	v := n.volume()
 	v.mustPublish()
-	eventually(t, "both streams are refused", func() bool { return len(n.api.watched(gitPath)) > 0 && len(n.api.watched(classPath("git"))) > 0 })
+	eventually(t, "both streams are refused", func() bool {
+		return len(n.api.watched(gitPath)) > 0 &&
+			len(n.api.watched(classPath("git"))) > 0
+	})
 	n.api.answer("", 0, "")
 	n.awaitWatches(2) // by the usual time
 }
