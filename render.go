@@ -817,7 +817,7 @@ func ownFunctions(sprigs template.FuncMap) template.FuncMap {
 	}
 }
 
-// errNoValue is returned for a value that is missing, errNoKey for a key that is.
+// errNoValue is returned for a value that is missing, errNoKey for a key that is missing.
 var (
 	errNoValue = errors.New("has no value")
 	errNoKey   = errors.New("a key has no value")
@@ -1526,7 +1526,7 @@ type renderer struct {
 	process    *exec.Cmd
 	requests   io.WriteCloser
 	answers    *bufio.Reader
-	retirement *time.Timer
+	retirement *time.Timer   // while it is idle
 	used       time.Duration // processor time, since its start
 	step       string        // what it said last
 	limit      string        // that it has hit: "memory", "processor" or "time"
