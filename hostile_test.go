@@ -138,8 +138,7 @@ func hostileTemplates() [][]hostile {
 		},
 		{ // Loops
 			{"range over a number", `{{ range 9223372036854775807 }}{{ end }}`, takesTime},
-			{"range that prints", `{{ range 9223372036854775807 }}x{{ end }}`,
-				`: file "file": a volume may hold 1024 KiB in 256 files$`},
+			{"range that prints", `{{ range 9223372036854775807 }}x{{ end }}`, takesEither},
 			{"calls that double",
 				`{{ define "two" }}{{ if gt . 0 }}{{ template "two" (sub . 1) }}{{ template "two" (sub . 1) }}{{ end }}{{ end ` +
 					`}}{{ template "two" 60 }}`, takesTime},

@@ -69,9 +69,6 @@ type selection struct {
 // ConnectorClass or a Connector.
 func podError(err error) error { return failure{codes.InvalidArgument, err} }
 
-// errTooLarge is returned when the files of a volume exceed maxVolumeBytes or maxVolumeFiles.
-var errTooLarge = fmt.Errorf("a volume may hold %d KiB in %d files", maxVolumeBytes>>10, maxVolumeFiles)
-
 // render makes the files of a volume. The order decides which of two files of the same name stays:
 //
 //  1. the built-in files, where they are wanted
@@ -294,7 +291,7 @@ func renderConfiguration(out *volumeFiles, c mountedClass, configuration object,
 		announce(name)
 		attempt := func(c mountedClass) ([]byte, error) {
 			data := func(token string) any { return templateData(c, params, token) }
-			return renderFile(name, text, out.room(name), data, token)
+			return renderFile(name, text, data, token)
 		}
 		content, err := attempt(c)
 		if err != nil {
@@ -490,16 +487,14 @@ type volumeFiles struct {
 	bytes int
 }
 
-// room is how many bytes the file of that name may have.
-func (v *volumeFiles) room(name string) int { return maxVolumeBytes - v.bytes + len(v.files[name]) }
-
 // add puts a file in the place of an earlier one of that name, if there is one.
 func (v *volumeFiles) add(name string, content []byte) error {
-	if _, ok := v.files[name]; len(content) > v.room(name) || !ok && len(v.files) == maxVolumeFiles {
-		return errTooLarge
+	old, replaces := v.files[name]
+	bytes := v.bytes + len(content) - len(old)
+	if bytes > maxVolumeBytes || !replaces && len(v.files) == maxVolumeFiles {
+		return fmt.Errorf("a volume may hold %d KiB in %d files", maxVolumeBytes>>10, maxVolumeFiles)
 	}
-	v.bytes += len(content) - len(v.files[name])
-	v.files[name] = content
+	v.files[name], v.bytes = content, bytes
 	return nil
 }
 
@@ -523,54 +518,30 @@ var placeholderToken = func() string {
 		encode(`{"sub":"`+strings.Repeat("placeholder", 55)+`"}`) + "." + encode(signature)
 }()
 
-// renderFile renders one template into at most limit bytes.
+// renderFile renders one template.
 //
 // The text of an error may come out of the template ({{ fail .context.token }}), so an error is reported as
 // it is without the token: from another run, with a word or a placeholder for it, that fails where it does.
-func renderFile(name, text string, limit int, data func(token string) any, token string) ([]byte, error) {
+func renderFile(name, text string, data func(token string) any, token string) ([]byte, error) {
 	t, err := parseTemplate(name, text)
 	if err != nil {
 		return nil, plainError(name, text, err)
 	}
-	content, err := execute(t, limit, data(token))
-	if err == nil {
-		return content, nil
-	} else if errors.Is(err, errTooLarge) {
-		return nil, plainError(name, text, err)
+	var content bytes.Buffer
+	if err = t.Execute(&content, data(token)); err == nil {
+		return content.Bytes(), nil
 	}
 	place := func(err error) string { // line and column
 		match := templateError.FindStringSubmatch(err.Error())
 		return strings.Join(match[min(1, len(match)):min(3, len(match))], ":")
 	}
 	for _, shown := range []string{"TOKEN", placeholderToken} {
-		if _, again := execute(t, limit, data(shown)); again != nil && place(again) == place(err) {
+		if again := t.Execute(io.Discard, data(shown)); again != nil && place(again) == place(err) {
 			said := plainError(name, text, again).Error()
 			return nil, errors.New(strings.ReplaceAll(said, placeholderToken, "TOKEN"))
 		}
 	}
 	return nil, fmt.Errorf("file %q fails because of the token's value", name)
-}
-
-// execute runs a template until it has written more than limit bytes.
-func execute(t *template.Template, limit int, data any) ([]byte, error) {
-	out := &limitedBuffer{left: limit}
-	if err := t.Execute(out, data); err != nil {
-		return nil, err
-	}
-	return out.Bytes(), nil
-}
-
-// limitedBuffer takes what a template writes, until there is too much of it.
-type limitedBuffer struct {
-	bytes.Buffer
-	left int
-}
-
-func (b *limitedBuffer) Write(p []byte) (int, error) {
-	if b.left -= len(p); b.left < 0 {
-		return 0, errTooLarge
-	}
-	return b.Buffer.Write(p)
 }
 
 // templateError is what text/template says of a template: its name, the line, the column, if it was executed,
