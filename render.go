@@ -1813,14 +1813,10 @@ func (j job) write(w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	out := bufio.NewWriter(w)
-	if err := writeFrame(out, frameJob, header); err != nil {
-		return err
-	}
+	out := bufio.NewWriter(w) // which keeps its first error
+	writeFrame(out, frameJob, header)
 	for _, o := range objects {
-		if err := writeFrame(out, frameObject, o.raw); err != nil {
-			return err
-		}
+		writeFrame(out, frameObject, o.raw)
 	}
 	return out.Flush()
 }
