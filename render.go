@@ -1881,25 +1881,20 @@ func confine(name string) error {
 // setLimits sets the limits of this process, which hold for what it executes as well, and makes it the one
 // that yields to all others.
 func setLimits(name string) error {
-	type limit struct {
-		name     string
-		resource int
-		max      uint64
-	}
-	limits := []limit{
-		{"CPU", unix.RLIMIT_CPU, uint64(lifeProcessorTime / time.Second)},
-		{"FSIZE", unix.RLIMIT_FSIZE, 0},
-		{"NOFILE", unix.RLIMIT_NOFILE, statusDescriptor + 1},
-		{"STACK", unix.RLIMIT_STACK, 1 << 20}, // of the first thread; a C library has it for all others
-		{"CORE", unix.RLIMIT_CORE, 0},
-		{"MEMLOCK", unix.RLIMIT_MEMLOCK, 0},
+	limits := map[int]uint64{
+		unix.RLIMIT_CPU:     uint64(lifeProcessorTime / time.Second),
+		unix.RLIMIT_FSIZE:   0,
+		unix.RLIMIT_NOFILE:  statusDescriptor + 1,
+		unix.RLIMIT_STACK:   1 << 20, // of the first thread; a C library has it for all others
+		unix.RLIMIT_CORE:    0,
+		unix.RLIMIT_MEMLOCK: 0,
 	}
 	if countsProcesses(name) {
-		limits = append(limits, limit{"NPROC", unix.RLIMIT_NPROC, rendererThreads})
+		limits[unix.RLIMIT_NPROC] = rendererThreads
 	}
-	for _, limit := range limits {
-		if err := unix.Setrlimit(limit.resource, &unix.Rlimit{Cur: limit.max, Max: limit.max}); err != nil {
-			return fmt.Errorf("setrlimit RLIMIT_%s: %w", limit.name, err)
+	for resource, most := range limits {
+		if err := unix.Setrlimit(resource, &unix.Rlimit{Cur: most, Max: most}); err != nil {
+			return fmt.Errorf("setrlimit %d: %w", resource, err)
 		}
 	}
 	// These are kindness, not limits.
@@ -2060,18 +2055,14 @@ func limitMemory() error {
 	if err != nil {
 		return err
 	}
-	for _, limit := range []struct {
-		field    string
-		resource int
-	}{{"VmData", unix.RLIMIT_DATA}, {"VmSize", unix.RLIMIT_AS}} {
-		_, after, _ := strings.Cut(string(text), "\n"+limit.field+":")
-		line, _, _ := strings.Cut(after, " kB\n")
-		kilobytes, err := strconv.ParseUint(strings.TrimSpace(line), 10, 32)
-		if err != nil {
-			return err
+	for field, resource := range map[string]int{"VmData": unix.RLIMIT_DATA, "VmSize": unix.RLIMIT_AS} {
+		_, after, _ := strings.Cut(string(text), "\n"+field+":")
+		var kilobytes uint64
+		if _, err := fmt.Sscan(after, &kilobytes); err != nil {
+			return fmt.Errorf("%s in /proc/self/status: %w", field, err)
 		}
 		most := kilobytes<<10 + renderMemory + rendererMemory
-		if err := unix.Setrlimit(limit.resource, &unix.Rlimit{Cur: most, Max: most}); err != nil {
+		if err := unix.Setrlimit(resource, &unix.Rlimit{Cur: most, Max: most}); err != nil {
 			return err
 		}
 	}
