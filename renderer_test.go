@@ -128,9 +128,11 @@ func TestRenderersKilledAtAnyMoment(t *testing.T) {
 	for ended.Load() < int32(volumes) {
 		for _, pid := range n.renderers() {
 			// Not by its number, which may be another's by now.
-			if p, err := os.FindProcess(pid); err == nil && children(t, os.Getpid())[pid] != "" && p.Kill() == nil {
+			p, err := os.FindProcess(pid)
+			if err == nil && children(t, os.Getpid())[pid] != "" && p.Kill() == nil {
 				killed++
 			}
+			p.Release() // its descriptor
 		}
 	}
 	t.Logf("%d times killed, %d publishes failed", killed, failed.Load())
