@@ -220,7 +220,7 @@ func BenchmarkRenderInNewRenderer(b *testing.B) {
 	n := startNode(b)
 	j := benchmarkJob(b)
 	for b.Loop() {
-		n.driver.renderers.close()
+		n.endRenderers()
 		clear(n.driver.renderers.accounts) // for more than ten seconds of processor time
 		_, err := n.driver.renderers.render(b.Context(), "default", j)
 		must(b, err)

@@ -56,14 +56,9 @@ func TestNextRequestIsTheNeighbours(t *testing.T) {
 			}
 		})
 	}
-	q := n.driver.kube.requests
 	waiting := func(count int) {
 		t.Helper()
-		eventually(t, fmt.Sprintf("%d requests wait for a place", count), func() bool {
-			q.mu.Lock()
-			defer q.mu.Unlock()
-			return len(q.waiting) == count
-		})
+		awaitTurns(t, n.driver.kube.requests, count)
 	}
 	for i := range 16 { // every place is taken
 		read(fmt.Sprint("tenant-", i))
@@ -105,11 +100,7 @@ func TestTenantOfManyNamespaces(t *testing.T) {
 			}
 			served <- turn
 		}()
-		eventually(t, "it waits or is served", func() bool {
-			q.mu.Lock()
-			defer q.mu.Unlock()
-			return len(q.waiting) == waiting
-		})
+		awaitTurns(t, q, waiting) // it waits or is served
 	}
 	var under []*turn
 	for i := range 18 * maxNamespaceRequests { // one namespace after the other, which is the worst order
@@ -388,20 +379,15 @@ func TestKeptOfAPodIsBounded(t *testing.T) {
 func TestKeptOfANodeIsBounded(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
-	d := n.driver
 	first := n.volume()
 	first.settle()
-	d.mu.Lock()
-	d.kept[""] += maxKeptBytes // as others do
-	d.mu.Unlock()
+	n.locked(func() { n.driver.kept[""] += maxKeptBytes }) // as others do
 	v := n.volume()
 	v.settle()
 	if v.record().publication != nil {
 		t.Error("it is kept")
 	}
-	d.mu.Lock()
-	d.kept[""] -= maxKeptBytes
-	d.mu.Unlock()
+	n.locked(func() { n.driver.kept[""] -= maxKeptBytes })
 	v.mustPublish()
 	if v.record().publication == nil {
 		t.Error("it is not kept, though there is room")

@@ -516,7 +516,7 @@ func TestPinnedVolumesAreGivenBack(t *testing.T) {
 	v.settle()
 	v.mustUnpublish()
 	n.awaitWatches(0)
-	n.driver.renderers.close()
+	n.endRenderers()
 	before := descriptors(t)
 	for what, open := range sorted(map[string]struct {
 		path string
@@ -542,7 +542,7 @@ func TestPinnedVolumesAreGivenBack(t *testing.T) {
 		}
 		must(t, unix.Unmount(dir, unix.MNT_DETACH))
 		v.mustUnpublish()
-		n.driver.forgetUnmounted()
+		n.forgetUnmounted()
 		used := n.used()
 		if open.kept >= 0 && (used < open.kept+mountMemory || used > open.kept+mountMemory+4*inodeMemory) ||
 			open.kept < 0 && used != 0 {
@@ -554,12 +554,12 @@ func TestPinnedVolumesAreGivenBack(t *testing.T) {
 			}
 		}
 		must(t, file.Close())
-		n.driver.forgetUnmounted()
-		if n.used() != 0 || len(n.driver.budget.pinned) != 0 || len(n.driver.budget.pods) != 0 {
+		n.forgetUnmounted()
+		if n.used() != 0 || n.pinned() != 0 || len(n.driver.budget.pods) != 0 {
 			t.Errorf("%s: %d bytes are counted when it is closed", what, n.used())
 		}
 	}
-	n.driver.renderers.close()
+	n.endRenderers()
 	eventually(t, fmt.Sprintf("there are %d descriptors as before", before),
 		func() bool { return descriptors(t) <= before })
 }
@@ -576,12 +576,12 @@ func TestBudgetIsGivenBack(t *testing.T) {
 	}
 	v.mustPublish()
 	used := n.used()
-	n.driver.forgetUnmounted()
+	n.forgetUnmounted()
 	if used == 0 || n.used() != used {
 		t.Errorf("a mounted volume takes %d bytes, and then %d", used, n.used())
 	}
 	must(t, unix.Unmount(v.target, unix.MNT_DETACH))
-	n.driver.forgetUnmounted()
+	n.forgetUnmounted()
 	if used := n.used(); used != 0 {
 		t.Errorf("a volume that somebody has unmounted takes %d bytes", used)
 	}
@@ -596,7 +596,7 @@ func TestBudgetIsGivenBack(t *testing.T) {
 	defer n.driver.endTurn(next)
 	_, err = n.driver.budget.reserve(next.memory, 0, 1<<20)
 	must(t, err)
-	n.driver.forgetUnmounted()
+	n.forgetUnmounted()
 	if n.used() != used+1<<20 {
 		t.Errorf("%d bytes are set aside", n.used()-used)
 	}
@@ -633,12 +633,12 @@ func TestBudgetOfWhatFails(t *testing.T) {
 	}
 	for range 3 {
 		wantError(t, v.unpublish(), codes.FailedPrecondition, "did not mount")
-		if used := n.used(); len(n.driver.budget.pinned) != 1 || used > 500<<10+2*mountMemory {
-			t.Errorf("%d bytes are counted for %d volumes", used, len(n.driver.budget.pinned))
+		if used := n.used(); n.pinned() != 1 || used > 500<<10+2*mountMemory {
+			t.Errorf("%d bytes are counted for %d volumes", used, n.pinned())
 		}
 	}
 	must(t, file.Close())
-	n.driver.forgetUnmounted()
+	n.forgetUnmounted()
 	must(t, os.Remove(v.target+"/in-the-way"))
 	v.mustUnpublish()
 	if used := n.used(); used != 0 {

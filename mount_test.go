@@ -724,8 +724,8 @@ func TestForeignTmpfsIsNotEmptied(t *testing.T) {
 				if filled && (err != nil || string(text) != "precious") {
 					t.Errorf("it has %q, %v", text, err)
 				}
-				if len(n.driver.budget.pinned) != 0 || n.used() != 0 {
-					t.Errorf("%d bytes are counted, %d mounts kept", n.used(), len(n.driver.budget.pinned))
+				if n.pinned() != 0 || n.used() != 0 {
+					t.Errorf("%d bytes are counted, %d mounts kept", n.used(), n.pinned())
 				}
 			})
 		}

@@ -193,13 +193,22 @@ func (n *node) awaitCalls(count int) {
 	})
 }
 
-// eachVolume looks at what the driver knows of each volume.
-func (n *node) eachVolume(look func(*volume)) {
+// locked does something with the driver's records of volumes and with its cache, while the driver does not.
+func (n *node) locked(do func()) {
 	n.driver.mu.Lock()
 	defer n.driver.mu.Unlock()
-	for _, v := range n.driver.volumes {
-		look(v)
-	}
+	n.driver.kube.mu.Lock()
+	defer n.driver.kube.mu.Unlock()
+	do()
+}
+
+// eachVolume looks at what the driver knows of each volume.
+func (n *node) eachVolume(look func(*volume)) {
+	n.locked(func() {
+		for _, v := range n.driver.volumes {
+			look(v)
+		}
+	})
 }
 
 // record is what the driver knows of the volume, or nil. The caller calls nothing meanwhile.
@@ -214,12 +223,24 @@ func (v *podVolume) record() (found *volume) {
 
 // eachEntry looks at all entries of the driver's cache.
 func (n *node) eachEntry(look func(*entry)) {
-	n.driver.kube.mu.Lock()
-	defer n.driver.kube.mu.Unlock()
-	for e := range n.driver.kube.allEntries {
-		look(e)
-	}
+	n.locked(func() {
+		for e := range n.driver.kube.allEntries {
+			look(e)
+		}
+	})
 }
+
+// forgetUnmounted lets the driver look for volumes that somebody else has unmounted, as it does from time to time.
+func (n *node) forgetUnmounted() { n.driver.forgetUnmounted() }
+
+// sweep removes old files of a volume, as a timer does a second after an update.
+func (n *node) sweep(v *volume) { n.driver.inTurn(v, func(context.Context) { n.driver.sweep(v) }) }
+
+// endRenderers ends the renderers that have nothing to do.
+func (n *node) endRenderers() { n.driver.renderers.close() }
+
+// pinned is how many volumes are counted that are unmounted, since somebody has their old files open.
+func (n *node) pinned() int { return len(n.driver.budget.pinned) }
 
 func (n *node) podsDir() string { return n.dir + "/pods" }
 

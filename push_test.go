@@ -181,7 +181,7 @@ func TestUnmountedBySomebodyElse(t *testing.T) {
 	must(t, unix.Unmount(v.target, unix.MNT_DETACH))
 	n.api.put(moved("git", "changed"))
 	eventually(t, "the driver knows no mount", func() bool { return len(mountsBelow(v.target)) == 0 })
-	n.driver.forgetUnmounted()
+	n.forgetUnmounted()
 	n.wantForgotten()
 	if len(mountsBelow(v.target)) != 0 {
 		t.Error("it is mounted again")
@@ -405,7 +405,7 @@ func TestPushesAmongCalls(t *testing.T) {
 		v.mustUnpublish()
 	}
 	n.wantForgotten()
-	n.driver.renderers.close()
+	n.endRenderers()
 	eventually(t, fmt.Sprintf("there are %d descriptors as before", descriptorsBefore),
 		func() bool { return descriptors(t) <= descriptorsBefore })
 }
@@ -549,7 +549,7 @@ func TestCallsWithinTheSecond(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
 	v := n.watchedVolume()
-	d, r := n.driver, v.record()
+	r := v.record()
 	stop := make(chan bool)
 	done := make(chan bool)
 	go func() { // removes old files all the time, as the timer does once
@@ -559,7 +559,7 @@ func TestCallsWithinTheSecond(t *testing.T) {
 			case <-stop:
 				return
 			default:
-				d.inTurn(r, func(context.Context) { d.sweep(r) })
+				n.sweep(r)
 			}
 		}
 	}()
@@ -594,7 +594,7 @@ func TestUnmountedWithinTheSecond(t *testing.T) {
 		}
 		unmount(v)
 		log := n.logFromNow()
-		n.driver.inTurn(r, func(context.Context) { n.driver.sweep(r) }) // as the timer does
+		n.sweep(r)
 		if said := log(); said != "" {
 			t.Errorf("%s: the log has %s", what, said)
 		}
@@ -669,15 +669,11 @@ func TestForgottenWhileAPushIsDue(t *testing.T) {
 	<-begun
 	go func() { result <- v.publish() }()
 	n.awaitCalls(1)
-	d.mu.Lock()
-	r.pushed, r.failures = time.Now(), 5 // the next is half a minute from now
-	d.mu.Unlock()
+	n.locked(func() { r.pushed, r.failures = time.Now(), 5 }) // the next is half a minute from now
 	d.pushSoon(r)
 	goOn <- true
 	must(t, <-result)
-	d.mu.Lock()
-	r.failures = 0
-	d.mu.Unlock()
+	n.locked(func() { r.failures = 0 })
 	n.awaitWatches(2)
 	n.api.put(moved("git", "changed"))
 	v.await(".gitconfig", "https://changed")

@@ -840,27 +840,24 @@ func TestDriversStreamsCountForNoNamespace(t *testing.T) {
 	n := startNode(t)
 	v := n.watchedVolume()
 	k := n.driver.kube
-	streams := func() map[string]int {
-		k.mu.Lock()
-		defer k.mu.Unlock()
-		return maps.Clone(k.watches)
+	streams := func() (of map[string]int) {
+		n.locked(func() { of = maps.Clone(k.watches) })
+		return of
 	}
 	if got := streams(); !maps.Equal(got, map[string]int{"": 1, "default": 1}) {
 		t.Errorf("streams %v", got)
 	}
-	k.mu.Lock()
-	k.watches[""] += maxOwnWatches - 1
-	k.mu.Unlock()
+	n.locked(func() { k.watches[""] += maxOwnWatches - 1 })
 	n.api.put(class("other", configuration("config", "file", "x")), connector("default", "other", "other"))
 	w := n.volume(attrs{"connector.name": "other"})
 	w.settle()
 	if got := streams(); got["default"] != 2 || got[""] != maxOwnWatches {
 		t.Errorf("streams %v", got)
 	}
-	k.mu.Lock()
-	k.watches[""] -= maxOwnWatches - 1
-	k.watches["default"] += maxNamespaceWatches - 2
-	k.mu.Unlock()
+	n.locked(func() {
+		k.watches[""] -= maxOwnWatches - 1
+		k.watches["default"] += maxNamespaceWatches - 2
+	})
 	w.settle() // its class is watched now
 	n.api.put(connector("default", "more", "other"))
 	more := n.volume(attrs{"connector.name": "more"})
@@ -868,9 +865,7 @@ func TestDriversStreamsCountForNoNamespace(t *testing.T) {
 	if got := streams(); got["default"] != maxNamespaceWatches || got[""] != 2 {
 		t.Errorf("streams %v", got)
 	}
-	k.mu.Lock()
-	k.watches["default"] -= maxNamespaceWatches - 2
-	k.mu.Unlock()
+	n.locked(func() { k.watches["default"] -= maxNamespaceWatches - 2 })
 	for _, v := range []*podVolume{v, w, more} {
 		v.mustUnpublish()
 	}

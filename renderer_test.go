@@ -100,7 +100,7 @@ func descriptors(t *testing.T) int {
 func TestRenderersKilledAtAnyMoment(t *testing.T) {
 	n := startNode(t)
 	n.volume().mustPublish()
-	n.driver.renderers.close()
+	n.endRenderers()
 	before, log := descriptors(t), n.logFromNow()
 	var failed, ended atomic.Int32
 	volumes, rounds := 8, times(2, 8)
@@ -140,7 +140,7 @@ func TestRenderersKilledAtAnyMoment(t *testing.T) {
 	if strings.Contains(log(), "less confined") && mayChooseUser(t) {
 		t.Error("a renderer was less confined than it could be")
 	}
-	n.driver.renderers.close()
+	n.endRenderers()
 	if left := children(t, os.Getpid()); len(left) > 0 {
 		t.Errorf("processes are left: %v", left)
 	}
@@ -353,13 +353,13 @@ func changeRenderers(p *renderers, change func()) {
 	p.admit()
 }
 
-// awaitTurns waits until so many calls wait for a renderer.
-func awaitTurns(t *testing.T, p *renderers, count int) {
+// awaitTurns waits until so many turns wait.
+func awaitTurns(t *testing.T, q *queue, count int) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("%d wait for a renderer", count), func() bool {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return len(p.waiting) == count
+	eventually(t, fmt.Sprintf("%d turns wait", count), func() bool {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		return len(q.waiting) == count
 	})
 }
 
@@ -382,7 +382,7 @@ func TestFullestAccountIsNext(t *testing.T) {
 			}
 			served <- who
 		}()
-		awaitTurns(t, p, i+1)
+		awaitTurns(t, &p.queue, i+1)
 	}
 	for _, want := range []string{"full/1", "full/2", "once-poor/1", "once-poor/2", "rich/1", "rich/2", "poor/1",
 		"poor/2"} {
@@ -414,7 +414,7 @@ func TestOthersDoNotWaitForHostileVolumes(t *testing.T) {
 				t.Error("a hostile volume has had its turn while others wait")
 			}
 		})
-		awaitTurns(t, p, i+1)
+		awaitTurns(t, &p.queue, i+1)
 	}
 	for i := range 30 {
 		v := n.pod(fmt.Sprintf("honest-%d/default", i%3)).volume("config", attrs{"connector.namespace": "default"})
@@ -423,7 +423,7 @@ func TestOthersDoNotWaitForHostileVolumes(t *testing.T) {
 				t.Error(err)
 			}
 		})
-		awaitTurns(t, p, 10+i+1)
+		awaitTurns(t, &p.queue, 10+i+1)
 	}
 	changeRenderers(p, func() { p.capacity = maxRenderers })
 	wait.Wait()
@@ -483,7 +483,7 @@ func TestEmptyAccount(t *testing.T) {
 	changeRenderers(p, func() { p.capacity = 0 })
 	done := make(chan error)
 	go func() { done <- volume("other").publish() }()
-	awaitTurns(t, p, 1)
+	awaitTurns(t, &p.queue, 1)
 	setAccount(-time.Second, 0)
 	changeRenderers(p, func() { p.capacity = maxRenderers })
 	wantError(t, <-done, codes.ResourceExhausted, "has used up")
@@ -649,9 +649,9 @@ func TestCallersThatGiveUpRendering(t *testing.T) {
 	}
 	changeRenderers(p, func() { p.capacity = 0 })
 	giveUp := publish()
-	awaitTurns(t, p, 1)
+	awaitTurns(t, &p.queue, 1)
 	giveUp()
-	awaitTurns(t, p, 0)
+	awaitTurns(t, &p.queue, 0)
 	changeRenderers(p, func() { p.capacity = maxRenderers })
 
 	giveUp = publish()
