@@ -231,10 +231,10 @@ func containerRegistry(t *testing.T) http.Handler {
 }
 
 func TestClientsReachTheirTargetsWithTheToken(t *testing.T) {
-	begin(t, "--builtin-files") // one of which is the token
+	beside(t, "--builtin-files") // one of which is the token
 	ns := namespace{t, "default"}
-	ns.allow("default", ns)
-	t.Cleanup(func() { cluster.Kubectl("delete", "rolebinding", "default-default") })
+	ns.kubectl("create", "rolebinding", "clients", "--clusterrole=connectors-connector-viewer-role", "--serviceaccount=default:default")
+	t.Cleanup(func() { cluster.Kubectl("delete", "rolebinding", "clients") })
 	proxies := map[string]string{}
 	for _, c := range clients {
 		dir, connector := "../examples/"+c.name, c.name+"-connector"

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io/fs"
 	"iter"
@@ -44,6 +45,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		os.Exit(1)
 	}
+	flag.Set("test.parallel", "100") // beside decides how many
 	os.Exit(node.On(func(n *node.Node) int {
 		theNode = n
 		return m.Run()

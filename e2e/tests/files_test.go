@@ -14,7 +14,7 @@ import (
 // What the files are, and what tools read from them.
 
 func TestOfSeveralConfigurationsTheLaterWins(t *testing.T) {
-	ns := begin(t)
+	ns := beside(t)
 	ns.class("layers", configurations{
 		"base": {"settings": "base for {{ .connector.spec.address }}", "only-base": "base"},
 		"team": {"settings": "team for {{ .connector.spec.address }}", "only-team": "team"},
@@ -36,7 +36,7 @@ func TestOfSeveralConfigurationsTheLaterWins(t *testing.T) {
 }
 
 func TestSeveralConnectorsOfTwoClassesInOneVolume(t *testing.T) {
-	ns := begin(t)
+	ns := beside(t)
 	other, closed := newNamespace(t), newNamespace(t)
 	ns.apply(`
 apiVersion: connectors.alauda.io/v1alpha1
@@ -94,7 +94,7 @@ spec:
 
 // curl uses a forward proxy with nothing but the built-in files.
 func TestBuiltInFilesLetCurlThroughTheProxy(t *testing.T) {
-	ns := begin(t, "--builtin-files")
+	ns := beside(t, "--builtin-files")
 	other := newNamespace(t)
 	ns.class("curl-one", configurations{"config": {"ca.crt": "of the class"}})
 	ns.class("curl-two", nil)
@@ -180,7 +180,7 @@ url.http://proxy.example.com.insteadof=https://one.example.com
 }
 
 func TestGitReadsTheDocumentedClasses(t *testing.T) {
-	ns := begin(t)
+	ns := beside(t)
 	files := map[string]string{"token": "{{ .context.token }}"}
 	for _, class := range documentedGitClasses {
 		files[class.release] = class.template
@@ -224,7 +224,7 @@ const documentedJSON = `{"connectors": [
 `
 
 func TestYAMLParsersReadTheDocumentedClasses(t *testing.T) {
-	ns := begin(t)
+	ns := beside(t)
 	ns.target("documented-yaml", map[string]string{"token": "{{ .context.token }}", ".yarnrc.yml": documentedYarn, "settings.json": documentedJSON})
 	ns.proxy("connector", "target", "http://proxy.example.com")
 	ns.pod("pod", mountTarget)

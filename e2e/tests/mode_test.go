@@ -95,7 +95,7 @@ func TestToolsThatInsistOnOwnerAndMode(t *testing.T) {
 	if err := image.Import(image.New(ownerImage, nil, files)); err != nil {
 		t.Fatal(err)
 	}
-	ns := begin(t)
+	ns := beside(t)
 	ns.target("owner", map[string]string{
 		"address":    "{{ .connector.spec.address }}",
 		".pgpass":    "*:*:*:*:{{ .context.token }}\n",

@@ -52,7 +52,7 @@ func (ns namespace) wantNoMiss(name string) {
 }
 
 func TestFailedRefreshKeepsFiles(t *testing.T) {
-	ns := begin(t, quickRefresh)
+	ns := beside(t, quickRefresh)
 	ns.target("refresh", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.watcher("pod")
 	mount := ns.wantOneMount(ns.uid("pod"))

@@ -19,7 +19,7 @@ import (
 // Who may have which files, and what Pods see of them.
 
 func TestConnectorInAnotherNamespace(t *testing.T) {
-	ns := begin(t)
+	ns := beside(t)
 	other := newNamespace(t)
 	ns.class("elsewhere", configurations{"config": {"address": "{{ .connector.spec.address }}"}})
 	other.connector("open", "elsewhere", "https://open.example.com")
@@ -89,7 +89,7 @@ func TestTokenIsThatOfThePod(t *testing.T) {
 }
 
 func TestServiceAccountsShareAConnectorButNoToken(t *testing.T) {
-	ns := begin(t)
+	ns := beside(t)
 	ns.target("shared", map[string]string{"token": "{{ .context.token }}"})
 	ns.pod("default", mountTarget)
 	for _, account := range []string{"builder", "stranger"} {
@@ -106,7 +106,7 @@ func TestServiceAccountsShareAConnectorButNoToken(t *testing.T) {
 }
 
 func TestNonRootPodsInARestrictedNamespace(t *testing.T) {
-	ns := begin(t)
+	ns := beside(t)
 	ns.target("restricted", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.kubectl("label", "namespace", ns.name, "pod-security.kubernetes.io/enforce=restricted")
 	if _, err := cluster.Kubectl("--namespace", ns.name, "run", "root", "--image=root", "--dry-run=server"); err == nil {
@@ -147,7 +147,7 @@ spec:
 }
 
 func TestEventsSayWhatIsWrong(t *testing.T) {
-	ns := begin(t)
+	ns := beside(t)
 	ns.target("wrong", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.class("broken", configurations{"config": {"file": "first line\n{{ .connector.spec.address | shout }}"}})
 	ns.class("prints-nothing", configurations{"config": {"file": "first line\n{{ .connector.spec.nothing }}"}})
@@ -242,7 +242,7 @@ func TestGitClonesThroughTheProxy(t *testing.T) {
 }
 
 func TestSubPathAndTwoVolumes(t *testing.T) {
-	ns := begin(t, quickRefresh)
+	ns := beside(t, quickRefresh)
 	ns.target("first", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.class("second", configurations{"config": {"text": "of the second volume"}})
 	ns.connector("second", "second", "https://second.example.com")
@@ -273,7 +273,7 @@ func TestPodsInAUserNamespaceOfTheirOwn(t *testing.T) {
 	if release := os.Getenv(cluster.EnvRelease); release != "" && release < "1.33" {
 		t.Skip("before 1.33 the feature gate UserNamespacesSupport is off, and hostUsers has no effect")
 	}
-	ns := begin(t, quickRefresh)
+	ns := beside(t, quickRefresh)
 	ns.target("user-namespaces", map[string]string{"address": "{{ .connector.spec.address }}"})
 	for _, pod := range []struct{ name, securityContext, stat string }{
 		{"root", "{}", "0\n444 0 0\n555 0 0"},

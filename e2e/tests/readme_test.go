@@ -15,7 +15,7 @@ import (
 
 // The examples of docs/templates.md on a real node: the classes, the volumes, and what their files hold. A "…" there stands for the rest of a token.
 func TestExamplesOfSeveral(t *testing.T) {
-	begin(t, "--builtin-files")
+	beside(t, "--builtin-files")
 	ns, team := namespace{t, "default"}, namespace{t, "team-a"} // as the section has them
 	ns.kubectl("create", "namespace", team.name)
 	t.Cleanup(func() { cluster.Kubectl("delete", "namespace", team.name, "--wait=false") })

@@ -15,7 +15,7 @@ import (
 // policy_test.go.
 
 func TestDriverKeepsFewCapabilities(t *testing.T) {
-	ns := begin(t)
+	ns := beside(t)
 	ns.target("rights", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.pod("pod", mountTarget)
 	ns.running("pod")

@@ -50,7 +50,7 @@ var forUs = []string{
 
 // The suite of the CSI community against the driver on the node, with a volume of a Pod that runs there.
 func TestCSISanity(t *testing.T) {
-	ns := begin(t)
+	ns := beside(t)
 	ns.target("sanity", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.pod("pod", mountTarget)
 	ns.running("pod")
