@@ -1,33 +1,37 @@
 package tests
 
 import (
+	"context"
 	"encoding/json"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"runtime"
 	"strings"
 	"testing"
 
-	"connectors-csi/e2e/cluster"
+	"k8s.io/apimachinery/pkg/types"
+
 	"connectors-csi/e2e/image"
 )
 
 // The API server itself refuses addresses that would write more into a file than an address, as deploy.yaml tells it.
 func TestAddressesOfOneWordOnly(t *testing.T) {
-	ns := begin(t)
+	ns := beside(t)
 	ns.target("words", map[string]string{"address": "{{ .connector.spec.address }}"})
 	const allowed = "!#%&()*+,-./0123456789:;=?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[]_abcdefghijklmnopqrstuvwxyz~"
+	connectors, client := "namespaces/"+ns.name+"/connectors", admin(t).RESTClient()
 	fields := []struct {
 		kind, object, subresource string
 		path                      []string
 	}{
-		{"connector", "target", "", []string{"spec", "address"}},
-		{"connector", "target", "", []string{"spec", "addressExtensions", "value"}},
-		{"connector", "target", "status", []string{"status", "proxyAddress"}},
-		{"connector", "target", "status", []string{"status", "proxy", "httpAddress", "url"}},
-		{"connectorclass", "words", "status", []string{"status", "proxyAddress"}},
-		{"connectorclass", "words", "status", []string{"status", "proxy", "httpAddress", "url"}},
+		{connectors, "target", "", []string{"spec", "address"}},
+		{connectors, "target", "", []string{"spec", "addressExtensions", "value"}},
+		{connectors, "target", "status", []string{"status", "proxyAddress"}},
+		{connectors, "target", "status", []string{"status", "proxy", "httpAddress", "url"}},
+		{"connectorclasses", "words", "status", []string{"status", "proxyAddress"}},
+		{"connectorclasses", "words", "status", []string{"status", "proxy", "httpAddress", "url"}},
 	}
 	for _, f := range fields {
 		set := func(value any) error {
@@ -42,9 +46,8 @@ func TestAddressesOfOneWordOnly(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			_, err = cluster.Kubectl("--namespace", ns.name, "patch", f.kind, f.object, "--subresource="+f.subresource,
-				"--type=merge", "--dry-run=server", "--patch", string(text))
-			return err
+			path := path.Join("/apis/connectors.alauda.io/v1alpha1", f.kind, f.object, f.subresource)
+			return client.Patch(types.MergePatchType).AbsPath(path).Param("dryRun", "All").Body(text).Do(context.Background()).Error()
 		}
 		for _, address := range []string{"", allowed, "https://user@[2001:db8::1]:8443/a%20b/~c;d=(e)?f=g&h=i#j", "https://xn--r8jz45g.example.com/%C3%A9"} {
 			if err := set(address); err != nil {
