@@ -570,6 +570,11 @@ func (s *soak) compareDrivers() error {
 	if err != nil {
 		return err
 	}
+	// A new Pod, since kubelet would wait before it started this one's container once more.
+	s.watch.readLogs()
+	if _, err := cluster.Kubectl("--namespace=connectors-system", "delete", "pods", driverPods, "--timeout=1m"); err != nil {
+		return err
+	}
 	p := pod{podNamespaces[0], "fresh", "plain", "b", []string{"b-1"}}
 	if err := errors.Join(s.back(), s.create(p)); err != nil {
 		return err
