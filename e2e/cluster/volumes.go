@@ -41,7 +41,7 @@ func MountsBelow(dir string) (lines []string) {
 }
 
 // PodManifest is a Pod that does nothing and has a volume with these attributes on /volume. Further lines are more
-// volumes, or fields of its spec. It has one second of grace, since sleep ignores the signal to end.
+// volumes, or fields of its spec. It has one second of grace, which it hardly takes.
 func PodManifest(name, attributes string, fields ...string) string {
 	return fmt.Sprintf(`
 apiVersion: v1

@@ -47,11 +47,13 @@ func (n *Node) importImages() error {
 	}
 	nginx := image.New(nginxName, nil, proxyFiles)
 	nginx.StopSignal = "SIGQUIT" // as the public image has it
+	client := image.New(image.Client, nil, slices.Concat(busybox, clients))
+	client.StopSignal = "SIGKILL" // sleep ignores others, so that each Pod's end would take its grace period
 	for _, i := range []image.Image{
 		// A Pod's sandbox needs a process that does nothing, to hold the Pod's namespaces.
 		image.New(image.Pause, []string{"/bin/tail", "-f", "/dev/null"}, busybox),
 		image.New(quickStartName, nil, busybox),
-		image.New(image.Client, nil, slices.Concat(busybox, clients)),
+		client,
 		image.New(gitName, nil, slices.Concat(busybox, clients)),
 		image.New(image.Release10, nil, busybox),
 		nginx,
