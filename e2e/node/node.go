@@ -61,6 +61,9 @@ const (
 	dnsServiceIP = "198.19.0.10"
 )
 
+// Outside reports whether this process is the command.
+func Outside() bool { return os.Getenv(envProcess) == "" }
+
 // On starts a node, calls work inside it and returns the exit code for the process.
 func On(work func(*Node) int) int {
 	code, err := 0, error(nil)

@@ -5,10 +5,12 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// A test runs alone, unless it begins with beside. What stops a component, changes what belongs to no namespace, or
-// measures something, runs alone.
+// A test runs alone on its node, unless it begins with beside. What stops a component, changes what belongs to no
+// namespace, or measures something, runs alone.
 
 // atOnce is how many tests run side by side: most of their time they wait for kubelet.
 const atOnce = 6
@@ -37,6 +39,7 @@ func beside(t *testing.T, driverArgs ...string) namespace {
 		side.running--
 		side.changed.Broadcast()
 	})
+	processors(t, unix.LOCK_SH)
 	return newNamespace(t)
 }
 

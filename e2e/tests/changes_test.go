@@ -22,13 +22,11 @@ func TestChangesReachRunningPodsWhichCannotWrite(t *testing.T) {
 	ns.running("pod")
 	ns.want("pod", "/volume/text", "first")
 
-	began := time.Now()
 	ns.kubectl("patch", "connectorclass", "changes", "--type=merge", "--patch",
 		`{"spec": {"configurations": [{"name": "config", "data": {"address": "{{ .connector.spec.address }}", "text": "second", "new": "file"}}]}}`)
 	ns.moveTo("https://two.example.com", "pod", "/volume/address")
 	ns.eventually(func() error { return ns.has("pod", "/volume/text", "second") })
 	ns.want("pod", "/volume/new", "file")
-	t.Logf("the changes of the Connector and of the class were in the container after %v", time.Since(began).Round(time.Second))
 
 	for _, command := range []string{
 		"echo mine > /volume/text", "echo mine > /volume/mine", "rm /volume/text", "chmod 600 /volume/..data/text", "rm -r /volume/..data/",
@@ -51,7 +49,7 @@ func TestChangesReachRunningPodsWhichCannotWrite(t *testing.T) {
 // ServiceAccount and of one of another long before kubelet's next call. The times include kubectl's own. Each kind has a
 // namespace and a class of its own: a volume is pushed once a second, and meanwhile the others' turn comes, one at a time.
 func TestChangesArriveWithoutKubelet(t *testing.T) {
-	begin(t)
+	measured(t)
 	const files = `{"address": "{{ .connector.spec.address }}", "status": "{{ index .connector.status \"proxyAddress\" }}", "class": "%d"}`
 	kinds := []*struct {
 		what, file, content string // the content has the change's number
@@ -128,7 +126,7 @@ func awaitFile(t *testing.T, path, want string) {
 }
 
 func TestHundredPodsAtOnce(t *testing.T) {
-	ns := begin(t)
+	ns := measured(t)
 	ns.target("load", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
 	const pods = 100
 	created := ns.deploy("load", pods, mountTarget)

@@ -21,6 +21,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/machine"
 	"connectors-csi/e2e/node"
@@ -40,22 +42,40 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 	}
-	_, glabErr := glab()
-	if err := errors.Join(machine.Install(clientNeeds()), glabErr, cluster.BuildOldDriver()); err != nil {
+	fail := func(err error) {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		os.Exit(1)
 	}
+	flag.Parse()
+	wait := func() error { return nil }
+	if node.Outside() {
+		_, glabErr := glab()
+		if err := errors.Join(machine.Install(clientNeeds()), glabErr, cluster.BuildOldDriver()); err != nil {
+			fail(err)
+		}
+		if isWholeRun() {
+			var err error
+			if wait, err = startSecondNode(); err != nil {
+				fail(err)
+			}
+		}
+	}
 	flag.Set("test.parallel", "100") // beside decides how many
-	os.Exit(node.On(func(n *node.Node) int {
+	code := node.On(func(n *node.Node) int {
 		theNode = n
 		return m.Run()
-	}))
+	})
+	if err := wait(); err != nil {
+		fail(fmt.Errorf("the tests on the second node: %w", err))
+	}
+	os.Exit(code)
 }
 
 // begin gives a test what it starts from: the driver as deploy.yaml has it, but for further arguments where
 // the test needs them, and a namespace of its own. No test relies on what another has left.
 func begin(t *testing.T, driverArgs ...string) namespace {
 	t.Helper()
+	processors(t, unix.LOCK_SH)
 	installDriver(t, driverArgs...)
 	return newNamespace(t)
 }

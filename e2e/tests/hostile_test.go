@@ -41,7 +41,7 @@ func withCount(configuration string, count int) string {
 }
 
 func TestOnePodsTemplateOrConnectorDoesNotStopTheDriver(t *testing.T) {
-	ns := begin(t)
+	ns := measured(t)
 	freshDriver(t)
 	ns.class("one", hostileClass)
 	ns.connector("target", "one", "https://one.example.com")
@@ -63,7 +63,7 @@ func TestOnePodsTemplateOrConnectorDoesNotStopTheDriver(t *testing.T) {
 // Half of the hostile Pods hit the limit of memory and half that of processor time, each with a template of its own, so
 // that nothing is known of it: before all of a namespace's are tried, its account of processor time is empty.
 func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
-	honest := begin(t)
+	honest := measured(t)
 	freshDriver(t)
 	honest.target("honest", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
 	// round starts 30 honest Pods, says what their calls took, and leaves their end to the background.
@@ -172,7 +172,7 @@ func (ns namespace) pending() int {
 // A tenant who has no right on classes does all at once that Pods, ServiceAccounts and Connectors are good for: he fills
 // the memory for files and objects, uses up processor time, asks for what does not exist, and scrapes the metrics.
 func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
-	honest := begin(t)
+	honest := measured(t)
 	freshDriver(t)
 	honest.target("neighbour", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
 	alone := honest.fastest("alone")
@@ -395,7 +395,7 @@ func scrape(url string, times int) (stop func()) {
 // beside it: new Pods run, a change reaches running ones, and tokens are renewed. It takes ten minutes, or two where
 // the environment has no CONNECTORS_CSI_LONG_TESTS, which is too short for a token to be renewed.
 func TestOneBadDeploymentAndItsOwnNamespace(t *testing.T) {
-	ns := begin(t)
+	ns := measured(t)
 	freshDriver(t)
 	long := os.Getenv("CONNECTORS_CSI_LONG_TESTS") != ""
 	duration := 2 * time.Minute

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/node"
@@ -147,7 +149,9 @@ func TestPodsKeepFilesWhileTheAPIServerIsDown(t *testing.T) {
 // brings the change to the file.
 func TestChangesArriveAfterFiveMinutesWithoutTheAPIServer(t *testing.T) {
 	const away, back = 5 * time.Minute, 35 * time.Second // a broken watch is opened again within 30 s
-	ns := begin(t)
+	release := processors(t, unix.LOCK_SH)
+	installDriver(t)
+	ns := newNamespace(t)
 	ns.target("away", map[string]string{"address": "{{ .connector.spec.address }}"})
 	ns.watcher("pod")
 	uid := ns.uid("pod")
@@ -155,7 +159,9 @@ func TestChangesArriveAfterFiveMinutesWithoutTheAPIServer(t *testing.T) {
 
 	theNode.APIServer.Stop()
 	changed := changeInEtcd("/registry/connectors.alauda.io/connectors/"+ns.name+"/target", "https://one.", "https://two.")
-	time.Sleep(away) // what is tried
+	release()
+	time.Sleep(away) // what is tried, and what nothing but the driver's attempts is done in
+	processors(t, unix.LOCK_EX)
 	kept, err := os.ReadFile(file)
 	theNode.Kubelet.Stop()
 	theNode.APIServer = theNode.Restart(theNode.APIServer)

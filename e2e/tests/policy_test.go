@@ -595,7 +595,7 @@ func TestTokensWithoutANodeAreRefused(t *testing.T) {
 // Other clients' requests are not looked at by the policy with parameters, neither where there are none nor where there
 // are many.
 func TestOthersDoNotPayForTheTokenPolicies(t *testing.T) {
-	ns := begin(t)
+	ns := measured(t)
 	empty := newNamespace(t)
 	elsewhere := elsewhere(t)
 	away := ns.barePod("away", "default", true)

@@ -86,7 +86,7 @@ func (p standardProxy) settle() {
 // "more" is taken, and two Connectors are added whose targets are impostors.
 func deployStandardProxy(t *testing.T) standardProxy {
 	t.Helper()
-	p := standardProxy{namespace: begin(t, "--builtin-files"), target: newRecordingTarget(t),
+	p := standardProxy{namespace: measured(t, "--builtin-files"), target: newRecordingTarget(t),
 		tokens: map[string]string{}, seen: new([]string)}
 	dir := p.copyExample("more", "test")
 	if err := os.Mkdir(dir+"/test", 0o755); err != nil {
