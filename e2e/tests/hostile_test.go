@@ -124,12 +124,12 @@ func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
 	}
 	began, used := time.Now(), driverProcessorTime(t)
 	before := len(publishes(t))
-	time.Sleep(time.Minute) // the time over which is measured
+	time.Sleep(40 * time.Second) // over which is measured: what comes back pays for a try of each namespace
 	used = driverProcessorTime(t) - used
 	share := used.Seconds() / time.Since(began).Seconds()
 	peak, memory := driverMemory(t)
-	t.Logf("steady: with %d hostile calls in a minute the driver and its renderers use %.1f %% of a core; they had at most %d MiB of memory, the limit is %d MiB",
-		len(publishes(t))-before, 100*share, peak>>20, memory>>20)
+	t.Logf("steady: with %d hostile calls in %.0f s the driver and its renderers use %.1f %% of a core; they had at most %d MiB of memory, the limit is %d MiB",
+		len(publishes(t))-before, time.Since(began).Seconds(), 100*share, peak>>20, memory>>20)
 	if share > 0.25 {
 		t.Errorf("hostile Pods keep the driver busy for %.2f of a core", share)
 	}
@@ -392,13 +392,14 @@ func scrape(url string, times int) (stop func()) {
 }
 
 // A Deployment whose class hits the limit of processor time is tried again by kubelet for ever, and its namespace goes on
-// beside it: new Pods run, a change reaches running ones, and tokens are renewed. It takes ten minutes, or two where
-// the environment has no CONNECTORS_CSI_LONG_TESTS, which is too short for a token to be renewed.
+// beside it: new Pods run, a change reaches running ones, and tokens are renewed. It takes ten minutes, or one where
+// the environment has no CONNECTORS_CSI_LONG_TESTS: in that each bad Pod is refused, tried again after half a minute,
+// and refused again, and no token is renewed.
 func TestOneBadDeploymentAndItsOwnNamespace(t *testing.T) {
 	ns := measured(t)
 	freshDriver(t)
 	long := os.Getenv("CONNECTORS_CSI_LONG_TESTS") != ""
-	duration := 2 * time.Minute
+	duration := time.Minute
 	if long {
 		duration = 10 * time.Minute
 	}
