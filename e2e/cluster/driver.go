@@ -49,8 +49,8 @@ func BuildOldDriver() error {
 	return image.BuildDriver(sources, binary, runtime.GOARCH, OldCommit)
 }
 
-// ForgetPolicy is what goes before the old deploy.yaml: the old driver's token requests have no label, and its deploy.yaml
-// no policy that would take the place of the one that demands it.
+// ForgetPolicy is what goes before the old deploy.yaml: the old driver's token requests have no label, and its
+// deploy.yaml no policy that would take the place of the one that demands it.
 var ForgetPolicy = []string{"delete", "validatingadmissionpolicybinding", "connectors-csi-token", "--ignore-not-found"}
 
 // OldManifest is the old deploy.yaml, with the old driver's image, which it imports.

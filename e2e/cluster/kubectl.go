@@ -1,5 +1,5 @@
-// Package cluster has what is said to the node's cluster, and what the driver leaves on the node, for the tests as for the
-// commands.
+// Package cluster has what is said to the node's cluster, and what the driver leaves on the node, for the tests as for
+// the commands.
 package cluster
 
 import (
@@ -21,7 +21,8 @@ func KubectlStdin(stdin string, args ...string) (string, error) {
 	cmd := exec.Command("kubectl", args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
+		return stdout.String(), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err,
+			strings.TrimSpace(stderr.String()))
 	}
 	return stdout.String(), nil
 }
@@ -41,8 +42,8 @@ func Await(limit time.Duration, condition func() error) error {
 	}
 }
 
-// HTTPGet returns the body of an answer that is a success. It does not wait long: a server may have gone without a word,
-// as a Pod that is replaced does.
+// HTTPGet returns the body of an answer that is a success. It does not wait long: a server may have gone without a
+// word, as a Pod that is replaced does.
 func HTTPGet(url string) (string, error) {
 	client := http.Client{Timeout: 10 * time.Second}
 	response, err := client.Get(url)

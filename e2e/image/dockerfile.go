@@ -17,7 +17,8 @@ import (
 type builder struct{ dir string }
 
 func (b builder) buildah(args ...string) (string, error) {
-	return machine.Output(append([]string{"buildah", "--storage-driver=vfs", "--root=" + b.dir + "/storage", "--runroot=" + b.dir + "/run"}, args...)...)
+	return machine.Output(append([]string{"buildah", "--storage-driver=vfs", "--root=" + b.dir + "/storage",
+		"--runroot=" + b.dir + "/run"}, args...)...)
 }
 
 // CheckDockerfile builds the Dockerfile for two platforms and compares what is in the images with what the command
@@ -56,7 +57,8 @@ func CheckDockerfile() error {
 			return err
 		}
 		if !bytes.Equal(made, wanted) {
-			return fmt.Errorf("%s: the Dockerfile makes another binary, of %d bytes; the image's has %d", arch, len(made), len(wanted))
+			return fmt.Errorf("%s: the Dockerfile makes another binary, of %d bytes; the image's has %d", arch, len(made),
+				len(wanted))
 		}
 		fmt.Printf("The Dockerfile makes the same binary for linux/%s as the command image: %d bytes.\n", arch, len(made))
 	}
@@ -113,9 +115,11 @@ func (b builder) build(arch, version string) ([]byte, error) {
 		return nil, fmt.Errorf("go env: %q", caches)
 	}
 	policy := "--signature-policy=" + filepath.Join(b.dir, policyFile)
-	image, err := b.buildah("build", policy, "--isolation=chroot", "--pull-never", "--quiet", "--from=localhost/golang:here",
+	image, err := b.buildah("build", policy, "--isolation=chroot", "--pull-never", "--quiet",
+		"--from=localhost/golang:here",
 		"--build-arg=TARGETOS=linux", "--build-arg=TARGETARCH="+arch, "--build-arg=VERSION="+version,
-		"--volume="+dirs[0]+":/usr/local/go:ro", "--volume="+dirs[1]+":"+golangModule, "--volume="+dirs[2]+":"+golangCache, "..")
+		"--volume="+dirs[0]+":/usr/local/go:ro", "--volume="+dirs[1]+":"+golangModule, "--volume="+dirs[2]+":"+golangCache,
+		"..")
 	if err != nil {
 		return nil, err
 	}

@@ -109,7 +109,8 @@ func Write(o Options) error {
 			return err
 		}
 		bom := filepath.Join(filepath.Dir(o.output), "connectors-csi-"+filepath.Base(binary)+".cdx.json")
-		if err := machine.Run("go", "run", bomTool, "bin", "-json", "-noserial", "-notimestamp", "-std", "-licenses", "-version", version,
+		if err := machine.Run("go", "run", bomTool, "bin", "-json", "-noserial", "-notimestamp", "-std", "-licenses",
+			"-version", version,
 			"-output", bom, binary); err != nil {
 			return err
 		}

@@ -131,7 +131,8 @@ func (i Image) archive() ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		platforms = mutate.AppendManifests(platforms, mutate.IndexAddendum{Add: built, Descriptor: v1.Descriptor{Platform: parsed}})
+		platforms = mutate.AppendManifests(platforms, mutate.IndexAddendum{Add: built,
+			Descriptor: v1.Descriptor{Platform: parsed}})
 		manifest, err := built.Manifest()
 		if err != nil {
 			return nil, err

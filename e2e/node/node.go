@@ -344,7 +344,8 @@ func (n *Node) start() error {
 	if err := n.importImages(); err != nil {
 		return err
 	}
-	if err := cluster.Await(StartLimit, func() error { _, err := cluster.Kubectl("get", "--raw", "/readyz"); return err }); err != nil {
+	ready := func() error { _, err := cluster.Kubectl("get", "--raw", "/readyz"); return err }
+	if err := cluster.Await(StartLimit, ready); err != nil {
 		return fmt.Errorf("kube-apiserver is not ready: %w", err)
 	}
 	n.Run("kube-controller-manager",

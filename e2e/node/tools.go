@@ -52,9 +52,9 @@ func releaseModule() (string, error) {
 		release, strings.Join(known, ", "))
 }
 
-// linkTools makes a directory with links to the node's programs. Those of another Kubernetes release take the
-// place of the default's. The same for all are etcd, containerd, runc, the network's, CoreDNS, kube-proxy, since 1.30
-// has its nftables mode behind a gate only, and kubectl, since the tests use what only a newer one has (1.30 has no wait
+// linkTools makes a directory with links to the node's programs. Those of another Kubernetes release take the place of
+// the default's. The same for all are etcd, containerd, runc, the network's, CoreDNS, kube-proxy, since 1.30 has its
+// nftables mode behind a gate only, and kubectl, since the tests use what only a newer one has (1.30 has no wait
 // --for=create).
 func linkTools(dir, module string) error {
 	modules := []toolModule{{".", "k8s.io/kubernetes"}, {"coredns", "github.com/coredns/coredns"}}

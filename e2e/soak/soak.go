@@ -79,8 +79,8 @@ func (p pod) manifest() string {
 }
 
 // classManifest is a class of which every file begins and ends with the same line: its revision, the Connectors'
-// addresses and the token. The name of one file tells the revision as well. With ballast its rendering takes most of the
-// memory that a renderer may have.
+// addresses and the token. The name of one file tells the revision as well. With ballast its rendering takes most of
+// the memory that a renderer may have.
 func classManifest(name string, revision int, ballast bool) string {
 	const line = `revision-%d{{ range .connectors }} {{ .spec.address }}{{ end }} {{ .context.token }}`
 	size := 100
@@ -198,7 +198,8 @@ func plan(seed uint64, duration time.Duration) (changes, faults []event) {
 		case choice < 19:
 			namespace := pick(podNamespaces)
 			add(at, "withdraw a RoleBinding", namespace, func(s *soak) error { return s.withdraw(namespace) })
-			add(at+between(time.Second, 10*time.Second), "grant it again", namespace, func(s *soak) error { return s.grant(namespace) })
+			add(at+between(time.Second, 10*time.Second), "grant it again", namespace,
+				func(s *soak) error { return s.grant(namespace) })
 		default:
 			flood(at, 2+random.IntN(12))
 		}
@@ -314,7 +315,8 @@ func (s *soak) prepare() error {
 		if err := change("", "create", "namespace", namespace); err != nil {
 			return err
 		}
-		if _, err := cluster.Kubectl("--namespace", namespace, "wait", "--for=create", "serviceaccount/default", "--timeout=60s"); err != nil {
+		if _, err := cluster.Kubectl("--namespace", namespace, "wait", "--for=create", "serviceaccount/default",
+			"--timeout=60s"); err != nil {
 			return err
 		}
 	}
@@ -322,7 +324,8 @@ func (s *soak) prepare() error {
 		return err
 	}
 	for connector, class := range classOfConnector {
-		if err := errors.Join(s.setClass(class, 1), s.setAddress(connector, "https://"+connector+".example.com", true)); err != nil {
+		err := errors.Join(s.setClass(class, 1), s.setAddress(connector, "https://"+connector+".example.com", true))
+		if err != nil {
 			return err
 		}
 	}
@@ -404,7 +407,8 @@ func (s *soak) setAddress(connector, address string, anew bool) error {
 	s.addresses[connector] = address
 	s.mu.Unlock()
 	if anew {
-		if err := change("", "--namespace", podNamespaces[0], "delete", "connector", connector, "--ignore-not-found"); err != nil {
+		if err := change("", "--namespace", podNamespaces[0], "delete", "connector", connector,
+			"--ignore-not-found"); err != nil {
 			return err
 		}
 	}
@@ -512,7 +516,8 @@ func (s *soak) took(what string, time time.Duration) {
 // back waits until all components serve, and the driver of deploy.yaml is the one that runs.
 func (s *soak) back() error {
 	for _, ready := range []func() error{apiServerReady, kubeletReady, func() error {
-		_, err := cluster.Kubectl("--namespace=connectors-system", "rollout", "status", "daemonset/connectors-csi", "--timeout=5m")
+		_, err := cluster.Kubectl("--namespace=connectors-system", "rollout", "status", "daemonset/connectors-csi",
+			"--timeout=5m")
 		return err
 	}} {
 		if err := cluster.Await(backLimit, ready); err != nil {
@@ -572,7 +577,8 @@ func (s *soak) compareDrivers() error {
 	}
 	// A new Pod, since kubelet would wait before it started this one's container once more.
 	s.watch.readLogs()
-	if _, err := cluster.Kubectl("--namespace=connectors-system", "delete", "pods", driverPods, "--timeout=1m"); err != nil {
+	if _, err := cluster.Kubectl("--namespace=connectors-system", "delete", "pods", driverPods,
+		"--timeout=1m"); err != nil {
 		return err
 	}
 	p := pod{podNamespaces[0], "fresh", "plain", "b", []string{"b-1"}}

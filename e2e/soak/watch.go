@@ -151,7 +151,8 @@ func running() (found []container) {
 		of := func(key string) string { return spec.Annotations["io.kubernetes.cri."+key] }
 		namespace, name := of("sandbox-namespace"), of("container-name")
 		pid, err := cluster.ContainerProcess(dir.Name())
-		c := container{id: dir.Name(), pod: namespace + "/" + of("sandbox-name"), uid: of("sandbox-uid"), name: name, pid: pid}
+		c := container{id: dir.Name(), pod: namespace + "/" + of("sandbox-name"), uid: of("sandbox-uid"), name: name,
+			pid: pid}
 		if name != "" && err == nil && c.lives() && (slices.Contains(podNamespaces, namespace) || name == "csi-driver") {
 			found = append(found, c)
 		}
@@ -266,7 +267,8 @@ func readRecord(path string) (string, error) {
 	}
 	tail := make([]byte, len(line))
 	if _, err := file.ReadAt(tail, info.Size()-int64(len(tail))); err != nil || string(tail) != line {
-		return "", fmt.Errorf("%s of %d bytes does not end with the line that it begins with (%v)", filepath.Base(path), info.Size(), err)
+		return "", fmt.Errorf("%s of %d bytes does not end with the line that it begins with (%v)", filepath.Base(path),
+			info.Size(), err)
 	}
 	return line, nil
 }
@@ -382,7 +384,8 @@ func (w *watch) driverReady() error {
 }
 
 func (w *watch) driverPage(page string) (string, error) {
-	ip, err := cluster.Kubectl("--namespace=connectors-system", "get", "pods", driverPods, "--output=jsonpath={.items[*].status.podIP}", "--request-timeout=5s")
+	ip, err := cluster.Kubectl("--namespace=connectors-system", "get", "pods", driverPods,
+		"--output=jsonpath={.items[*].status.podIP}", "--request-timeout=5s")
 	if err != nil {
 		return "", err
 	}
@@ -420,7 +423,8 @@ func (w *watch) nothingLeft() error {
 	parents := parents()
 	for _, pid := range slices.Sorted(maps.Keys(parents)) {
 		command, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		if pid != c.pid && (strings.HasPrefix(string(command), "/connectors-csi\x00") || strings.Contains(string(command), "renderer\x00")) {
+		if pid != c.pid && (strings.HasPrefix(string(command), "/connectors-csi\x00") ||
+			strings.Contains(string(command), "renderer\x00")) {
 			return fmt.Errorf("process %d of the driver is left: %q, child of %d", pid, command, parents[pid])
 		}
 	}
@@ -445,8 +449,8 @@ func (h held) String() string {
 
 var goroutineLogged = regexp.MustCompile(`(?m)^\S+ stderr F goroutine \d+ `)
 
-// measureDriver counts what the driver holds. It ends the driver with SIGQUIT, at which Go writes what all goroutines do
-// to the log.
+// measureDriver counts what the driver holds. It ends the driver with SIGQUIT, at which Go writes what all goroutines
+// do to the log.
 func (w *watch) measureDriver() (held, error) {
 	c, err := w.driver()
 	if err != nil {

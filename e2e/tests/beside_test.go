@@ -43,8 +43,8 @@ func beside(t *testing.T, driverArgs ...string) namespace {
 	return newNamespace(t)
 }
 
-// enter waits until a test may run. Whoever comes first installs the driver as all want it who come until nobody is left
-// that does.
+// enter waits until a test may run. Whoever comes first installs the driver as all want it who come until nobody is
+// left that does.
 func enter(t *testing.T, driverArgs []string) {
 	t.Helper()
 	args := strings.Join(driverArgs, " ")

@@ -29,7 +29,8 @@ func TestChangesReachRunningPodsWhichCannotWrite(t *testing.T) {
 	ns.want("pod", "/volume/new", "file")
 
 	for _, command := range []string{
-		"echo mine > /volume/text", "echo mine > /volume/mine", "rm /volume/text", "chmod 600 /volume/..data/text", "rm -r /volume/..data/",
+		"echo mine > /volume/text", "echo mine > /volume/mine", "rm /volume/text", "chmod 600 /volume/..data/text",
+		"rm -r /volume/..data/",
 	} {
 		if output, err := ns.sh("pod", command); err == nil || !strings.Contains(output, "Read-only file system") {
 			t.Errorf("%q in the container: %v: %s", command, err, output)
@@ -46,8 +47,9 @@ func TestChangesReachRunningPodsWhichCannotWrite(t *testing.T) {
 }
 
 // Changes of a Connector, of its status and of its class, 50 of each, are in the files of two Pods of one
-// ServiceAccount and of one of another long before kubelet's next call. The times include kubectl's own. Each kind has a
-// namespace and a class of its own: a volume is pushed once a second, and meanwhile the others' turn comes, one at a time.
+// ServiceAccount and of one of another long before kubelet's next call. The times include kubectl's own. Each kind has
+// a namespace and a class of its own: a volume is pushed once a second, and meanwhile the others' turn comes, one at a
+// time.
 func TestChangesArriveWithoutKubelet(t *testing.T) {
 	measured(t)
 	const files = `{"address": "{{ .connector.spec.address }}", "status": "{{ index .connector.status \"proxyAddress\" }}", "class": "%d"}`

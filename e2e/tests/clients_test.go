@@ -233,7 +233,8 @@ func containerRegistry(t *testing.T) http.Handler {
 func TestClientsReachTheirTargetsWithTheToken(t *testing.T) {
 	beside(t, "--builtin-files") // one of which is the token
 	ns := namespace{t, "default"}
-	ns.kubectl("create", "rolebinding", "clients", "--clusterrole=connectors-connector-viewer-role", "--serviceaccount=default:default")
+	ns.kubectl("create", "rolebinding", "clients", "--clusterrole=connectors-connector-viewer-role",
+		"--serviceaccount=default:default")
 	t.Cleanup(func() { cluster.Kubectl("delete", "rolebinding", "clients") })
 	proxies := map[string]string{}
 	for _, c := range clients {
@@ -255,10 +256,12 @@ func TestClientsReachTheirTargetsWithTheToken(t *testing.T) {
 			ns.running(c.name + "-client")
 			volume := cluster.VolumeDir(ns.uid(c.name+"-client"), c.name+"-config")
 			token := readFile(t, volume+"/context.token")
-			if output, err := c.run(t, c.copy(t, volume, token, token), proxies[c.name]); err != nil || !strings.Contains(output, c.prints) {
+			if output, err := c.run(t, c.copy(t, volume, token, token), proxies[c.name]); err != nil ||
+				!strings.Contains(output, c.prints) {
 				t.Errorf("with the token: %v:\n%s", err, output)
 			}
-			if output, err := c.run(t, c.copy(t, volume, token, "none"), proxies[c.name]); err == nil || !strings.Contains(output, c.refused) {
+			if output, err := c.run(t, c.copy(t, volume, token, "none"), proxies[c.name]); err == nil ||
+				!strings.Contains(output, c.refused) {
 				t.Errorf("without the token: %v:\n%s", err, output)
 			}
 		})
@@ -272,7 +275,8 @@ func (c client) run(t *testing.T, volume, proxy string) (string, error) {
 	cmd := exec.Command("sh", "-euc", c.script)
 	cmd.Dir = dir
 	// Nothing else of the environment: there may be settings for clients.
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "VOLUME=" + volume, "PROXY=" + strings.TrimPrefix(proxy, "http://"),
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "VOLUME=" + volume,
+		"PROXY=" + strings.TrimPrefix(proxy, "http://"),
 		"GOFLAGS=-modcacherw"} // so that the directory can be removed
 	output, err := cmd.CombinedOutput()
 	return string(output), err

@@ -293,7 +293,8 @@ func (ns namespace) running(pods ...string) {
 	}
 }
 
-// deploy runs Pods like that of cluster.PodManifest, as a Deployment, and returns how long it took until all were ready.
+// deploy runs Pods like that of cluster.PodManifest, as a Deployment, and returns how long it took until all were
+// ready.
 func (ns namespace) deploy(name string, pods int, attributes string) time.Duration {
 	ns.Helper()
 	_, spec, _ := strings.Cut(cluster.PodManifest(name, attributes), "\nspec:\n")
@@ -314,7 +315,8 @@ spec:
 	return time.Since(began)
 }
 
-// deleteDeployment deletes a Deployment, which has all of the namespace's Pods, and waits until nothing is left of them.
+// deleteDeployment deletes a Deployment, which has all of the namespace's Pods, and waits until nothing is left of
+// them.
 func (ns namespace) deleteDeployment(name string) {
 	ns.Helper()
 	uids := ns.uids()
@@ -444,7 +446,8 @@ func (ns namespace) wantFiles(pod, dir string, names ...string) {
 // moveTo gives the Connector "target" another address and waits until the Pod's container sees it.
 func (ns namespace) moveTo(address, pod, file string) {
 	ns.Helper()
-	ns.kubectl("patch", "connector", "target", "--type=merge", "--patch", fmt.Sprintf(`{"spec": {"address": %q}}`, address))
+	ns.kubectl("patch", "connector", "target", "--type=merge", "--patch",
+		fmt.Sprintf(`{"spec": {"address": %q}}`, address))
 	ns.eventually(func() error { return ns.has(pod, file, address) })
 }
 
@@ -562,7 +565,8 @@ func wantNoRestart(t *testing.T) {
 // driverMemory returns the most memory that the driver's container has had, and its limit, in bytes.
 func driverMemory(t *testing.T) (peak, most int64) {
 	t.Helper()
-	return driverCgroup(t, "memory/memory.max_usage_in_bytes", "memory.peak"), driverCgroup(t, "memory/memory.limit_in_bytes", "memory.max")
+	return driverCgroup(t, "memory/memory.max_usage_in_bytes", "memory.peak"),
+		driverCgroup(t, "memory/memory.limit_in_bytes", "memory.max")
 }
 
 // driverProcessorTime returns the processor time that the processes of the driver's container have used.

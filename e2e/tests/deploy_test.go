@@ -64,7 +64,8 @@ func TestDriverStaysAwayFromVirtualNodes(t *testing.T) {
 		"auto": "eks.amazonaws.com/compute-type: auto", "hybrid": "eks.amazonaws.com/compute-type: hybrid",
 	}
 	for name, label := range sorted(labels) {
-		ns.apply(fmt.Sprintf("{apiVersion: v1, kind: Node, metadata: {name: %s, labels: {kubernetes.io/os: linux, %s}}}", name, label))
+		ns.apply(fmt.Sprintf("{apiVersion: v1, kind: Node, metadata: {name: %s, labels: {kubernetes.io/os: linux, %s}}}",
+			name, label))
 		t.Cleanup(func() { cluster.Kubectl("delete", "node", name, "--ignore-not-found") })
 	}
 	wantNodes := func(want ...string) {
@@ -106,7 +107,8 @@ func TestDeployYAMLIsValidAndAppliesWithoutChange(t *testing.T) {
 	}
 
 	names := func(selection ...string) []string {
-		output, err := cluster.Kubectl(append([]string{"apply", "--dry-run=client", "--output=name", "-f", manifest}, selection...)...)
+		output, err := cluster.Kubectl(append([]string{"apply", "--dry-run=client", "--output=name", "-f", manifest},
+			selection...)...)
 		if err != nil {
 			t.Fatal(err)
 		}

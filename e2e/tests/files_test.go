@@ -75,7 +75,8 @@ spec:
 	ns.pod("without-param", `{`+connectors+`, configuration.names: config}`)
 	ns.pod("wrong-param", `{`+connectors+`, configuration.names: config, configuration.params: '{"config": {"scope": "acme", "kind": "all"}}'}`)
 	ns.pod("nothing-to-exclude", `{`+connectors+`, configuration.names: "config,!unwnted", `+params+`}`)
-	ns.pod("one-not-allowed", fmt.Sprintf(`{connectors: "first,%s/closed", configuration.names: config, %s}`, closed.name, params))
+	ns.pod("one-not-allowed", fmt.Sprintf(`{connectors: "first,%s/closed", configuration.names: config, %s}`, closed.name,
+		params))
 
 	ns.running("pod")
 	ns.want("pod", "/volume/registries", "mirror of acme, tags a+b\n"+
@@ -100,9 +101,10 @@ func TestBuiltInFilesLetCurlThroughTheProxy(t *testing.T) {
 	ns.class("curl-two", nil)
 	ns.connector("one", "curl-one", "http://one.example.com")
 	other.connector("two", "curl-two", "http://two.example.com")
-	proxy := forwardProxy(t, []string{ns.name + "/one", other.name + "/two"}, func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprintf(w, "the proxy answers for %s", r.URL)
-	})
+	proxy := forwardProxy(t, []string{ns.name + "/one", other.name + "/two"},
+		func(w http.ResponseWriter, r *http.Request) {
+			fmt.Fprintf(w, "the proxy answers for %s", r.URL)
+		})
 	ns.proxy("connectorclass", "curl-two", proxy)
 	ns.allow("default", ns)
 	other.allow("default", ns)
@@ -127,7 +129,8 @@ func TestBuiltInFilesLetCurlThroughTheProxy(t *testing.T) {
 	}
 
 	ns.want("pod", "/volume/connector.status.proxyAddress", proxy)
-	ns.wantFiles("pod", "/volume", ".curlrc", ".env", "connector.status.proxyAddress", "http.proxy", "https.proxy") // there is no CA
+	ns.wantFiles("pod", "/volume", ".curlrc", ".env", "connector.status.proxyAddress", "http.proxy",
+		"https.proxy") // there is no CA
 	ns.want("with-class", "/volume/ca.crt", "of the class")
 	ns.wantTokenOf(ns.read("with-class", "/volume/context.token"), ns.name, "default", "with-class")
 }
@@ -192,8 +195,10 @@ func TestGitReadsTheDocumentedClasses(t *testing.T) {
 	token := ns.read("pod", "/volume/token")
 	encode := base64.StdEncoding.EncodeToString
 	for _, class := range documentedGitClasses {
-		want := strings.NewReplacer("COLON-TOKEN", encode([]byte(":"+token)), "TOKEN", encode([]byte(token))).Replace(class.config)
-		if got := ns.kubectl("exec", "pod", "--", "git", "config", "--file", "/volume/"+class.release, "--list"); got != want {
+		want := strings.NewReplacer("COLON-TOKEN", encode([]byte(":"+token)), "TOKEN",
+			encode([]byte(token))).Replace(class.config)
+		if got := ns.kubectl("exec", "pod", "--", "git", "config", "--file", "/volume/"+class.release,
+			"--list"); got != want {
 			t.Errorf("release %s: git config --list says\n%s\nnot\n%s", class.release, got, want)
 		}
 	}
@@ -225,7 +230,8 @@ const documentedJSON = `{"connectors": [
 
 func TestYAMLParsersReadTheDocumentedClasses(t *testing.T) {
 	ns := beside(t)
-	ns.target("documented-yaml", map[string]string{"token": "{{ .context.token }}", ".yarnrc.yml": documentedYarn, "settings.json": documentedJSON})
+	ns.target("documented-yaml", map[string]string{"token": "{{ .context.token }}", ".yarnrc.yml": documentedYarn,
+		"settings.json": documentedJSON})
 	ns.proxy("connector", "target", "http://proxy.example.com")
 	ns.pod("pod", mountTarget)
 	ns.running("pod")
@@ -240,7 +246,8 @@ func TestYAMLParsersReadTheDocumentedClasses(t *testing.T) {
 		"settings.json": {"connectors": []any{map[string]any{"name": "target", "address": address}}},
 	}) {
 		var got map[string]any
-		if err := yaml.UnmarshalStrict([]byte(ns.read("pod", "/volume/"+file)), &got); err != nil || !reflect.DeepEqual(got, want) {
+		if err := yaml.UnmarshalStrict([]byte(ns.read("pod", "/volume/"+file)), &got); err != nil ||
+			!reflect.DeepEqual(got, want) {
 			t.Errorf("%s is %v (%v), not %v", file, got, err, want)
 		}
 	}

@@ -105,7 +105,8 @@ func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
 	// hits is remembered and tried again at growing intervals.
 	emptied := func(ns namespace) bool {
 		return slices.ContainsFunc(publishes(t), func(p publish) bool {
-			return p.namespace == ns.name && p.code == "ResourceExhausted" && strings.Contains(p.err, "has used up its 10s of processor time")
+			return p.namespace == ns.name && p.code == "ResourceExhausted" &&
+				strings.Contains(p.err, "has used up its 10s of processor time")
 		})
 	}
 	honest.eventually(func() error {
@@ -169,12 +170,14 @@ func (ns namespace) pending() int {
 	return len(refused)
 }
 
-// A tenant who has no right on classes does all at once that Pods, ServiceAccounts and Connectors are good for: he fills
-// the memory for files and objects, uses up processor time, asks for what does not exist, and scrapes the metrics.
+// A tenant who has no right on classes does all at once that Pods, ServiceAccounts and Connectors are good for: he
+// fills the memory for files and objects, uses up processor time, asks for what does not exist, and scrapes the
+// metrics.
 func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
 	honest := measured(t)
 	freshDriver(t)
-	honest.target("neighbour", map[string]string{"address": "{{ .connector.spec.address }}", "token": "{{ .context.token }}"})
+	honest.target("neighbour", map[string]string{"address": "{{ .connector.spec.address }}",
+		"token": "{{ .context.token }}"})
 	alone := honest.fastest("alone")
 	// A node's kubelet has work with Pods that wait for what does not come, whoever is asked for it: here for ConfigMaps.
 	harmless := newNamespace(t)
@@ -219,12 +222,14 @@ func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
 		"%v beside the tenant, when the 99th percentile of their NodePublishVolume is %v and the driver uses %.2f of a core",
 		alone, control, beside, percentile99(calls), (driverProcessorTime(t)-used).Seconds()/time.Since(began).Seconds())
 	if beside > most {
-		t.Errorf("beside the tenant a neighbour's Pods take %.1f times as long as beside harmless Pods", beside.Seconds()/control.Seconds())
+		t.Errorf("beside the tenant a neighbour's Pods take %.1f times as long as beside harmless Pods",
+			beside.Seconds()/control.Seconds())
 	}
 	honest.deploy("running", 20, mountTarget)
 	honest.quickRepublishes()
 
-	// With more Pods than kubelet allows by default he fills the node's budget too. That stops new volumes, not those there are.
+	// With more Pods than kubelet allows by default he fills the node's budget too. That stops new volumes, not those
+	// there are.
 	tenant.fill(full, full+60)
 	honest.eventually(func() error {
 		used, budget := metric(t, "connectors_csi_volumes_bytes"), metric(t, "connectors_csi_volumes_budget_bytes")
@@ -241,7 +246,8 @@ func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
 		}
 		return nil
 	})
-	honest.kubectl("patch", "connector", "target", "--type=merge", "--patch", `{"spec": {"address": "https://two.example.com"}}`)
+	honest.kubectl("patch", "connector", "target", "--type=merge", "--patch",
+		`{"spec": {"address": "https://two.example.com"}}`)
 	for _, uid := range honest.uids() {
 		honest.eventually(func() error {
 			if address := readFile(t, cluster.VolumeDir(uid, "volume")+"/address"); address != "https://two.example.com" {
@@ -271,7 +277,8 @@ func (ns namespace) fill(from, to int) {
 	for i := from; i < to; i++ {
 		pod := podOfVolumes(fmt.Sprintf("full-%d", i), 3, "ATTRIBUTES")
 		for _, attributes := range []string{
-			withCount("repeat", 1000000-i), withCount("repeat", 1003000-i), `{connector.name: nobody, configuration.names: address}`,
+			withCount("repeat", 1000000-i), withCount("repeat", 1003000-i),
+			`{connector.name: nobody, configuration.names: address}`,
 		} {
 			pod = strings.Replace(pod, "ATTRIBUTES", attributes, 1)
 		}
@@ -295,7 +302,8 @@ func (ns namespace) objects(pods int) {
 		account := fmt.Sprintf("objects-%d", i)
 		ns.kubectl("create", "serviceaccount", account)
 		ns.allow(account, ns)
-		ns.pod(account, `{configuration.names: address, connectors: "`+strings.Join(names, ",")+`"}`, "serviceAccountName: "+account)
+		ns.pod(account, `{configuration.names: address, connectors: "`+strings.Join(names, ",")+`"}`,
+			"serviceAccountName: "+account)
 	}
 }
 
@@ -333,7 +341,8 @@ func (ns namespace) quickRepublishes() {
 		return nil
 	})
 	ns.Logf("of %d republishes beside the tenant, %d took more than 50 ms", republishes, slow)
-	// Once a minute they wait for the API server, which has no more of the machine's two processors than the tenant leaves it.
+	// Once a minute they wait for the API server, which has no more of the machine's two processors than the tenant leaves
+	// it.
 	if slow > republishes/2 {
 		ns.Errorf("of %d republishes, %d took more than 50 ms", republishes, slow)
 	}
@@ -391,8 +400,8 @@ func scrape(url string, times int) (stop func()) {
 	return func() { close(ended); scrapers.Wait() }
 }
 
-// A Deployment whose class hits the limit of processor time is tried again by kubelet for ever, and its namespace goes on
-// beside it: new Pods run, a change reaches running ones, and tokens are renewed. It takes ten minutes, or one where
+// A Deployment whose class hits the limit of processor time is tried again by kubelet for ever, and its namespace goes
+// on beside it: new Pods run, a change reaches running ones, and tokens are renewed. It takes ten minutes, or one where
 // the environment has no CONNECTORS_CSI_LONG_TESTS: in that each bad Pod is refused, tried again after half a minute,
 // and refused again, and no token is renewed.
 func TestOneBadDeploymentAndItsOwnNamespace(t *testing.T) {
@@ -427,7 +436,8 @@ func TestOneBadDeploymentAndItsOwnNamespace(t *testing.T) {
 			slowest = max(slowest, time.Since(created))
 		}
 		address := fmt.Sprintf("https://%d.example.com", i)
-		ns.kubectl("patch", "connector", "target", "--type=merge", "--patch", fmt.Sprintf(`{"spec": {"address": %q}}`, address))
+		ns.kubectl("patch", "connector", "target", "--type=merge", "--patch",
+			fmt.Sprintf(`{"spec": {"address": %q}}`, address))
 		changed := time.Now()
 		awaitFile(t, dir+"/address", address)
 		latest = max(latest, time.Since(changed))
@@ -436,10 +446,12 @@ func TestOneBadDeploymentAndItsOwnNamespace(t *testing.T) {
 	share := (driverProcessorTime(t) - used).Seconds() / time.Since(began).Seconds()
 	calls := slices.DeleteFunc(publishes(t), func(p publish) bool { return p.code == "" })
 	t.Logf("in %v: %d calls for bad Pods were refused; the slowest of 10 honest Pods ran after %v, a change reached one after %v at most; "+
-		"the driver and its renderers used %.1f %% of a core", time.Since(began).Round(time.Second), len(calls), slowest.Round(100*time.Millisecond),
+		"the driver and its renderers used %.1f %% of a core", time.Since(began).Round(time.Second), len(calls),
+		slowest.Round(100*time.Millisecond),
 		latest.Round(time.Millisecond), 100*share)
 	if slowest > 5*time.Second || latest > 2*time.Second || share > 0.03 && long {
-		t.Errorf("an honest Pod ran after %v, a change came after %v, the driver used %.1f %% of a core", slowest, latest, 100*share)
+		t.Errorf("an honest Pod ran after %v, a change came after %v, the driver used %.1f %% of a core", slowest, latest,
+			100*share)
 	}
 	for _, p := range calls {
 		if p.namespace == ns.name && !strings.Contains(p.err, "rendering it takes more than") {

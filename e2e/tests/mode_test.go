@@ -118,7 +118,8 @@ func TestToolsThatInsistOnOwnerAndMode(t *testing.T) {
 			"440 1000 2000 550 1000 2000 550 1000 2000", false, true},
 		"mode-of-group": {`file.mode: "0640"`, "", "fsGroup: 2000", "640 0 2000 550 0 2000 550 0 2000", false, true},
 	}
-	if release := os.Getenv(cluster.EnvRelease); release == "" || release >= "1.33" { // see TestPodsInAUserNamespaceOfTheirOwn
+	if release := os.Getenv(cluster.EnvRelease); release == "" ||
+		release >= "1.33" { // see TestPodsInAUserNamespaceOfTheirOwn
 		pods["user-namespace"] = pods["owner"]
 	}
 	for name, p := range sorted(pods) {

@@ -65,7 +65,8 @@ func TestFailedRefreshKeepsFiles(t *testing.T) {
 	ns.want("pod", "/volume/address", "https://one.example.com")
 	ns.class("refresh", configurations{"config": {"address": "{{ .connector.spec.address }}"}})
 	ns.kubectl("delete", "rolebinding", "--all")
-	ns.kubectl("patch", "connector", "target", "--type=merge", "--patch", `{"spec": {"address": "https://kept-away.example.com"}}`)
+	ns.kubectl("patch", "connector", "target", "--type=merge", "--patch",
+		`{"spec": {"address": "https://kept-away.example.com"}}`)
 	ns.failedMount("pod", "may not read Connector")
 	ns.want("pod", "/volume/address", "https://one.example.com")
 
@@ -299,7 +300,8 @@ func TestDriverIsListedOnlyWhileItServes(t *testing.T) {
 	// One that does not get as far as serving isn't listed.
 	applyDriver(t, "--refresh-interval=0s")
 	ns.eventually(func() error {
-		restarts := driverNamespace(t).kubectl("get", "pod", driverPods, "--output=jsonpath={.items[*].status.containerStatuses[0].restartCount}")
+		restarts := driverNamespace(t).kubectl("get", "pod", driverPods,
+			"--output=jsonpath={.items[*].status.containerStatuses[0].restartCount}")
 		if restarts == "" || restarts == "0" {
 			return errors.New("the driver has not ended")
 		}

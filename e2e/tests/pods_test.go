@@ -24,15 +24,18 @@ func TestConnectorInAnotherNamespace(t *testing.T) {
 	ns.class("elsewhere", configurations{"config": {"address": "{{ .connector.spec.address }}"}})
 	other.connector("open", "elsewhere", "https://open.example.com")
 	other.connector("closed", "elsewhere", "https://closed.example.com")
-	other.kubectl("create", "role", "open", "--verb=get", "--resource=connectors.connectors.alauda.io", "--resource-name=open")
+	other.kubectl("create", "role", "open", "--verb=get", "--resource=connectors.connectors.alauda.io",
+		"--resource-name=open")
 	other.kubectl("create", "rolebinding", "open", "--role=open", "--serviceaccount="+ns.name+":default")
 
-	ns.pod("allowed", fmt.Sprintf(`{connector.name: open, connector.namespace: %s, configuration.names: config}`, other.name))
+	ns.pod("allowed", fmt.Sprintf(`{connector.name: open, connector.namespace: %s, configuration.names: config}`,
+		other.name))
 	ns.running("allowed")
 	ns.want("allowed", "/volume/address", "https://open.example.com")
 
 	// Not allowed: the event says so, and the command that it names helps.
-	ns.pod("refused", fmt.Sprintf(`{connector.name: closed, connector.namespace: %s, configuration.names: config}`, other.name))
+	ns.pod("refused", fmt.Sprintf(`{connector.name: closed, connector.namespace: %s, configuration.names: config}`,
+		other.name))
 	message := ns.refused("refused", "code = PermissionDenied",
 		fmt.Sprintf(`ServiceAccount %s/default may not read Connector "%s/closed"`, ns.name, other.name))
 	_, command, found := strings.Cut(strings.TrimSpace(message), "Allow it with: ")
@@ -50,7 +53,8 @@ func TestTokenIsThatOfThePod(t *testing.T) {
 	ns := begin(t)
 	ns.target("token", map[string]string{"token": "{{ .context.token }}"})
 	const mountForAnHour = `{connector.name: target, configuration.names: config, token.expiration: 1h}`
-	ns.kubectl("patch", "connectorclass", "token", "--type=merge", "--patch", `{"spec": {"proxy": {"audience": "the-proxy"}}}`)
+	ns.kubectl("patch", "connectorclass", "token", "--type=merge", "--patch",
+		`{"spec": {"proxy": {"audience": "the-proxy"}}}`)
 	for connector, audience := range sorted(map[string]string{"audience": "the-proxy", "other-audience": "vault"}) {
 		ns.connector(connector, "token", "https://one.example.com")
 		ns.kubectl("patch", "connector", connector, "--subresource=status", "--type=merge",
@@ -63,7 +67,8 @@ func TestTokenIsThatOfThePod(t *testing.T) {
 	ns.running("default", "hour", "audience")
 	ns.refused("other-audience", "code = FailedPrecondition", `the audience "vault" in its status.proxy.httpAddress is neither one that ConnectorClass "token" names`)
 	audiences := map[string][]string{} // by Pod
-	for pod, lifetime := range sorted(map[string]time.Duration{"default": 30 * time.Minute, "hour": time.Hour, "audience": 30 * time.Minute}) {
+	for pod, lifetime := range sorted(map[string]time.Duration{"default": 30 * time.Minute, "hour": time.Hour,
+		"audience": 30 * time.Minute}) {
 		token := ns.read(pod, "/volume/token")
 		ns.wantTokenOf(token, ns.name, "default", pod)
 		c := ns.claims(token)
@@ -141,7 +146,8 @@ spec:
 		ns.want(pod.name, "/volume/address", "https://one.example.com")
 		modes, err := ns.sh(pod.name, "id -u; stat -Lc '%a %u %g' /volume/address /volume /volume/..data")
 		if want := "1000\n" + pod.file + "\n" + pod.dir + "\n" + pod.dir; err != nil || modes != want {
-			t.Errorf("Pod %s: user ID, then mode, owner and group of file and directories are %q (%v), not %q", pod.name, modes, err, want)
+			t.Errorf("Pod %s: user ID, then mode, owner and group of file and directories are %q (%v), not %q", pod.name, modes,
+				err, want)
 		}
 	}
 }
@@ -203,7 +209,8 @@ func TestGitClonesThroughTheProxy(t *testing.T) {
 	if output, err := clone(""); err != nil || output != "hello" {
 		t.Fatalf("git clone: %v: %s", err, output)
 	}
-	if output, err := clone("-c http." + proxy + ".extraHeader="); err == nil || !strings.Contains(output, "could not read Username") {
+	if output, err := clone("-c http." + proxy + ".extraHeader="); err == nil ||
+		!strings.Contains(output, "could not read Username") {
 		t.Errorf("the proxy lets one in without a token: %v: %s", err, output)
 	}
 
@@ -259,7 +266,8 @@ func TestSubPathAndTwoVolumes(t *testing.T) {
 
 	ns.moveTo("https://two.example.com", "pod", "/volume/address")
 	ns.want("pod", "/etc/address", "https://one.example.com") // as documented: a subPath is never refreshed
-	if output, err := ns.sh("pod", "echo mine > /etc/address"); err == nil || !strings.Contains(output, "Read-only file system") {
+	if output, err := ns.sh("pod", "echo mine > /etc/address"); err == nil ||
+		!strings.Contains(output, "Read-only file system") {
 		t.Errorf("the container can write through subPath: %v: %s", err, output)
 	}
 	uid := ns.uid("pod")
@@ -284,12 +292,15 @@ func TestPodsInAUserNamespaceOfTheirOwn(t *testing.T) {
 		ns.want(pod.name, "/volume/address", "https://one.example.com")
 		seen, err := ns.sh(pod.name, "id -u; stat -Lc '%a %u %g' /volume/address /volume")
 		if err != nil || seen != pod.stat {
-			t.Errorf("Pod %s: user ID, then mode, owner and group of file and directory are %q (%v), not %q", pod.name, seen, err, pod.stat)
+			t.Errorf("Pod %s: user ID, then mode, owner and group of file and directory are %q (%v), not %q", pod.name, seen,
+				err, pod.stat)
 		}
-		if of, err := ns.sh(pod.name, "cat /proc/self/uid_map"); err != nil || slices.Equal(strings.Fields(of)[:2], []string{"0", "0"}) {
+		if of, err := ns.sh(pod.name, "cat /proc/self/uid_map"); err != nil ||
+			slices.Equal(strings.Fields(of)[:2], []string{"0", "0"}) {
 			t.Errorf("Pod %s has the node's users: %v: %s", pod.name, err, of)
 		}
-		if mount, err := ns.sh(pod.name, "grep ' /volume ' /proc/self/mountinfo"); err != nil || !strings.Contains(mount, "idmapped") {
+		if mount, err := ns.sh(pod.name, "grep ' /volume ' /proc/self/mountinfo"); err != nil ||
+			!strings.Contains(mount, "idmapped") {
 			t.Errorf("the volume of Pod %s is not mounted for its user namespace: %v: %s", pod.name, err, mount)
 		}
 	}

@@ -18,8 +18,8 @@ import (
 	"connectors-csi/e2e/machine"
 )
 
-// A whole run has two nodes, which share the machine's processors: on the second one are the tests that take minutes, and
-// need the processors for little of them. What measures something begins with measured, and then nothing else runs.
+// A whole run has two nodes, which share the machine's processors: on the second one are the tests that take minutes,
+// and need the processors for little of them. What measures something begins with measured, and then nothing else runs.
 
 // onSecondNode are those tests, as flags of go test select tests.
 const onSecondNode = "^(TestChangesArriveAfterFiveMinutesWithoutTheAPIServer|TestSoakOfTwoMinutes|TestUpgradeAndRollback)$"

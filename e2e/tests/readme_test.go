@@ -13,7 +13,8 @@ import (
 	"connectors-csi/e2e/readme"
 )
 
-// The examples of docs/templates.md on a real node: the classes, the volumes, and what their files hold. A "…" there stands for the rest of a token.
+// The examples of docs/templates.md on a real node: the classes, the volumes, and what their files hold. A "…" there
+// stands for the rest of a token.
 func TestExamplesOfSeveral(t *testing.T) {
 	beside(t, "--builtin-files")
 	ns, team := namespace{t, "default"}, namespace{t, "team-a"} // as the section has them
@@ -82,7 +83,8 @@ func (ns namespace) exampleHolds(pod, file string, e *example) {
 		ns.Fatalf("docs/templates.md has no example with a volume and the content of %s", file)
 	}
 	manifest := cluster.PodManifest(pod, "{}")
-	manifest = manifest[:strings.Index(manifest, "  volumes:")] + "  " + strings.ReplaceAll(strings.TrimSpace(e.volumes), "\n", "\n  ") + "\n"
+	manifest = manifest[:strings.Index(manifest, "  volumes:")] + "  " + strings.ReplaceAll(strings.TrimSpace(e.volumes),
+		"\n", "\n  ") + "\n"
 	ns.apply(strings.Replace(manifest, "name: volume,", "name: "+volumeName.FindStringSubmatch(e.volumes)[1]+",", 1))
 	ns.Cleanup(func() { cluster.Kubectl("delete", "pod", pod, "--wait=false") })
 	ns.running(pod)
@@ -95,7 +97,8 @@ func (ns namespace) exampleHolds(pod, file string, e *example) {
 func TestQuickStart(t *testing.T) {
 	ns := begin(t)
 	t.Cleanup(func() {
-		cluster.Kubectl("delete", "--grace-period=1", "--timeout=2m", "pod/git-client", "rolebinding/git-client-connectors", "connector/git-connector")
+		cluster.Kubectl("delete", "--grace-period=1", "--timeout=2m", "pod/git-client", "rolebinding/git-client-connectors",
+			"connector/git-connector")
 		cluster.Kubectl("delete", "--wait=false", "--ignore-not-found", "-f", "../examples/proxy/client.yaml")
 		cluster.Kubectl("delete", "--wait=false", "-k", "../examples/proxy")
 	})
@@ -169,13 +172,14 @@ func TestQuickStart(t *testing.T) {
 	}
 }
 
-// The quick start on the page of the product's release 1.0: a Connector without a namespace and a status, the Pod first,
-// the RoleBinding last. The image is the page's by name.
+// The quick start on the page of the product's release 1.0: a Connector without a namespace and a status, the Pod
+// first, the RoleBinding last. The image is the page's by name.
 func TestPageOfRelease10(t *testing.T) {
 	begin(t)
 	ns := namespace{t, "default"}
 	t.Cleanup(func() {
-		cluster.Kubectl("delete", "--grace-period=1", "--timeout=2m", "pod/csi-demo", "rolebinding/default-sa-connectors-connector-viewer", "connector/git-connector")
+		cluster.Kubectl("delete", "--grace-period=1", "--timeout=2m", "pod/csi-demo",
+			"rolebinding/default-sa-connectors-connector-viewer", "connector/git-connector")
 		cluster.Kubectl("delete", "connectorclass", "my-git")
 	})
 	create := func(command, manifest string) {

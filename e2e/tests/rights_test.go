@@ -31,7 +31,8 @@ func TestDriverKeepsFewCapabilities(t *testing.T) {
 	const none, kept = "0000000000000000", "00000000002401e3"
 	for _, thread := range threads {
 		status := readFile(t, thread)
-		for _, line := range []string{"CapInh:\t" + none, "CapPrm:\t" + kept, "CapEff:\t" + kept, "CapBnd:\t" + kept, "CapAmb:\t" + none, "NoNewPrivs:\t1"} {
+		for _, line := range []string{"CapInh:\t" + none, "CapPrm:\t" + kept, "CapEff:\t" + kept, "CapBnd:\t" + kept,
+			"CapAmb:\t" + none, "NoNewPrivs:\t1"} {
 			if !strings.Contains(status, "\n"+line+"\n") {
 				t.Errorf("%s has no line %q:\n%s", thread, line, status)
 			}
@@ -44,8 +45,10 @@ func TestDriverKeepsFewCapabilities(t *testing.T) {
 func TestDriverHasNoOtherRights(t *testing.T) {
 	ns := begin(t)
 	rights := func(user, namespace string) (lines []string) {
-		output := ns.kubectl("auth", "can-i", "--list", "--no-headers", "--namespace="+namespace, "--as=system:serviceaccount:connectors-system:"+user,
-			"--as-group=system:serviceaccounts", "--as-group=system:serviceaccounts:connectors-system", "--as-group=system:authenticated")
+		output := ns.kubectl("auth", "can-i", "--list", "--no-headers", "--namespace="+namespace,
+			"--as=system:serviceaccount:connectors-system:"+user,
+			"--as-group=system:serviceaccounts", "--as-group=system:serviceaccounts:connectors-system",
+			"--as-group=system:authenticated")
 		for line := range strings.Lines(output) {
 			lines = append(lines, strings.Join(strings.Fields(line), " "))
 		}
@@ -53,9 +56,11 @@ func TestDriverHasNoOtherRights(t *testing.T) {
 	}
 	for _, namespace := range []string{ns.name, "connectors-system", "kube-system", "default"} {
 		everybody := rights("nobody", namespace)
-		own := slices.DeleteFunc(rights("connectors-csi", namespace), func(line string) bool { return slices.Contains(everybody, line) })
+		own := slices.DeleteFunc(rights("connectors-csi", namespace),
+			func(line string) bool { return slices.Contains(everybody, line) })
 		slices.Sort(own)
-		if want := []string{"connectorclasses.connectors.alauda.io [] [] [get watch]", "serviceaccounts/token [] [] [create]"}; !slices.Equal(own, want) {
+		if want := []string{"connectorclasses.connectors.alauda.io [] [] [get watch]",
+			"serviceaccounts/token [] [] [create]"}; !slices.Equal(own, want) {
 			t.Errorf("in namespace %s the driver has the rights %q", namespace, own)
 		}
 	}
@@ -74,8 +79,9 @@ func TestDriverHasNoOtherRights(t *testing.T) {
 	}
 	pod := driverPod(t, ".metadata.name")
 	for _, program := range []string{"sh", "/bin/sh", "busybox"} {
-		if _, err := cluster.Kubectl("--namespace=connectors-system", "exec", pod, "--", program); err == nil || !strings.Contains(err.Error(), "no such file or directory") &&
-			!strings.Contains(err.Error(), "not found in $PATH") {
+		if _, err := cluster.Kubectl("--namespace=connectors-system", "exec", pod, "--", program); err == nil ||
+			!strings.Contains(err.Error(), "no such file or directory") &&
+				!strings.Contains(err.Error(), "not found in $PATH") {
 			t.Errorf("%s in the driver's container: %v", program, err)
 		}
 	}

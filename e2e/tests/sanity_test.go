@@ -55,7 +55,8 @@ func TestCSISanity(t *testing.T) {
 	ns.pod("pod", mountTarget)
 	ns.running("pod")
 	uid := ns.uid("pod")
-	token := ns.kubectl("create", "token", "default", "--bound-object-kind=Pod", "--bound-object-name=pod", "--bound-object-uid="+uid)
+	token := ns.kubectl("create", "token", "default", "--bound-object-kind=Pod", "--bound-object-name=pod",
+		"--bound-object-uid="+uid)
 	tokens, err := json.Marshal(map[string]any{"": map[string]string{"token": token}})
 	if err != nil {
 		t.Fatal(err)
@@ -99,7 +100,8 @@ func TestCSISanity(t *testing.T) {
 	slices.Sort(passed)
 	t.Logf("of the suite passed:\n%s", strings.Join(passed, "\n"))
 	if !slices.Equal(passed, forUs) || len(others) > 0 {
-		t.Errorf("other tests are expected to pass:\n%s\nand these did not:\n%s", strings.Join(forUs, "\n"), strings.Join(others, "\n"))
+		t.Errorf("other tests are expected to pass:\n%s\nand these did not:\n%s", strings.Join(forUs, "\n"),
+			strings.Join(others, "\n"))
 	}
 	if dir := config.TargetPath; machine.Exists(dir) {
 		t.Errorf("%s is left", dir)
@@ -113,7 +115,8 @@ type inlineVolume map[string]string
 
 // call takes the place of a controller, since the suite asks one for each volume that it publishes; an inline volume
 // comes from its Pod. All other calls go to the driver.
-func (v inlineVolume) call(ctx context.Context, method string, request, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker,
+func (v inlineVolume) call(ctx context.Context, method string, request, reply any, conn *grpc.ClientConn,
+	invoke grpc.UnaryInvoker,
 	options ...grpc.CallOption) error {
 	switch r := request.(type) {
 	case *csi.CreateVolumeRequest:

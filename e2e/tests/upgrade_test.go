@@ -61,7 +61,8 @@ func TestUpgradeAndRollback(t *testing.T) {
 		}
 		restartKubelet(ns) // it has no tokens then, and asks for new ones
 		for _, connector := range []string{"target", "large"} {
-			ns.kubectl("patch", "connector", connector, "--type=merge", "--patch", fmt.Sprintf(`{"spec": {"address": %q}}`, address))
+			ns.kubectl("patch", "connector", connector, "--type=merge", "--patch",
+				fmt.Sprintf(`{"spec": {"address": %q}}`, address))
 		}
 		for dir, before := range tokens {
 			if strings.Contains(dir, uids["injected"]) {
@@ -117,7 +118,8 @@ func podOfVolumes(name string, volumes int, attributes string) string {
 	mounts, list := "    volumeMounts:\n", "  volumes:\n"
 	for i := range volumes {
 		mounts += fmt.Sprintf("    - {name: volume-%d, mountPath: /volume-%d}\n", i, i)
-		list += fmt.Sprintf("  - {name: volume-%d, csi: {driver: connectors-csi, readOnly: true, volumeAttributes: %s}}\n", i, attributes)
+		list += fmt.Sprintf("  - {name: volume-%d, csi: {driver: connectors-csi, readOnly: true, volumeAttributes: %s}}\n", i,
+			attributes)
 	}
 	return manifest + mounts + list
 }

@@ -47,9 +47,11 @@ func TestAddressesOfOneWordOnly(t *testing.T) {
 				t.Fatal(err)
 			}
 			path := path.Join("/apis/connectors.alauda.io/v1alpha1", f.kind, f.object, f.subresource)
-			return client.Patch(types.MergePatchType).AbsPath(path).Param("dryRun", "All").Body(text).Do(context.Background()).Error()
+			return client.Patch(types.MergePatchType).AbsPath(path).Param("dryRun",
+				"All").Body(text).Do(context.Background()).Error()
 		}
-		for _, address := range []string{"", allowed, "https://user@[2001:db8::1]:8443/a%20b/~c;d=(e)?f=g&h=i#j", "https://xn--r8jz45g.example.com/%C3%A9"} {
+		for _, address := range []string{"", allowed, "https://user@[2001:db8::1]:8443/a%20b/~c;d=(e)?f=g&h=i#j",
+			"https://xn--r8jz45g.example.com/%C3%A9"} {
 			if err := set(address); err != nil {
 				t.Errorf("%s %v: %v", f.kind, f.path, err)
 			}
