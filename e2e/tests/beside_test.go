@@ -5,8 +5,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // A test runs alone on its node, unless it begins with beside. What stops a component, changes what belongs to no
@@ -39,12 +37,12 @@ func beside(t *testing.T, driverArgs ...string) namespace {
 		side.running--
 		side.changed.Broadcast()
 	})
-	processors(t, unix.LOCK_SH)
+	unmeasured(t)
 	return newNamespace(t)
 }
 
-// enter waits until a test may run. Whoever comes first installs the driver as all want it who come until nobody is
-// left that does.
+// enter waits until a test may run. Whoever comes first installs the driver as all want it who come until nobody is left
+// that does.
 func enter(t *testing.T, driverArgs []string) {
 	t.Helper()
 	args := strings.Join(driverArgs, " ")
@@ -57,7 +55,9 @@ func enter(t *testing.T, driverArgs []string) {
 	side.waiting[args]--
 	side.args = args
 	if side.running == 0 {
+		release := unmeasured(t)
 		installDriver(t, driverArgs...)
+		release()
 	}
 	side.running++
 }

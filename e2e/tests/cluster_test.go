@@ -21,8 +21,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"connectors-csi/e2e/cluster"
 	"connectors-csi/e2e/machine"
 	"connectors-csi/e2e/node"
@@ -63,6 +61,9 @@ func TestMain(m *testing.M) {
 	flag.Set("test.parallel", "100") // beside decides how many
 	code := node.On(func(n *node.Node) int {
 		theNode = n
+		if err := startMeasuring(); err != nil {
+			fail(err)
+		}
 		return m.Run()
 	})
 	if err := wait(); err != nil {
@@ -75,7 +76,7 @@ func TestMain(m *testing.M) {
 // the test needs them, and a namespace of its own. No test relies on what another has left.
 func begin(t *testing.T, driverArgs ...string) namespace {
 	t.Helper()
-	processors(t, unix.LOCK_SH)
+	unmeasured(t)
 	installDriver(t, driverArgs...)
 	return newNamespace(t)
 }

@@ -18,21 +18,31 @@ import (
 	"connectors-csi/e2e/machine"
 )
 
-// A whole run has two nodes, which share the machine's processors: on the second one are the tests that take minutes,
-// and need the processors for little of them. What measures something begins with measured, and then nothing else runs.
+// A whole run has two nodes, which share the machine's processors:
+//
+//   - On the first one are the tests that measure something. They come first, since their files' names do, and while one
+//     of them runs nothing else does. The others follow.
+//   - On the second one are those that stop components of the node. The first of them, in which the API server is away for
+//     five minutes, sleeps for most of its time, beside the measurements; the others wait until those have ended.
 
-// onSecondNode are those tests, as flags of go test select tests.
-const onSecondNode = "^(TestChangesArriveAfterFiveMinutesWithoutTheAPIServer|TestSoakOfTwoMinutes|TestUpgradeAndRollback)$"
+// onSecondNode are its tests, as flags of go test select tests.
+const onSecondNode = "^(TestChangesArriveAfterFiveMinutesWithoutTheAPIServer|TestPodsKeepFiles.*|TestDeletedPodsLeaveNothing|" +
+	"TestDriverIsListedOnlyWhileItServes|TestSoakOfTwoMinutes|TestUpgradeAndRollback)$"
 
-// startSecondNode starts this program again for the tests on the second node, and returns when that is ready. The first
-// one is not to run them.
+// envNode says which node of a whole run a process is for, "first" or "second".
+const envNode = "E2E_NODE"
+
+// startSecondNode starts this program again for the second node, and returns when that is ready. This process is for the
+// first one from then on.
 func startSecondNode() (wait func() error, _ error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
 	cmd := exec.Command(self, append(os.Args[1:], "-test.run="+onSecondNode)...)
+	cmd.Env = append(os.Environ(), envNode+"=second")
 	os.Args = append(os.Args, "-test.skip="+onSecondNode)
+	os.Setenv(envNode, "first")
 	runtime.LockOSThread() // it ends with the thread that starts it
 	output, err := cmd.StdoutPipe()
 	if err != nil {
@@ -74,36 +84,80 @@ func isWholeRun() bool {
 	return true
 }
 
+// lock locks a file in the cache, shared or not, until it is closed or this process ends.
+func lock(name string, how int) (*os.File, error) {
+	cache, err := machine.CacheDir()
+	if err != nil {
+		return nil, err
+	}
+	file, err := os.OpenFile(filepath.Join(cache, name), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	return file, unix.Flock(int(file.Fd()), how)
+}
+
 // processors gives a test the machine's processors, shared with others or not, until it ends or calls release.
 func processors(t *testing.T, how int) (release func()) {
 	t.Helper()
-	cache, err := machine.CacheDir()
+	// Whoever waits for the second lock has the first one, so that nobody overtakes.
+	turn, err := lock("processors.turn", unix.LOCK_EX)
 	if err != nil {
 		t.Fatal(err)
 	}
-	lock := func(name string, how int) *os.File {
-		file, err := os.OpenFile(filepath.Join(cache, name), os.O_CREATE|os.O_RDWR, 0o600)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := unix.Flock(int(file.Fd()), how); err != nil {
-			t.Fatal(err)
-		}
-		return file
+	defer turn.Close()
+	held, err := lock("processors", how)
+	if err != nil {
+		t.Fatal(err)
 	}
-	// Whoever waits for the second lock has the first one, so that nobody overtakes.
-	turn := lock("processors.turn", unix.LOCK_EX)
-	held := lock("processors", how)
-	turn.Close()
 	release = sync.OnceFunc(func() { held.Close() })
 	t.Cleanup(release)
 	return release
 }
 
+// measuring is the lock that the first node has as long as tests that measure something are to come.
+var measuring *os.File
+
+// startMeasuring is called before the first node's tests.
+func startMeasuring() (err error) {
+	if os.Getenv(envNode) == "first" {
+		measuring, err = lock("measuring", unix.LOCK_EX)
+	}
+	return err
+}
+
 // measured is begin for a test that measures something.
 func measured(t *testing.T, driverArgs ...string) namespace {
 	t.Helper()
+	if os.Getenv(envNode) == "first" && measuring == nil {
+		t.Fatal("the tests that measure come first: this one's file needs a name before those of the others")
+	}
 	processors(t, unix.LOCK_EX)
 	installDriver(t, driverArgs...)
 	return newNamespace(t)
+}
+
+// endMeasuring says that no test that measures is to come on this node, and waits until none is on the other.
+var endMeasuring = sync.OnceValue(func() error {
+	switch os.Getenv(envNode) {
+	case "first":
+		measuring.Close()
+		measuring = nil
+	case "second":
+		over, err := lock("measuring", unix.LOCK_SH)
+		if err != nil {
+			return err
+		}
+		over.Close()
+	}
+	return nil
+})
+
+// unmeasured is called at the beginning of a test that measures nothing.
+func unmeasured(t *testing.T) (release func()) {
+	t.Helper()
+	if err := endMeasuring(); err != nil {
+		t.Fatal(err)
+	}
+	return processors(t, unix.LOCK_SH)
 }
