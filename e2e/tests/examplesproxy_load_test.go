@@ -162,7 +162,7 @@ func (p standardProxy) atOnce(times int, script string, env ...string) time.Dura
 	return time.Since(began)
 }
 
-// carriesClones compares 50 clones at once, of 50 MB each, with the same without the proxy.
+// carriesClones compares 50 clones at once, of 20 MB each, with the same without the proxy.
 func (p standardProxy) carriesClones() {
 	dir, err := os.MkdirTemp("/run", "big-")
 	if err != nil {
@@ -175,7 +175,7 @@ func (p standardProxy) carriesClones() {
 	}
 	if err := machine.Run("sh", "-euc", `
 		cd "$0/work"
-		dd if=/dev/urandom of=big bs=1M count=50 status=none
+		dd if=/dev/urandom of=big bs=1M count=20 status=none
 		git add big
 		git -c core.compression=0 -c user.name=test -c user.email=test@example.com commit -q -m big
 		git push -q ../repositories/team/app.git main
@@ -190,7 +190,7 @@ func (p standardProxy) carriesClones() {
 	proxied := p.atOnce(50, `git -c http.extraHeader="$HEADER" clone --quiet --bare "http://$NAME/big/team/app.git"`,
 		"HEADER="+bearer(p.token("git-user")), "NAME="+p.host("git"))
 	asked := p.asked().since(before)
-	p.Logf("50 clones of 50 MB at once: %v without the proxy, %v with it, %.2f times as long; %d requests to the API server",
+	p.Logf("50 clones of 20 MB at once: %v without the proxy, %v with it, %.2f times as long; %d requests to the API server",
 		direct.Round(time.Millisecond), proxied.Round(time.Millisecond), proxied.Seconds()/direct.Seconds(),
 		asked.connectors)
 	if proxied > 3*direct+time.Second {
