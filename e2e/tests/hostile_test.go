@@ -96,7 +96,7 @@ func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
 		}
 		ns.apply(strings.Join(pods, "---"))
 	}
-	const most = 5 * time.Second
+	const most = 6 * time.Second // one rendering of another namespace, which takes five at most, and their own
 	if p99 := round("beside"); p99 > most {
 		t.Errorf("while hostile Pods start, the 99th percentile of NodePublishVolume of honest ones is %v", p99)
 	}
@@ -141,6 +141,7 @@ func TestHundredHostilePodsLeaveTheDriverToOthers(t *testing.T) {
 		case p.code == "FailedPrecondition" && says("rendering it takes more than"):
 		case p.code == "ResourceExhausted" && says("processor time"):
 		case p.code == "DeadlineExceeded" && says("rendering took too long"): // in the line behind the others
+		case p.code == "Unavailable" && says("the node is too busy: "): // for two seconds of processor time in five
 		case says("no answer from the API server"): // which starts 130 Pods on the same two cores
 		default:
 			t.Errorf("a hostile Pod was refused with %s: %s", p.code, p.err)
