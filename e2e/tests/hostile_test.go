@@ -179,11 +179,11 @@ func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
 	freshDriver(t)
 	honest.target("neighbour", map[string]string{"address": "{{ .connector.spec.address }}",
 		"token": "{{ .context.token }}"})
-	alone := honest.fastest("alone")
+	alone := honest.fastest("alone", 1)
 	// A node's kubelet has work with Pods that wait for what does not come, whoever is asked for it: here for ConfigMaps.
 	harmless := newNamespace(t)
 	harmless.waiting(80)
-	control := honest.fastest("control")
+	control := honest.fastest("control", 2)
 	harmless.kubectl("delete", "pods", "--all", "--timeout=3m")
 
 	tenant := newNamespace(t)
@@ -214,9 +214,11 @@ func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
 	tenant.apply(strings.Join(pods, "---"))
 
 	before, used, began := len(publishes(t)), driverProcessorTime(t), time.Now()
-	beside, most := honest.fastest("beside"), control*3/2
-	for try := 0; beside > most && try < 2; try++ { // the rest of the machine is busy at times, too
-		beside = min(beside, honest.fastest("beside"))
+	// The Pods that ran in time stay. The rest of the machine is busy at times, too.
+	beside, most := honest.deploy("beside", 20, mountTarget).Round(100*time.Millisecond), control*3/2
+	for try := 0; beside > most && try < 4; try++ {
+		honest.deleteDeployment("beside")
+		beside = min(beside, honest.deploy("beside", 20, mountTarget).Round(100*time.Millisecond))
 	}
 	calls := slices.DeleteFunc(publishes(t)[before:], func(p publish) bool { return p.namespace != honest.name })
 	t.Logf("20 Pods of a neighbour run after %v alone, after %v beside as many Pods as the tenant's that wait for ConfigMaps, and after "+
@@ -226,7 +228,6 @@ func TestATenantWhoTakesAllThatHeCanIsAlone(t *testing.T) {
 		t.Errorf("beside the tenant a neighbour's Pods take %.1f times as long as beside harmless Pods",
 			beside.Seconds()/control.Seconds())
 	}
-	honest.deploy("running", 20, mountTarget)
 	honest.quickRepublishes()
 
 	// With more Pods than kubelet allows by default he fills the node's budget too. That stops new volumes, not those
@@ -336,7 +337,7 @@ func (ns namespace) quickRepublishes() {
 		all2, quick2, logged2, loggedQuick2 := count()
 		republishes = (all2 - all) - (logged2 - logged)
 		slow = republishes - ((quick2 - quick) - (loggedQuick2 - loggedQuick))
-		if republishes < 500 {
+		if republishes < 200 { // which is enough to know what most of them take
 			return fmt.Errorf("there were %d republishes", republishes)
 		}
 		return nil
@@ -371,15 +372,15 @@ spec:
 	ns.apply(strings.Join(manifests, "---"))
 }
 
-// fastest starts 20 Pods twice and returns the shorter time.
-func (ns namespace) fastest(name string) time.Duration {
+// fastest starts 20 Pods so many times and returns the shortest time.
+func (ns namespace) fastest(name string, times int) time.Duration {
 	ns.Helper()
-	var times []time.Duration
-	for range 2 {
-		times = append(times, ns.deploy(name, 20, mountTarget).Round(100*time.Millisecond))
+	var took []time.Duration
+	for range times {
+		took = append(took, ns.deploy(name, 20, mountTarget).Round(100*time.Millisecond))
 		ns.deleteDeployment(name)
 	}
-	return slices.Min(times)
+	return slices.Min(took)
 }
 
 // scrape gets a page every second, many times at once, until stop is called.
