@@ -58,7 +58,7 @@ func TestMain(m *testing.M) {
 			}
 		}
 	}
-	flag.Set("test.parallel", "100") // beside decides how many
+	flag.Lookup("test.parallel").Value.Set("100") // beside decides how many; as a flag that is given, Ginkgo refuses it
 	code := node.On(func(n *node.Node) int {
 		theNode = n
 		if err := startMeasuring(); err != nil {
