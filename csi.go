@@ -428,12 +428,11 @@ func (d *driver) readAttributes(v *volume, p *publication, request *csi.NodePubl
 // attributesFor returns the volume's attributes. A Pod cannot change them, so most calls bring known ones.
 func (d *driver) attributesFor(v *volume, request *csi.NodePublishVolumeRequest,
 	podNamespace string) (attributes, error) {
-	digest, size := sha256.New(), 0
+	digest := sha256.New()
 	fmt.Fprintf(digest, "%q", podNamespace)
 	for _, key := range slices.Sorted(maps.Keys(request.VolumeContext)) {
 		if value := request.VolumeContext[key]; !strings.HasPrefix(key, kubeletKeyPrefix) {
 			fmt.Fprintf(digest, " %d %d %s%s", len(key), len(value), key, value)
-			size += len(key) + len(value)
 		}
 	}
 	made := [sha256.Size]byte(digest.Sum(nil))
@@ -441,7 +440,7 @@ func (d *driver) attributesFor(v *volume, request *csi.NodePublishVolumeRequest,
 		return v.publication.attributes, nil
 	}
 	a, err := parseAttributes(request.VolumeContext, podNamespace, d.builtInFiles)
-	a.digest, a.size = made, size
+	a.digest = made
 	return a, err
 }
 
@@ -553,11 +552,15 @@ var knownAttributes = []string{attrConfigurations, attrParams, attrName, attrNam
 // parseAttributes reads what stands under volumeAttributes in the Pod. Its errors are for whoever wrote that.
 func parseAttributes(volumeContext map[string]string, podNamespace string, builtIn bool) (attributes, error) {
 	a := attributes{selection: selection{BuiltIn: builtIn}}
-	for key := range volumeContext {
-		if !slices.Contains(knownAttributes, key) && !strings.HasPrefix(key, kubeletKeyPrefix) {
+	for key, value := range volumeContext {
+		if strings.HasPrefix(key, kubeletKeyPrefix) {
+			continue
+		}
+		if !slices.Contains(knownAttributes, key) {
 			return a, fmt.Errorf("unknown attribute %q in volumeAttributes: known are %s",
 				cut(key, maxQuotedBytes), strings.Join(knownAttributes, ", "))
 		}
+		a.size += len(key) + len(value)
 	}
 	var err error
 	if a.connectors, err = parseConnectors(volumeContext, podNamespace); err != nil {
@@ -897,7 +900,7 @@ func (d *driver) pushInTurn(ctx context.Context, v *volume, at mountState, renew
 //
 //  1. let no push begin, and stop those under way
 //  2. wait for each, and end its volume's timers and streams
-//  3. end the connections and the renderers
+//  3. end the renderers
 func (d *driver) close() {
 	// 1. stop
 	d.mu.Lock()
@@ -916,7 +919,6 @@ func (d *driver) close() {
 	}
 
 	// 3. end
-	d.kube.close()
 	d.renderers.close()
 }
 

@@ -19,6 +19,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -36,14 +37,15 @@ const (
 	// namespace.
 	maxRequests          = 16
 	maxNamespaceRequests = 4
-	// Answers that are read at once, of those that are larger than what each request may have.
+	// Answers that are read at once, of those that are larger than what each request may have. One namespace
+	// may have both.
 	maxLargeAnswers  = 2
 	smallAnswerBytes = 64 << 10
 
 	// etcd holds objects of at most about 1.5 MiB, which JSON can make longer.
 	maxObjectBytes = 3 << 20
-	// The objects of a volume together, those of the volumes under way for the Pods of one namespace, and in
-	// all.
+	// The objects of a new volume together, those of the volumes under way for the Pods of one namespace, and
+	// in all. A mounted volume may have as much as its namespace, so that what grew goes on.
 	maxVolumeObjectsBytes    = 4 << 20
 	maxNamespaceObjectsBytes = 6 << 20
 	maxObjectsBytes          = 16 << 20
@@ -60,12 +62,11 @@ const (
 
 	// A watch lasts for some time from the smaller to the larger, so that those of a node do not end together.
 	minWatchTime, maxWatchTime = 25 * time.Minute, 30 * time.Minute
-	// Before a watch is opened again the driver waits, at most, if it was lost; and at least, if it was refused
-	// once, and more than once.
-	maxReopenTime    = 30 * time.Second
-	firstRefusedTime = 5 * time.Second
-	refusedTime      = 4 * time.Minute
-	maxPostponeTime  = 5 * time.Minute // by Retry-After
+	// How long the driver waits before it opens a watch again.
+	maxReopenTime    = 30 * time.Second // at most, after it was lost
+	firstRefusedTime = 5 * time.Second  // to three times as long, after it was refused once
+	refusedTime      = 4 * time.Minute  // to twice as long, after more
+	maxPostponeTime  = 5 * time.Minute  // at most, by Retry-After
 
 	maxEventBytes = 4 << 10 // that are looked into, for which each watch has a buffer
 
@@ -94,12 +95,12 @@ type kube struct {
 	mu         sync.Mutex                   // guards what follows
 	charged    map[string]int               // bytes of lookups' objects, by the Pod's namespace; of all by ""
 	entries    map[string]map[string]*entry // by path, then by reader
-	cacheBytes int                          // of the objects in entries
+	cacheBytes int                          // of the objects in entries; a shared one counts for each
 	watches    map[string]int               // by the namespace of the reader; those of the driver by ""
 }
 
 // newKube connects to the API server. Proxy settings of the environment are ignored: no Pod's token may go to
-// one.
+// one. The CA is read once: a new one of the cluster needs new Pods of the DaemonSet.
 func newKube(c kubeConfig) (*kube, error) {
 	pem, err := os.ReadFile(filepath.Join(c.directory, "ca.crt"))
 	if err != nil {
@@ -147,13 +148,14 @@ func (k *kube) ownToken() (string, error) {
 	return strings.TrimSpace(string(token)), nil
 }
 
-// lookup is what one publish or push asks the API server for, and the objects that it keeps meanwhile.
+// lookup is what one publish or push asks the API server for, each object once, and what it keeps meanwhile. It is
+// one goroutine's.
 type lookup struct {
 	subscriber *subscriber
 	pod        podIdentity
 	token      string // the Pod's
 	first      bool   // nothing counts that was read before; Connectors are read with this very token
-	renewal    bool   // what the volume's files were made from is current: the token may be too old to read
+	renewal    bool   // what the volume was given last is current: the Pod's token may have expired
 
 	kube    *kube
 	began   time.Time
@@ -177,26 +179,20 @@ func (l *lookup) end() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for e, o := range l.objects {
-		if o != nil {
-			k.uncharge(o, l.pod.namespace)
-			k.uncharge(o, "")
+		for _, of := range []string{l.pod.namespace, ""} {
+			if o == nil {
+				continue
+			}
+			if o.holders[of]--; o.holders[of] == 0 {
+				delete(o.holders, of)
+				k.charged[of] -= len(o.raw)
+			}
+			if k.charged[of] == 0 {
+				delete(k.charged, of)
+			}
 		}
 		e.lookups--
 		k.dropUnused(e)
-	}
-}
-
-// uncharge ends what one lookup of the namespace, or of all, is charged for an object. The caller holds the
-// lock.
-func (k *kube) uncharge(o *apiObject, namespace string) {
-	o.holders[namespace]--
-	if o.holders[namespace] > 0 {
-		return
-	}
-	delete(o.holders, namespace)
-	k.charged[namespace] -= len(o.raw)
-	if k.charged[namespace] == 0 {
-		delete(k.charged, namespace)
 	}
 }
 
@@ -250,7 +246,8 @@ func (l *lookup) charge(e *entry, o *apiObject) error {
 	return nil
 }
 
-// reference names a Connector, or without a namespace a ConnectorClass.
+// reference names a Connector, or without a namespace a ConnectorClass. Both names are DNS names, which stand in
+// a path as they are.
 type reference struct{ namespace, name string }
 
 // String returns the name for messages and the log.
@@ -293,11 +290,8 @@ func (l *lookup) requestToken(ctx context.Context, audiences []string,
 	}
 	// The label brings the request before the policy in deploy.yaml that keeps it to the node's own Pods.
 	labels := map[string]string{"app.kubernetes.io/name": driverName}
-	body, err := json.Marshal(map[string]any{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
-		"metadata": map[string]any{"labels": labels}, "spec": spec})
-	if err != nil {
-		return issuedToken{}, err
-	}
+	body, _ := json.Marshal(map[string]any{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+		"metadata": map[string]any{"labels": labels}, "spec": spec}) // strings and a number, which cannot fail
 	asked := time.Now()
 	path := "/api/v1/namespaces/" + url.PathEscape(pod.namespace) + "/serviceaccounts/" +
 		url.PathEscape(pod.serviceAccount) + "/token"
@@ -376,8 +370,8 @@ func scanFields(text []byte, wanted fields) (isObject bool) {
 	return true
 }
 
-// scanValue stores what is wanted of the first value in a text that is valid, and returns what follows the
-// value.
+// scanValue stores what is wanted of the value that a valid text begins with, and returns what follows it. A
+// number is never all of the text, since it stands in an object.
 func scanValue(text []byte, wanted any) (rest []byte) {
 	text = skipSpace(text)
 	switch opening := text[0]; opening {
@@ -434,7 +428,8 @@ type entry struct {
 	watch         *watch // nil without a subscription, or if there are too many
 }
 
-// reading is a read under way, which all lookups wait for that need the object.
+// reading is a read under way, which all lookups wait for that need the object. Its results are there when done
+// is closed.
 type reading struct {
 	began  time.Time
 	done   chan struct{}
@@ -445,7 +440,7 @@ type reading struct {
 
 // isCurrent reports whether the lookup may take the object as it is:
 //
-//   - one for a new token alone, if the volume's files were made from it
+//   - one for a new token alone, if the volume was given it last
 //   - none, if another version is known to be newer
 //   - any, if the read of it began later than the lookup
 //   - one for a mounted volume, while a watch is open, unless that has named another version since the read
@@ -462,7 +457,7 @@ func (e *entry) isCurrent(l *lookup) bool {
 		return false
 	case e.read.After(l.began):
 		return true
-	case l.first || w != nil && w.latest != e.object.version && !e.read.After(w.heard):
+	case l.first || e.predates(e.read) && w.latest != e.object.version:
 		return false
 	case w != nil && w.open:
 		return true
@@ -471,6 +466,9 @@ func (e *entry) isCurrent(l *lookup) bool {
 		return time.Since(e.read) < refresh || w != nil && time.Since(w.ended) < refresh
 	}
 }
+
+// predates reports whether the watch has said something since a read began. The caller holds the lock.
+func (e *entry) predates(began time.Time) bool { return e.watch != nil && !began.After(e.watch.heard) }
 
 // entry finds or makes the entry that the lookup asks for, and keeps it until the lookup ends.
 func (l *lookup) entry(path, reader string) *entry {
@@ -486,10 +484,8 @@ func (l *lookup) entry(path, reader string) *entry {
 		e = &entry{path: path, reader: reader, subscriptions: map[*subscriber]*subscription{}}
 		readers[reader] = e
 	}
-	if _, asked := l.objects[e]; !asked {
-		l.objects[e] = nil
-		e.lookups++
-	}
+	l.objects[e] = nil
+	e.lookups++
 	return e
 }
 
@@ -524,7 +520,7 @@ func (l *lookup) find(ctx context.Context, e *entry) (*apiObject, error) {
 
 		// 2. under way
 		r := e.reading
-		if r == nil || !r.began.After(l.began) && (l.first || e.watch != nil && !r.began.After(e.watch.heard)) {
+		if r == nil || !r.began.After(l.began) && (l.first || e.predates(r.began)) {
 			break
 		}
 		k.mu.Unlock()
@@ -548,8 +544,11 @@ func (l *lookup) find(ctx context.Context, e *entry) (*apiObject, error) {
 	o, err := l.read(ctx, e)
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if err == nil {
+	switch {
+	case err == nil:
 		o = k.keep(e, o, r.began)
+	case isStatus(err, http.StatusForbidden), isStatus(err, http.StatusNotFound):
+		k.setObject(e, nil) // it is not the reader's any more
 	}
 	r.object, r.err = o, err
 	r.failed = err != nil && (ctx.Err() != nil || isStatus(err, http.StatusUnauthorized))
@@ -594,14 +593,13 @@ func (k *kube) keep(e *entry, o *apiObject, began time.Time) *apiObject {
 	}
 	k.setObject(e, o)
 	e.read, e.outdated = began, outdated
-	for k.cacheBytes > maxCacheBytes {
-		oldest := e
-		for other := range k.allEntries {
-			if other.object != nil && other.used.Before(oldest.used) {
-				oldest = other
+	if k.cacheBytes > maxCacheBytes {
+		byUse := func(a, b *entry) int { return a.used.Compare(b.used) }
+		for _, oldest := range slices.SortedFunc(k.allEntries, byUse) {
+			if k.cacheBytes > maxCacheBytes {
+				k.setObject(oldest, nil)
 			}
 		}
-		k.setObject(oldest, nil)
 	}
 	return o
 }
@@ -646,11 +644,11 @@ type subscriber struct {
 	entries map[*entry]bool // kube.mu guards it
 }
 
-// subscription is what a subscriber knows of an object, and reads it with.
+// subscription is what a subscriber knows of an object, and what it is watched with. kube.mu guards it.
 type subscription struct {
-	version string    // from which its files were made
-	token   string    // of its Pod, for a Connector
-	since   time.Time // when kubelet brought the token
+	version string    // that the last publish was given, whether or not it succeeded
+	token   string    // of the Pod, for a Connector
+	since   time.Time // when it became the token
 	refused bool      // the API server does not accept the token
 }
 
@@ -662,7 +660,7 @@ type watch struct {
 	stop     context.CancelFunc
 	resume   string // the resourceVersion from which to go on; follow's own
 
-	// kube.mu guards the rest.
+	// kube.mu guards the rest; follow alone writes heard and latest, and reads them without it.
 	open   bool
 	ended  time.Time // when it was open last, if it is not
 	heard  time.Time // when its last event came
@@ -758,7 +756,7 @@ func (k *kube) stopWatch(e *entry) {
 		return
 	}
 	w.stop()
-	k.noteClosed(e, w)
+	k.noteClosed(w)
 	e.watch = nil
 	namespace, _, _ := strings.Cut(e.reader, "/")
 	if k.watches[namespace]--; k.watches[namespace] == 0 {
@@ -767,19 +765,10 @@ func (k *kube) stopWatch(e *entry) {
 }
 
 // noteClosed notes that a watch is not open any more. The caller holds the lock.
-func (k *kube) noteClosed(e *entry, w *watch) {
+func (k *kube) noteClosed(w *watch) {
 	if w.open {
 		w.open, w.ended = false, time.Now()
 		k.metrics.add(watchesOpen, -1)
-	}
-}
-
-// close stops all watches.
-func (k *kube) close() {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	for e := range k.allEntries {
-		k.stopWatch(e)
 	}
 }
 
@@ -789,9 +778,10 @@ func (k *kube) close() {
 //  2. if the API server has forgotten what happened since then (410), or does not take it (400), begin with
 //     what there is now
 //  3. if a token was refused (401), as that of a deleted Pod is, use another Pod's
-//  4. wait: if the ServiceAccount may not watch the object (403), for another token or some minutes, but
-//     after the first refusal some seconds, since an API server that has just started refuses what it allows
-//     later; otherwise a random time, since many watches end together, which grows while this one fails
+//  4. wait: if there is no other token, or the ServiceAccount may not watch the object (403), for another token
+//     or some minutes, but after the first refusal some seconds, since an API server that has just started
+//     refuses what it allows later; otherwise a random time, since many watches end together, which grows while
+//     this one fails
 func (k *kube) follow(ctx context.Context, e *entry, w *watch) {
 	failures, refusals, warned := 0, 0, false
 	for ctx.Err() == nil {
@@ -803,14 +793,14 @@ func (k *kube) follow(ctx context.Context, e *entry, w *watch) {
 		began, from, token := time.Now(), w.resume, k.newestToken(e)
 		atLeast, err := k.receive(ctx, e, w, token)
 		k.mu.Lock()
-		k.noteClosed(e, w)
+		k.noteClosed(w)
 		k.mu.Unlock()
 
 		// 2. forgotten
 		if (isStatus(err, http.StatusGone) || isStatus(err, http.StatusBadRequest)) && w.resume != "" {
-			forgotten := w.resume == from
+			atOnce := w.resume == from // but not again and again
 			w.resume = ""
-			if forgotten {
+			if atOnce {
 				continue
 			}
 		}
@@ -839,7 +829,7 @@ func (k *kube) follow(ctx context.Context, e *entry, w *watch) {
 		if forbidden && refusals > 1 && !warned {
 			warned = true
 			k.log.Warn("an object is polled, since it may not be watched: grant the verb watch beside get",
-				"object", e.path, "reader", cmp.Or(e.reader, driverName), "error", err)
+				"object", e.path, "reader", cmp.Or(e.reader, driverName), "error", cut(err.Error(), maxMessageBytes))
 		}
 		select {
 		case <-time.After(wait):
@@ -881,8 +871,7 @@ func (k *kube) markRefused(e *entry, token string) (another bool) {
 }
 
 // receive opens a watch of the metadata of one object, and handles its events until it ends. Without a
-// resourceVersion it begins with the object as it is; that of a read would not do, since the API server may
-// have forgotten it, and will not know it better later. It returns how long the API server wants not to be
+// resourceVersion it begins with the object as it is: that of a read may be too old to begin with, and stays so. It returns how long the API server wants not to be
 // asked again, and why the watch ended, unless it did so in the usual way.
 func (k *kube) receive(ctx context.Context, e *entry, w *watch,
 	token string) (atLeast time.Duration, _ error) {
@@ -897,14 +886,14 @@ func (k *kube) receive(ctx context.Context, e *entry, w *watch,
 	if w.resume != "" {
 		query.Set("resourceVersion", w.resume)
 	}
-	target := strings.TrimSuffix(resource, "/") + "?" + query.Encode()
-	response, err := k.send(ctx, "watch", target, e.reader, token, nil)
+	uri := strings.TrimSuffix(resource, "/") + "?" + query.Encode()
+	response, err := k.send(ctx, "watch", uri, e.reader, token, nil)
 	if err != nil {
 		return 0, err
 	}
 	defer response.Body.Close()
 	if response.StatusCode != http.StatusOK {
-		data, err := io.ReadAll(io.LimitReader(response.Body, maxObjectBytes))
+		data, err := io.ReadAll(io.LimitReader(response.Body, smallAnswerBytes))
 		if err != nil {
 			return 0, err
 		}
@@ -973,8 +962,8 @@ func (k *kube) handle(e *entry, w *watch, line []byte) error {
 	return nil
 }
 
-// noteVersion notes what a watch says, which makes it an open one, and notifies the subscribers whose files
-// were made from another version.
+// noteVersion notes what a watch says, which makes it an open one, and notifies the subscribers that
+// were given another version.
 func (k *kube) noteVersion(e *entry, w *watch, version string, at time.Time) {
 	k.mu.Lock()
 	if e.watch != w { // it was ended
@@ -998,8 +987,8 @@ func (k *kube) noteVersion(e *entry, w *watch, version string, at time.Time) {
 	}
 }
 
-// newRequestQueue makes a queue for requests, in which the namespace with the fewest under way is next: slow
-// answers to one tenant's many namespaces make nobody wait for more than one of them.
+// newRequestQueue makes a queue for requests, in which the namespace with the fewest under way is next: where
+// slow answers to one tenant's many namespaces fill it, another's waits for one of them to end.
 func newRequestQueue(capacity int) *queue {
 	q := &queue{capacity: capacity}
 	q.before = func(a, b *turn) bool { return q.activeOf(a.namespace) < q.activeOf(b.namespace) }
@@ -1057,7 +1046,8 @@ func (l *lookup) requestOnce(ctx context.Context, path, reader string,
 	return nil, wait, err
 }
 
-// readAnswer reads an answer, of which only few may be large at a time: nobody has counted them yet.
+// readAnswer reads an answer, of which only few may be large at a time, since nobody has counted them yet. While
+// it waits, its request's turn and time go on.
 func (l *lookup) readAnswer(ctx context.Context, body io.Reader) ([]byte, error) {
 	data, err := io.ReadAll(io.LimitReader(body, smallAnswerBytes))
 	if err != nil || len(data) < smallAnswerBytes {
@@ -1073,9 +1063,9 @@ func (l *lookup) readAnswer(ctx context.Context, body io.Reader) ([]byte, error)
 
 // send sends a request with the reader's token, which for the driver itself is its own, and counts it by what
 // the API server has answered, if it has.
-func (k *kube) send(ctx context.Context, verb, target, reader, token string,
+func (k *kube) send(ctx context.Context, verb, uri, reader, token string,
 	body []byte) (*http.Response, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, k.server+target, bytes.NewReader(body))
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, k.server+uri, bytes.NewReader(body))
 	if err == nil && reader == "" {
 		token, err = k.ownToken()
 	}
@@ -1135,8 +1125,8 @@ type podIdentity struct{ namespace, serviceAccount, name, uid string }
 
 var errMalformedToken = errors.New("the token that kubelet passed is not one of a Pod's ServiceAccount")
 
-// parseIdentity reads the claims of a Pod's token without checking its signature: that is the API server's,
-// which accepts the token, or not, before anything comes of the claims.
+// parseIdentity reads the claims of a Pod's token without checking its signature. The API server does that at the
+// first publish of a volume, before anything comes of the claims; later tokens are kubelet's word.
 func parseIdentity(token string) (pod podIdentity, _ error) {
 	isObject := scanFields(claimsOf(token), fields{"kubernetes.io": fields{
 		"namespace":      &pod.namespace,
@@ -1245,7 +1235,7 @@ func lookupError(err error) (codes.Code, error) {
 // maxQuotedBytes is how much a message or a log line has of any one thing that a user wrote.
 const maxQuotedBytes = 200
 
-// cut shortens a text to so many bytes, of which it makes valid UTF-8, and marks what it has shortened.
+// cut returns a text of at most limit bytes as it is, and of a longer one the beginning, as valid UTF-8, with a mark.
 func cut(text string, limit int) string {
 	if len(text) <= limit {
 		return text

@@ -114,7 +114,7 @@ func run() error {
 	refresh := flag.Duration("refresh-interval", time.Minute,
 		"how old a Connector or ConnectorClass may be when a mounted volume is refreshed")
 	builtIn := flag.Bool("builtin-files", false, builtInUsage)
-	volumesBudget := flag.Int("volumes-budget", 240, "memory for the mounted volumes of all Pods together, "+
+	volumesBudget := flag.Int64("volumes-budget", 240, "memory for the mounted volumes of all Pods together, "+
 		"in MiB; it is part of the container's memory limit")
 	showVersion := flag.Bool("version", false, "print the version and exit")
 	flag.Usage = func() { fmt.Fprint(os.Stderr, usage); flag.PrintDefaults() }
@@ -124,7 +124,6 @@ func run() error {
 		return nil
 	}
 
-	// Start-up checks: each ends with one line that names the remedy.
 	podsDir := filepath.Join(*kubeletDir, "pods")
 	switch {
 	case flag.NArg() > 0:
@@ -153,7 +152,7 @@ func run() error {
 			"a Pod only")
 	}
 	d, err := newDriver(driverConfig{
-		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, volumesBudget: int64(*volumesBudget) << 20,
+		nodeName: *nodeName, podsDir: podsDir, builtInFiles: *builtIn, volumesBudget: *volumesBudget << 20,
 		binary: "/proc/self/exe", log: slog.Default(),
 		api: kubeConfig{server: "https://" + net.JoinHostPort(host, port), directory: serviceAccountDir,
 			refresh: *refresh},
@@ -263,7 +262,7 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 
 	// 2. validate
 	podNamespace := cmp.Or(*namespace, in.connectors[0].namespace)
-	if attributes[attrName] == "" && attributes[attrConnectors] == "" {
+	if attributes[attrName] == "" && attributes[attrNamespace] == "" && attributes[attrConnectors] == "" {
 		for _, r := range in.connectors {
 			attributes[attrConnectors] += "," + r.namespace + "/" + r.name
 		}
@@ -288,12 +287,15 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 	if *outputDir != "" {
 		return writeOut(f, *outputDir)
 	}
-	for i, name := range slices.Sorted(maps.Keys(f)) {
+	between := ""
+	for _, name := range slices.Sorted(maps.Keys(f)) {
 		heading := ""
 		if len(f) > 1 { // as tail(1) has it
-			heading = strings.Repeat("\n", min(i, 1)) + "==> " + name + " <==\n"
+			heading, between = between+"==> "+name+" <==\n", "\n"
 		}
-		fmt.Fprintf(stdout, "%s%s", heading, f[name])
+		if _, err := fmt.Fprintf(stdout, "%s%s", heading, f[name]); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -301,9 +303,16 @@ func preview(arguments []string, stdin io.Reader, stdout io.Writer) error {
 // render is what preview does for a volume: its steps 3 and 4.
 func (in *input) render(a attributes, podNamespace, token string) (files, error) {
 	// 3. find
-	in.sizes = sizes{limit: maxVolumeObjectsBytes}
-	class := func(name string) (*apiObject, error) { return in.object(reference{"", name}) }
-	sources, err := collectSources(podIdentity{}, a.connectors, in.object, class)
+	all := sizes{limit: maxVolumeObjectsBytes}
+	connector := func(ref reference) (*apiObject, error) {
+		o := in.objects[ref]
+		if o == nil {
+			return nil, failuref(codes.FailedPrecondition, "it is not in the input%s", in.foreign)
+		}
+		return o, all.add(o)
+	}
+	class := func(name string) (*apiObject, error) { return connector(reference{"", name}) }
+	sources, err := collectSources(podIdentity{}, a.connectors, connector, class)
 	if err == nil {
 		_, err = proxyAudiences(sources)
 	}
@@ -320,7 +329,7 @@ func (in *input) render(a attributes, podNamespace, token string) (files, error)
 }
 
 // check renders each configuration of each Connector's class for that Connector alone, and prints each
-// problem once. Where the class is missing, rendering a configuration without a name says so.
+// problem once. Where the class is missing or has none, rendering a configuration without a name says so.
 func (in *input) check(builtIn bool, token string, stdout io.Writer) error {
 	problems, rendered, unchecked := map[string]bool{}, 0, 0
 	for _, ref := range in.connectors {
@@ -330,7 +339,9 @@ func (in *input) check(builtIn bool, token string, stdout io.Writer) error {
 			if err != nil {
 				return err
 			}
-			configurations = objectList(value.(object), "spec", "configurations")
+			if of := objectList(value.(object), "spec", "configurations"); len(of) > 0 {
+				configurations = of
+			}
 		}
 		for _, c := range configurations {
 			want := selection{Configurations: []string{stringAt(c, "name")}, BuiltIn: builtIn}
@@ -359,7 +370,7 @@ func (in *input) check(builtIn bool, token string, stdout io.Writer) error {
 
 const (
 	maxInputBytes = 64 << 20
-	maxListDepth  = 4 // of lists in lists, each of which is read once more
+	maxListDepth  = 4 // of lists in lists, each level of which is decoded once more
 )
 
 // input is what was read from standard input.
@@ -367,17 +378,7 @@ type input struct {
 	namespace  string      // of a Connector that names none
 	connectors []reference // in their order
 	objects    map[reference]*apiObject
-	sizes      sizes  // of those that the volume mounts
 	foreign    string // says that an object of another API was passed over, if one was
-}
-
-// object returns an object of the volume; a class has no namespace.
-func (in *input) object(ref reference) (*apiObject, error) {
-	o := in.objects[ref]
-	if o == nil {
-		return nil, failuref(codes.FailedPrecondition, "it is not in the input%s", in.foreign)
-	}
-	return o, in.sizes.add(o)
 }
 
 // readInput reads objects, lists of objects, or several of either one after the other. Kinds that have
@@ -404,7 +405,7 @@ func readInput(stdin io.Reader, namespace string) (*input, error) {
 	return in, nil
 }
 
-// add takes an object, or the items of a list with at most so many others in one another.
+// add takes an object, or the items of a list, in which others may be nested so deep.
 func (in *input) add(raw json.RawMessage, depth int) error {
 	if depth < 0 {
 		return errors.New("standard input has too many lists in one another")
@@ -478,8 +479,8 @@ func writeOut(f files, dir string) error {
 	return nil
 }
 
-// serve runs the driver until ctx ends. Then it finishes the calls under way, each of which ends by itself
-// within publishTimeout, and removes the socket.
+// serve runs the driver until ctx ends. Then it removes the socket, finishes the calls under way, a publish within
+// publishTimeout, and ends the rest.
 func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 	// Two calls at a time run on goroutines whose stacks have grown already: 57 µs for one that changes nothing
 	// instead of 67. The option is experimental.
@@ -519,7 +520,7 @@ func serve(ctx context.Context, d *driver, socket, httpAddress string) error {
 
 // web serves what probes and Prometheus ask for, on a port that everybody in the cluster's network may reach.
 // So a connection is good for one request, and what all of them take together is bounded, which it is not in
-// net/http's server: that waits for half a second after a request whose body it does not read.
+// net/http's server: that keeps one that was displaced for another half second.
 type web struct {
 	registration *registration
 	metrics      *metrics
@@ -615,7 +616,7 @@ func (w *web) page(request *http.Request) (code int, text string) {
 	return http.StatusOK, "ok\n"
 }
 
-// checkHealth calls the driver by its socket each second, as kubelet does, so that no request causes a call.
+// checkHealth calls the driver over one connection to its socket each second, so that no request causes a call.
 func (w *web) checkHealth(ctx context.Context, identity csi.IdentityClient) {
 	for ; ctx.Err() == nil; time.Sleep(time.Second) {
 		call, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -639,8 +640,9 @@ type registration struct {
 	server *grpc.Server
 	log    *slog.Logger
 
-	mu         sync.Mutex // guards the rest
-	listener   net.Listener
+	listener net.Listener // of keepSocket's goroutine
+
+	mu         sync.Mutex  // guards the rest
 	inode      fs.FileInfo // of the socket that this process made
 	registered bool
 }
@@ -675,9 +677,10 @@ func (r *registration) listen() error {
 	if err = errors.Join(err, os.Chmod(r.socket, 0o600)); err != nil {
 		return errors.Join(err, listener.Close())
 	}
+	r.listener = listener
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.listener, r.inode, r.registered = listener, inode, false
+	r.inode, r.registered = inode, false
 	go r.server.Serve(listener)
 	return nil
 }
@@ -783,7 +786,7 @@ type metrics struct {
 
 // histogram counts durations.
 type histogram struct {
-	buckets [len(durationBuckets)]int64 // of those up to each limit
+	buckets [len(durationBuckets)]int64 // how many took at most each limit
 	seconds float64                     // of all together
 }
 
