@@ -54,7 +54,7 @@ var named = []string{
 	// budgets
 	"TestMemoryIsKnownBeforeTheMount", "TestMemoryIsWhatTheKernelCharges", "TestNodesBudget", "TestOldFilesThatAreOpenCount",
 	// fsGroup and owner
-	"TestModes", "TestModesAndOwners", "TestRestartKeepsModeAndOwner", "TestOwnersCannotWrite",
+	"TestModes", "TestRestartKeepsModeAndOwner", "TestOwnersCannotWrite",
 	// confinement and limits of renderers
 	"TestRendererIsConfined", "TestRendererCanDoNothing", "TestRenderersEndWithTheDriver", "TestWithoutNamespaces",
 	"TestOutputLimit", "TestKnownLimitIsNotTriedAgain",
