@@ -355,7 +355,7 @@ func TestNonsenseFails(t *testing.T) {
 		`round "x" 1`: `is "x", not`, `round 1.5 400`: ", not a number", `mulf 1e300 1e300`: ", not a number",
 		`toDecimal "9"`: `"9": invalid syntax`, `toDecimal "x"`: `"x"`, `seq`: "the result is empty",
 		`seq 1 2 3 4`: "the result is empty", `seq 1 0 3`: "the result is empty", `randInt 2 1`: "invalid argument",
-		`slice .list "x"`:           "string as type int",
+		`slice .list "x"`:           "is string, not int",
 		`add 9223372036854775807 1`: "beyond 64 bits", `add1 9223372036854775807`: "beyond 64 bits",
 		`mul 9223372036854775807 2`: "beyond 64 bits", `sub -9223372036854775807 2`: "beyond 64 bits",
 		`slice .list 0 9`: "slice", `index .list 9`: "out of range", `index .list "a"`: "on string Value",
@@ -389,7 +389,7 @@ func TestNonsenseFails(t *testing.T) {
 		`repeat -1 "a"`: "negative", `indent -1 "a"`: "negative", `substr 3 9 "a"`: "out of range",
 		`randAlpha -1`: "the result is empty", `randAlphaNum -1`: "the result is empty",
 		`randAscii -1`:   "the result is empty",
-		`randNumeric -1`: "the result is empty", `randBytes -1`: "makeslice", `until 1.5`: "as type int",
+		`randNumeric -1`: "the result is empty", `randBytes -1`: "makeslice", `until 1.5`: "not int",
 
 		// lists and maps
 		`first "a"`: "string", `last 1`: "int", `rest .map`: "map", `initial "a"`: "string",
@@ -397,10 +397,10 @@ func TestNonsenseFails(t *testing.T) {
 		`compact "a"`:   "string",
 		`without "a" 1`: "string", `has 1 "a"`: "string", `slice "a" 0`: "string", `concat .list "a"`: "string",
 		`chunk 1 "a"`: "string", `chunk 0 .list`: "below one", `chunk -1 .list`: "below one",
-		`keys .list`:       "as type map",
-		`merge .map .list`: "as type map",
-		`merge (dict "a" 1) (dict "a" (dict "b" .none)) | toJson | len | eq 7 | not | fail`: "as type string",
-		`set .list "a" 1`: "as type map", `len 1`: "len of type int", `lt 1 "a"`: "incompatible types",
+		`keys .list`:       "not map",
+		`merge .map .list`: "not map",
+		`merge (dict "a" 1) (dict "a" (dict "b" .none)) | toJson | len | eq 7 | not | fail`: "not string",
+		`set .list "a" 1`: "not map", `len 1`: "len of type int", `lt 1 "a"`: "incompatible types",
 		`gt .map 1`: "invalid type for comparison", `eq 1 "a"`: "incompatible types",
 
 		// secrets
@@ -409,7 +409,7 @@ func TestNonsenseFails(t *testing.T) {
 		`derivePassword 1 "none" "a" "b" "c"`: "cannot find password template none",
 		`decryptAES "a" "b"`:                  "illegal base64", `decryptAES "a" "YQ=="`: "out of range",
 		`buildCustomCert "a" "b"`:                  "unable to decode",
-		`genSignedCert "a" nil nil 1 (dict)`:       "as type sprig.certificate",
+		`genSignedCert "a" nil nil 1 (dict)`:       "not sprig.certificate",
 		`genSelfSignedCert "a" (list "x") nil 1`:   "error parsing ip: x",
 		`genSelfSignedCert "a" nil (list 1) 1`:     "is not a string",
 		`genSelfSignedCert "a" (list .none) nil 1`: "is not a string", `genCAWithKey "a" 1 "x"`: "no PEM data",

@@ -638,12 +638,19 @@ var functions = func() template.FuncMap {
 	return guarded
 }()
 
-// guard returns the function as templates call it, with arguments of any number and type. What call panics
-// about, since they are not what it takes, is an error of the template.
+// guard returns the function as templates call it, with arguments of any number and type. What call panics about
+// is an error of the template.
 func (f family) guard(name string, call any) func(arguments ...any) (any, error) {
 	function := reflect.ValueOf(call)
 	return func(arguments ...any) (any, error) {
 		in := make([]reflect.Value, len(arguments))
+		least, more, orMore := function.Type().NumIn(), function.Type().IsVariadic(), ""
+		if more {
+			least, orMore = least-1, " or more"
+		}
+		if len(in) < least || len(in) > least && !more {
+			return nil, fmt.Errorf("%s takes %d arguments%s, not %d", name, least, orMore, len(in))
+		}
 		for i, argument := range arguments {
 			var err error
 			if in[i], err = f.argument(i, argument, function.Type()); err != nil {
@@ -684,6 +691,9 @@ func (f family) argument(i int, value any, function reflect.Type) (reflect.Value
 		if converted := v.Convert(parameter); converted.Convert(v.Type()).Equal(v) {
 			return converted, nil
 		}
+	}
+	if !v.Type().AssignableTo(parameter) {
+		return v, fmt.Errorf("is %v, not %v", v.Type(), parameter)
 	}
 	return v, nil
 }

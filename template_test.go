@@ -102,6 +102,13 @@ func TestTemplatesThatFail(t *testing.T) {
 	n := startNode(t)
 	missing := "no value"
 	for template, word := range sorted(map[string]string{
+		// Arguments that do not fit
+		`{{ trimSuffix "a" }}`:   "file line 1: {{ trimSuffix \"a\" }}: trimSuffix takes 2 arguments, not 1",
+		`{{ upper "a" "b" }}`:    "upper takes 1 arguments, not 2",
+		`{{ printf }}`:           "printf takes 1 arguments or more, not 0",
+		`{{ upper .connector }}`: "argument 1 of upper is map[string]interface {}, not string",
+		`{{ "x" | repeat "3" }}`: "argument 1 of repeat is string, not int",
+
 		// Printing a missing value
 		`{{ .connector.spec.none }}`: "file line 1: {{ .connector.spec.none }} has " +
 			"no value",
