@@ -157,7 +157,7 @@ func checkAddress(of, field, address string) error {
 }
 
 // keepCertificates replaces status.proxy.httpAddress.CACerts by the certificates in it, encoded anew: bundles
-// have lines of comment between them, which would reach files. Where one cannot be kept, none is: a file that
+// have lines of comment between them, which would reach files. Where one cannot be kept, the volume is refused: a file that
 // lacks a certificate fails much later, in TLS.
 func keepCertificates(of string, o object) error {
 	address, _ := valueAt(o, "status", "proxy", "httpAddress").(object)
@@ -306,7 +306,7 @@ func renderConfiguration(out *volumeFiles, c mountedClass, configuration object,
 
 // hintNoProxy names the usual reason why a template fails on a Connector created a moment ago, if that is
 // what it fails for: with an address of a proxy it would do something else.
-func hintNoProxy(c mountedClass, attempt func(mountedClass) ([]byte, error), failure error) string {
+func hintNoProxy(c mountedClass, attempt func(mountedClass) ([]byte, error), failed error) string {
 	lacking := ""
 	c.connectors = slices.Clone(c.connectors)
 	for i, connector := range c.connectors {
@@ -323,7 +323,7 @@ func hintNoProxy(c mountedClass, attempt func(mountedClass) ([]byte, error), fai
 	if lacking == "" {
 		return ""
 	}
-	if _, err := attempt(c); err != nil && err.Error() == failure.Error() {
+	if _, err := attempt(c); err != nil && err.Error() == failed.Error() {
 		return ""
 	}
 	return fmt.Sprintf("; Connector %s has no proxy address yet (status.proxy.httpAddress.url): wait for "+
@@ -532,8 +532,7 @@ func renderFile(name, text string, data func(token string) any, token string) ([
 		return content.Bytes(), nil
 	}
 	place := func(err error) string { // line and column
-		match := templateError.FindStringSubmatch(err.Error())
-		return strings.Join(match[min(1, len(match)):min(3, len(match))], ":")
+		return templateError.ReplaceAllString(err.Error(), "$1:$2")
 	}
 	for _, shown := range []string{"TOKEN", placeholderToken} {
 		if again := t.Execute(io.Discard, data(shown)); again != nil && place(again) == place(err) {
@@ -642,12 +641,12 @@ var functions = func() template.FuncMap {
 // is an error of the template.
 func (f family) guard(name string, call any) func(arguments ...any) (any, error) {
 	function := reflect.ValueOf(call)
+	least, more, orMore := function.Type().NumIn(), function.Type().IsVariadic(), ""
+	if more {
+		least, orMore = least-1, " or more"
+	}
 	return func(arguments ...any) (any, error) {
 		in := make([]reflect.Value, len(arguments))
-		least, more, orMore := function.Type().NumIn(), function.Type().IsVariadic(), ""
-		if more {
-			least, orMore = least-1, " or more"
-		}
 		if len(in) < least || len(in) > least && !more {
 			return nil, fmt.Errorf("%s takes %d arguments%s, not %d", name, least, orMore, len(in))
 		}
@@ -722,8 +721,8 @@ func ownFunctions(sprigs template.FuncMap) template.FuncMap {
 			return cmp.Or(found, arguments[last-1]), err
 		},
 		"dict": func(pairs ...any) (object, error) {
-			for i := 0; i < len(pairs); i += 2 {
-				if isMissing(pairs[i]) {
+			for i := range pairs {
+				if i%2 == 0 && (isMissing(pairs[i]) || i+1 == len(pairs)) {
 					return nil, errNoKey
 				}
 			}
@@ -734,8 +733,15 @@ func ownFunctions(sprigs template.FuncMap) template.FuncMap {
 			if v.Kind() != reflect.Slice {
 				return nil, fmt.Errorf("%T is no list", list)
 			}
-			bounds = append(bounds, []int{0, v.Len()}[min(len(bounds), 2):]...)
-			return v.Slice(bounds[0], bounds[1]).Interface(), nil
+			switch len(bounds) {
+			case 0:
+				return list, nil
+			case 1:
+				return v.Slice(bounds[0], v.Len()).Interface(), nil
+			case 2:
+				return v.Slice(bounds[0], bounds[1]).Interface(), nil
+			}
+			return nil, errors.New("slice takes two bounds at most")
 		},
 		"chunk": func(size int, list any) (lists []any, _ error) {
 			if size < 1 {
@@ -798,7 +804,7 @@ func ownFunctions(sprigs template.FuncMap) template.FuncMap {
 	}
 }
 
-// errNoValue is returned for a value that is missing, errNoKey for a key that is missing.
+// errNoValue is returned for a value that is missing, errNoKey for a key that is, or that has none.
 var (
 	errNoValue = errors.New("has no value")
 	errNoKey   = errors.New("a key has no value")
@@ -910,8 +916,8 @@ func mapLeavesAt(value any, change func(any) (any, error)) (changed any, path st
 			break
 		}
 		c := make(object, len(v))
-		for key, element := range v {
-			if c[key], path, err = mapLeavesAt(element, change); err != nil {
+		for _, key := range slices.Sorted(maps.Keys(v)) { // so that an error is the same each time
+			if c[key], path, err = mapLeavesAt(v[key], change); err != nil {
 				return nil, fmt.Sprintf("[%q]", key) + path, err
 			}
 		}
@@ -1150,15 +1156,16 @@ func fullName(o object) string { return stringAt(o, "metadata", "namespace") + "
 // nothing but the pipes to its parent.
 //
 // The life of a renderer: start clones it into namespaces of its own; confine takes from it whatever it does
-// not need, and executes the binary once more, so that every thread is confined; serve answers one request
+// not need, and executes the binary once more, so that every thread is confined; serveJobs answers one request
 // after another, each for one volume of the namespace that it was started for. It ends when it has been idle
-// for rendererIdle, when a Pod of another namespace needs one, or when it hits a limit.
+// for rendererIdle, when a Pod of another namespace needs one, when it hits a limit, or when it has used half of
+// the processor time of its life.
 
 const (
 	confineArgument = "renderer"          // the first argument of a process that is to call confine
-	serveArgument   = "confined-renderer" // and of one that is to call serve
+	serveArgument   = "confined-renderer" // and of one that is to call serveJobs
 
-	statusDescriptor = 15 // of /proc/self/status, from confine to serve; the highest that a renderer may have
+	statusDescriptor = 15 // of /proc/self/status, from confine to limitMemory; the highest that a renderer may have
 
 	maxRenderers = 2
 	rendererIdle = 10 * time.Second
@@ -1167,14 +1174,14 @@ const (
 	rendererThreads = 32 // and processes; Go needs seven at most
 
 	// What rendering one volume may take. The kernel counts what the process maps beyond what it maps at its
-	// start; rendererMemory is for Go's own needs.
+	// start; runtimeMemory is for Go's own needs.
 	renderMemory        = 64 << 20
-	rendererMemory      = 8 << 20
+	runtimeMemory       = 8 << 20
 	renderProcessorTime = 2 * time.Second
 	renderTime          = 5 * time.Second
 
 	// lifeProcessorTime is what the kernel kills a renderer at, whether there is a driver or not. One that
-	// has used half of it is replaced.
+	// has used half of it is replaced: so the driver's own limit, renderProcessorTime, comes first.
 	lifeProcessorTime = 5 * time.Second
 
 	// The account of processor time that each namespace has. accountRefill is in seconds a second.
@@ -1201,7 +1208,7 @@ type job struct {
 	sources   []source
 	selection selection
 	token     string
-	key       [sha256.Size]byte // a digest of all of it but the token
+	key       [sha256.Size]byte // inputsDigest: of the Pod's namespace, the attributes, the objects' versions
 }
 
 // turn is somebody who waits in a queue, or is active.
@@ -1213,13 +1220,13 @@ type turn struct {
 
 // queue lets a number of turns be active at once.
 type queue struct {
-	capacity int
-	before   func(a, b *turn) bool // whether a is next rather than b
-	ready    func(*turn) bool      // whether it may be active now
+	before func(a, b *turn) bool // whether a is next rather than b
+	ready  func(*turn) bool      // whether it may be active now
 
-	mu      sync.Mutex // guards the rest; the functions above are called with it
-	waiting []*turn    // the longest first
-	active  []*turn
+	mu       sync.Mutex // guards the rest; the functions above are called with it
+	capacity int
+	waiting  []*turn // the longest first
+	active   []*turn
 }
 
 // acquire returns once the turn is active, or when ctx ends.
@@ -1252,7 +1259,7 @@ func (q *queue) release(t *turn) {
 }
 
 // releaseLocked is release for a caller that holds the lock. The next turn is chosen while this one still
-// counts for its namespace, so that it is another namespace's.
+// counts in before and ready, so that it is another's.
 func (q *queue) releaseLocked(t *turn) {
 	q.capacity++
 	q.admit()
@@ -1292,16 +1299,16 @@ func (q *queue) activeOf(namespace string) (number int) {
 
 // renderers runs the renderers of the node, at most maxRenderers at a time. Whoever waits for one is served
 // in the order of the fullest account, so that one namespace's slow templates make nobody else wait for long;
-// and what is not known to be cheap is rendered by one at a time, so that many Pods learn from the first of
-// them that it hits a limit.
+// and a job that is not known to be cheap is rendered by one at a time, so that many Pods with the same one
+// learn from the first of them that it hits a limit.
 type renderers struct {
 	queue
 	binary  string // this program
 	log     *slog.Logger
 	metrics *metrics
-	warn    sync.Once
 
 	// The lock of queue guards the rest.
+	best     int                 // of the confinements that have worked, after which none is tried
 	idle     []*renderer         // the longest idle first; with those that calls hold, at most maxRenderers
 	accounts map[string]*account // by namespace; those that are not full
 	outcomes map[[sha256.Size]byte]outcome
@@ -1319,14 +1326,14 @@ type account struct {
 type outcome struct {
 	namespace string
 	at        time.Time
-	allowance time.Duration // of processor time, for the next while the account is empty; 0 if that is none
+	allowance time.Duration // of processor time, for the next while the account is empty; 0 if it is not cheap
 	limit     error         // of memory or processor time that it hit, or nil
 	pause     time.Duration // for which it is not tried again, if so
 }
 
 func newRenderers(binary string, log *slog.Logger, m *metrics) *renderers {
 	p := &renderers{binary: binary, log: log, metrics: m, accounts: map[string]*account{},
-		outcomes: map[[sha256.Size]byte]outcome{}}
+		outcomes: map[[sha256.Size]byte]outcome{}, best: len(confinements)}
 	p.capacity = maxRenderers
 	p.before = func(a, b *turn) bool { return p.left(a.namespace) > p.left(b.namespace) }
 	p.ready = func(t *turn) bool {
@@ -1407,8 +1414,8 @@ func (p *renderers) refusal(namespace string, key [sha256.Size]byte) error {
 		a.most.Round(10*time.Millisecond), a.mostBy)
 }
 
-// obtain returns a renderer for an active turn, and the processor time that it may have: all, if the account
-// has become empty only since.
+// obtain returns a renderer for an active turn, and the processor time that it may have: what it has in an empty
+// account, or else renderProcessorTime.
 func (p *renderers) obtain(t *turn) (_ *renderer, most time.Duration, _ error) {
 	p.mu.Lock()
 	if most = p.outcomes[t.key].allowance; most == 0 || p.left(t.namespace) > 0 {
@@ -1451,6 +1458,10 @@ func (p *renderers) charge(r *renderer, t *turn, used time.Duration, err error) 
 	isFull := func(namespace string, _ *account) bool { return p.left(namespace) == accountSize }
 	maps.DeleteFunc(p.accounts, isFull)
 
+	switch codeOf(err) {
+	case codes.Canceled, codes.DeadlineExceeded, codes.Unavailable:
+		return // which says nothing of the job
+	}
 	o := outcome{namespace: t.namespace, at: time.Now()}
 	switch {
 	case r.limit == "memory" || r.limit == "processor":
@@ -1518,26 +1529,30 @@ const otherNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID
 
 // confinement is a way to confine a renderer.
 type confinement struct {
-	name    string // tells confine which one it is
-	flags   uintptr
-	uid     int // user and group of the renderer outside of its user namespace
-	missing string
+	name     string // tells confine which one it is
+	flags    uintptr
+	uid, gid int    // of the renderer outside of its user namespace
+	missing  string // on Linux 5.14 and later; before, none has a limit of processes
 }
 
 // confinements are the ways to confine a renderer, best first. A kernel, or a container around this one, may
 // refuse namespaces, and only root may choose another user.
 var confinements = []confinement{
-	{"user", unix.CLONE_NEWUSER | otherNamespaces, rendererUID, ""},
-	{"root", otherNamespaces, 0, "a user namespace, and a limit of processes"},
-	{"same user", unix.CLONE_NEWUSER | otherNamespaces, os.Getuid(), "a user of its own"},
-	{"bare", 0, 0, "namespaces (user, mount, network, pid, ipc), an empty root directory, and a limit of " +
+	{"user", unix.CLONE_NEWUSER | otherNamespaces, rendererUID, rendererUID, ""},
+	{"root", otherNamespaces, 0, 0, "a user namespace, and a limit of processes"},
+	{"same user", unix.CLONE_NEWUSER | otherNamespaces, os.Getuid(), os.Getgid(), "a user of its own"},
+	{"bare", 0, 0, 0, "namespaces (user, mount, network, pid, ipc), an empty root directory, and a limit of " +
 		"processes"},
 }
 
-// start starts a renderer, confined as well as the kernel allows. What is missing then is logged once.
+// start starts a renderer, confined as well as the kernel allows, and never less than another was before: what
+// fails now and then is no reason to. What is missing is logged when that is known.
 func (p *renderers) start(namespace string) (*renderer, error) {
+	p.mu.Lock()
+	best := p.best
+	p.mu.Unlock()
 	var refusals []error
-	for _, c := range confinements {
+	for i, c := range confinements[:min(best+1, len(confinements))] {
 		r, err := p.startConfined(namespace, c)
 		switch {
 		case errors.Is(err, io.EOF), errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOMEM):
@@ -1547,11 +1562,13 @@ func (p *renderers) start(namespace string) (*renderer, error) {
 			refusals = append(refusals, err)
 			continue
 		}
-		if c.missing != "" {
-			p.warn.Do(func() {
-				p.log.Warn("renderers are less confined than they could be; other limits hold", "missing",
-					c.missing, "error", errors.Join(refusals...))
-			})
+		p.mu.Lock()
+		better := i < p.best
+		p.best = min(p.best, i)
+		p.mu.Unlock()
+		if better && c.missing != "" {
+			p.log.Warn("renderers are less confined than they could be; other limits hold", "missing",
+				c.missing, "error", errors.Join(refusals...))
 		}
 		return r, nil
 	}
@@ -1564,13 +1581,13 @@ func (p *renderers) startConfined(namespace string, c confinement) (*renderer, e
 	// The last one is for programs that are linked with a C library, which reserves 64 MiB for a thread.
 	cmd.Env = []string{"GOMAXPROCS=1", fmt.Sprintf("GOMEMLIMIT=%d", renderMemory*3/4), "GOTRACEBACK=none",
 		"MALLOC_ARENA_MAX=1"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: c.flags, Setsid: true} // kill(0) is for it alone
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: c.flags, Setsid: true} // its kill(0) reaches nobody else
 	if c.flags&unix.CLONE_NEWUSER != 0 {
-		ids := []syscall.SysProcIDMap{{HostID: c.uid, Size: 1}}
 		// As root of its namespace it has the capabilities to empty its root directory with, until confine
 		// ends.
-		cmd.SysProcAttr.UidMappings, cmd.SysProcAttr.GidMappings = ids, ids
-		cmd.SysProcAttr.GidMappingsEnableSetgroups = c.uid == rendererUID
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{HostID: c.uid, Size: 1}}
+		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{HostID: c.gid, Size: 1}}
+		cmd.SysProcAttr.GidMappingsEnableSetgroups = c.name == "user"
 		cmd.SysProcAttr.Credential = &syscall.Credential{NoSetGroups: true}
 	}
 	requests, err := cmd.StdinPipe()
@@ -1611,7 +1628,8 @@ func (r *renderer) end() {
 //  3. note the processor time that it took, and end a renderer that does not go on
 //  4. if there is no answer, say why, from the renderer's last step and from how it ended
 func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, error) {
-	before, stop := r.used, r.watch(ctx, most)
+	before := r.processorTime() // after its start, which is charged but not limited
+	stop := r.watch(ctx, before, most)
 
 	// 1. write
 	r.step = "a request: reading it"
@@ -1659,11 +1677,12 @@ func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, e
 		r.step)
 }
 
-// watch kills the process when ctx ends, or when it takes more time than it may. What it returns ends that,
+// watch kills the process when ctx ends, or when it takes more time than it may, counting
+// processor time from what it had used before. What it returns ends that,
 // and says why it was killed, if it was: "call", "time" or "processor".
-func (r *renderer) watch(ctx context.Context, most time.Duration) (stop func() (killed string)) {
+func (r *renderer) watch(ctx context.Context, before, most time.Duration) (stop func() (killed string)) {
 	stopped, killed := make(chan struct{}), make(chan string, 1)
-	pid, before := r.process.Process.Pid, r.used
+	pid := r.process.Process.Pid
 	go func() {
 		tick, late := time.NewTicker(most/10), time.NewTimer(renderTime)
 		defer tick.Stop()
@@ -1747,7 +1766,8 @@ func (r *renderer) readAnswer(token string) (_ files, failure, err error) {
 	}
 }
 
-// plainText makes a text of what a renderer says: not too long, without the token, valid UTF-8.
+// plainText makes a text of what a renderer says: not too long, without the token, valid UTF-8. A renderer that
+// is what it should be says nothing with the token, which is never empty.
 func plainText(said []byte, token string) string {
 	return strings.ToValidUTF8(cut(strings.ReplaceAll(string(said), token, "TOKEN"), maxTextBytes), "?")
 }
@@ -1766,8 +1786,8 @@ const (
 	frameFailure    = 'F'
 	framePodFailure = 'P'
 
-	maxTextBytes  = 2000    // of a step or a failure
-	maxFrameBytes = 4 << 20 // of a request
+	maxTextBytes  = 2000                   // of a step or a failure
+	maxFrameBytes = maxObjectBytes + 1<<20 // of a request
 )
 
 func writeFrame(w io.Writer, kind byte, content []byte) error {
@@ -1967,7 +1987,7 @@ func emptyRoot() error {
 func dropPrivileges(name string) error {
 	for capability := range uintptr(64) {
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0)
-		if err != nil && !errors.Is(err, unix.EINVAL) && os.Geteuid() == 0 {
+		if err != nil && !errors.Is(err, unix.EINVAL) && (name == "user" || name == "root") {
 			return fmt.Errorf("drop capability %d: %w", capability, err)
 		}
 	}
@@ -2071,7 +2091,7 @@ func limitMemory() error {
 		if _, err := fmt.Sscan(after, &kilobytes); err != nil {
 			return fmt.Errorf("%s in /proc/self/status: %w", field, err)
 		}
-		most := kilobytes<<10 + renderMemory + rendererMemory
+		most := kilobytes<<10 + renderMemory + runtimeMemory
 		if err := unix.Setrlimit(resource, &unix.Rlimit{Cur: most, Max: most}); err != nil {
 			return err
 		}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -19,6 +20,7 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -665,4 +667,25 @@ func TestCallersThatGiveUpRendering(t *testing.T) {
 		t.Errorf("renderers %v, at it %d, accounts %v", left, len(p.active), p.accounts)
 	}
 	n.volume().mustPublish()
+}
+
+// What made one confinement fail once is no reason for less confinement than there was.
+func TestConfinementNeverWeakens(t *testing.T) {
+	p := newRenderers(rendererBinary(), slog.New(slog.DiscardHandler), newMetrics(nil))
+	r, err := p.start("default")
+	must(t, err)
+	r.end()
+	all := confinements
+	t.Cleanup(func() { confinements = all })
+	confinements = slices.Clone(all)
+	confinements[p.best].flags = unix.CLONE_NEWUSER
+	confinements[p.best].uid = -1 // which the kernel refuses
+	if r, err := p.start("default"); err == nil {
+		r.end()
+		t.Errorf("a renderer is less confined (%d) than one before", p.best)
+	}
+	confinements = all
+	r, err = p.start("default")
+	must(t, err)
+	r.end()
 }
