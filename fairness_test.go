@@ -91,10 +91,10 @@ func TestNextRequestIsTheNeighbours(t *testing.T) {
 func TestTenantOfManyNamespaces(t *testing.T) {
 	t.Parallel()
 	q := newRequestQueue(maxRequests)
-	served := make(chan *turn)
+	served := make(chan *ticket)
 	ask := func(namespace string, waiting int) {
 		go func() {
-			turn := &turn{namespace: namespace}
+			turn := &ticket{namespace: namespace}
 			if err := q.acquire(t.Context(), turn); err != nil {
 				t.Error(err)
 			}
@@ -102,7 +102,7 @@ func TestTenantOfManyNamespaces(t *testing.T) {
 		}()
 		awaitTurns(t, q, waiting) // it waits or is served
 	}
-	var under []*turn
+	var under []*ticket
 	for i := range 18 * maxNamespaceRequests { // one namespace after the other, which is the worst order
 		ask(fmt.Sprint("tenant-", i/maxNamespaceRequests), max(0, i+1-maxRequests))
 		if i < maxRequests {
@@ -111,7 +111,7 @@ func TestTenantOfManyNamespaces(t *testing.T) {
 	}
 	ask("neighbour", 18*maxNamespaceRequests-maxRequests+1)
 	answers := 0
-	for next := (*turn)(nil); next == nil || next.namespace != "neighbour"; answers++ {
+	for next := (*ticket)(nil); next == nil || next.namespace != "neighbour"; answers++ {
 		q.release(under[0])
 		next = <-served
 		under = append(under[1:], next)
@@ -140,7 +140,7 @@ func TestQueueLosesNoPlace(t *testing.T) {
 		all.Go(func() {
 			for round := range 200 {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(round%7)*10*time.Microsecond)
-				turn := &turn{namespace: fmt.Sprint(i % 5)}
+				turn := &ticket{namespace: fmt.Sprint(i % 5)}
 				if err := q.acquire(ctx, turn); err == nil {
 					q.release(turn)
 				} else if !errors.Is(err, context.DeadlineExceeded) {
@@ -205,7 +205,7 @@ func TestAccountBecomesEmptyBetweenPlaceAndRenderer(t *testing.T) {
 	t.Parallel()
 	n := startNode(t)
 	p := n.driver.renderers
-	turn := &turn{namespace: "default", key: [32]byte{1}}
+	turn := &ticket{namespace: "default", key: [32]byte{1}}
 	must(t, p.acquire(t.Context(), turn))
 	defer p.release(turn)
 	changeRenderers(p, func() { p.accounts["default"] = &account{left: -time.Minute, at: time.Now()} })

@@ -991,8 +991,8 @@ func (k *kube) noteVersion(e *entry, w *watch, version string, at time.Time) {
 // slow answers to one tenant's many namespaces fill it, another's waits for one of them to end.
 func newRequestQueue(capacity int) *queue {
 	q := &queue{capacity: capacity}
-	q.before = func(a, b *turn) bool { return q.activeOf(a.namespace) < q.activeOf(b.namespace) }
-	q.ready = func(t *turn) bool { return q.activeOf(t.namespace) < maxNamespaceRequests }
+	q.before = func(a, b *ticket) bool { return q.activeOf(a.namespace) < q.activeOf(b.namespace) }
+	q.ready = func(t *ticket) bool { return q.activeOf(t.namespace) < maxNamespaceRequests }
 	return q
 }
 
@@ -1015,7 +1015,7 @@ func (l *lookup) request(ctx context.Context, path, reader string, body []byte) 
 	}
 }
 
-// requestOnce sends a request when it is its turn. A wait above zero means that the API server wants to be
+// requestOnce sends a request when its ticket is active. A wait above zero means that the API server wants to be
 // asked again after it.
 func (l *lookup) requestOnce(ctx context.Context, path, reader string,
 	body []byte) (_ []byte, wait time.Duration, _ error) {
@@ -1026,7 +1026,7 @@ func (l *lookup) requestOnce(ctx context.Context, path, reader string,
 	if body != nil {
 		verb = "create"
 	}
-	t := &turn{namespace: l.pod.namespace}
+	t := &ticket{namespace: l.pod.namespace}
 	if err := requests.acquire(ctx, t); err != nil {
 		return nil, 0, err
 	}
@@ -1047,13 +1047,13 @@ func (l *lookup) requestOnce(ctx context.Context, path, reader string,
 }
 
 // readAnswer reads an answer, of which only few may be large at a time, since nobody has counted them yet. While
-// it waits, its request's turn and time go on.
+// it waits, its request's ticket and time go on.
 func (l *lookup) readAnswer(ctx context.Context, body io.Reader) ([]byte, error) {
 	data, err := io.ReadAll(io.LimitReader(body, smallAnswerBytes))
 	if err != nil || len(data) < smallAnswerBytes {
 		return data, err
 	}
-	t := &turn{namespace: l.pod.namespace}
+	t := &ticket{namespace: l.pod.namespace}
 	if err := l.kube.largeAnswers.acquire(ctx, t); err != nil {
 		return nil, err
 	}

@@ -1211,26 +1211,26 @@ type job struct {
 	key       [sha256.Size]byte // inputsDigest: of the Pod's namespace, the attributes, the objects' versions
 }
 
-// turn is somebody who waits in a queue, or is active.
-type turn struct {
+// ticket is what somebody waits with in a queue, or is active by.
+type ticket struct {
 	namespace string
 	key       [sha256.Size]byte // of a job
 	began     chan struct{}     // is closed when it becomes active
 }
 
-// queue lets a number of turns be active at once.
+// queue lets a number of tickets be active at once.
 type queue struct {
-	before func(a, b *turn) bool // whether a is next rather than b
-	ready  func(*turn) bool      // whether it may be active now
+	before func(a, b *ticket) bool // whether a is next rather than b
+	ready  func(*ticket) bool      // whether it may be active now
 
 	mu       sync.Mutex // guards the rest; the functions above are called with it
 	capacity int
-	waiting  []*turn // the longest first
-	active   []*turn
+	waiting  []*ticket // the longest first
+	active   []*ticket
 }
 
-// acquire returns once the turn is active, or when ctx ends.
-func (q *queue) acquire(ctx context.Context, t *turn) error {
+// acquire returns once the ticket is active, or when ctx ends.
+func (q *queue) acquire(ctx context.Context, t *ticket) error {
 	t.began = make(chan struct{})
 	q.mu.Lock()
 	q.waiting = append(q.waiting, t)
@@ -1251,24 +1251,24 @@ func (q *queue) acquire(ctx context.Context, t *turn) error {
 	return fmt.Errorf("others were served first: %w", ctx.Err())
 }
 
-// release ends a turn that is active.
-func (q *queue) release(t *turn) {
+// release ends a ticket that is active.
+func (q *queue) release(t *ticket) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.releaseLocked(t)
 }
 
-// releaseLocked is release for a caller that holds the lock. The next turn is chosen while this one still
+// releaseLocked is release for a caller that holds the lock. The next ticket is chosen while this one still
 // counts in before and ready, so that it is another's.
-func (q *queue) releaseLocked(t *turn) {
+func (q *queue) releaseLocked(t *ticket) {
 	q.capacity++
 	q.admit()
 	q.capacity--
-	q.active = slices.DeleteFunc(q.active, func(other *turn) bool { return other == t })
+	q.active = slices.DeleteFunc(q.active, func(other *ticket) bool { return other == t })
 	q.admit()
 }
 
-// admit makes as many turns active as there may be. The caller holds the lock.
+// admit makes as many tickets active as there may be. The caller holds the lock.
 func (q *queue) admit() {
 	for len(q.active) < q.capacity {
 		next := -1
@@ -1287,7 +1287,7 @@ func (q *queue) admit() {
 	}
 }
 
-// activeOf returns how many turns of the namespace are active. The caller holds the lock.
+// activeOf returns how many tickets of the namespace are active. The caller holds the lock.
 func (q *queue) activeOf(namespace string) (number int) {
 	for _, t := range q.active {
 		if t.namespace == namespace {
@@ -1335,9 +1335,9 @@ func newRenderers(binary string, log *slog.Logger, m *metrics) *renderers {
 	p := &renderers{binary: binary, log: log, metrics: m, accounts: map[string]*account{},
 		outcomes: map[[sha256.Size]byte]outcome{}, best: len(confinements)}
 	p.capacity = maxRenderers
-	p.before = func(a, b *turn) bool { return p.left(a.namespace) > p.left(b.namespace) }
-	p.ready = func(t *turn) bool {
-		same := func(other *turn) bool { return other.key == t.key }
+	p.before = func(a, b *ticket) bool { return p.left(a.namespace) > p.left(b.namespace) }
+	p.ready = func(t *ticket) bool {
+		same := func(other *ticket) bool { return other.key == t.key }
 		return p.outcomes[t.key].allowance > 0 || !slices.ContainsFunc(p.active, same)
 	}
 	return p
@@ -1345,7 +1345,7 @@ func newRenderers(binary string, log *slog.Logger, m *metrics) *renderers {
 
 // render makes the files of a volume for a Pod of the namespace:
 //
-//  1. wait for a turn, unless the namespace's account is empty or this is known to hit a limit
+//  1. wait with a ticket, unless the namespace's account is empty or this is known to hit a limit
 //  2. obtain the namespace's idle renderer, or start one
 //  3. ask it
 //  4. charge the account, remember the outcome, and let the next call in
@@ -1356,7 +1356,7 @@ func (p *renderers) render(ctx context.Context, namespace string, j job) (files,
 	if err := p.refusal(namespace, j.key); err != nil {
 		return nil, err
 	}
-	t := &turn{namespace: namespace, key: j.key}
+	t := &ticket{namespace: namespace, key: j.key}
 	if err := p.acquire(ctx, t); err != nil {
 		return nil, err
 	}
@@ -1414,9 +1414,9 @@ func (p *renderers) refusal(namespace string, key [sha256.Size]byte) error {
 		a.most.Round(10*time.Millisecond), a.mostBy)
 }
 
-// obtain returns a renderer for an active turn, and the processor time that it may have: what it has in an empty
+// obtain returns a renderer for an active ticket, and the processor time that it may have: what it has in an empty
 // account, or else renderProcessorTime.
-func (p *renderers) obtain(t *turn) (_ *renderer, most time.Duration, _ error) {
+func (p *renderers) obtain(t *ticket) (_ *renderer, most time.Duration, _ error) {
 	p.mu.Lock()
 	if most = p.outcomes[t.key].allowance; most == 0 || p.left(t.namespace) > 0 {
 		most = renderProcessorTime
@@ -1442,7 +1442,7 @@ func (p *renderers) obtain(t *turn) (_ *renderer, most time.Duration, _ error) {
 }
 
 // charge makes a renderer idle, if it can go on, charges the namespace, and remembers the outcome.
-func (p *renderers) charge(r *renderer, t *turn, used time.Duration, err error) {
+func (p *renderers) charge(r *renderer, t *ticket, used time.Duration, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	a := account{most: used, mostBy: r.step}

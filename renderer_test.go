@@ -379,7 +379,7 @@ func TestFullestAccountIsNext(t *testing.T) {
 		"once-poor/2"} {
 		go func() {
 			namespace, _, _ := strings.Cut(who, "/")
-			if err := p.acquire(t.Context(), &turn{namespace: namespace, key: [32]byte{byte(i)}}); err != nil {
+			if err := p.acquire(t.Context(), &ticket{namespace: namespace, key: [32]byte{byte(i)}}); err != nil {
 				t.Error(err)
 			}
 			served <- who
@@ -412,7 +412,7 @@ func TestOthersDoNotWaitForHostileVolumes(t *testing.T) {
 			wantError(t, v.publish(), codes.FailedPrecondition)
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			if slices.ContainsFunc(p.waiting, func(t *turn) bool { return t.namespace != "hostile" }) {
+			if slices.ContainsFunc(p.waiting, func(t *ticket) bool { return t.namespace != "hostile" }) {
 				t.Error("a hostile volume has had its turn while others wait")
 			}
 		})
