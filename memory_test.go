@@ -265,6 +265,7 @@ func TestNodesBudget(t *testing.T) {
 	for _, v := range volumes {
 		v.wantClean()
 		v.want("token", v.pod.token)
+		v.mustPublish() // sees that nobody has an old directory open: a process that is being started has, for a moment
 	}
 
 	// What grows beyond the budget is refused, and what grows within it is not.
