@@ -61,9 +61,6 @@ func TestMain(m *testing.M) {
 	flag.Lookup("test.parallel").Value.Set("100") // beside decides how many; as a flag that is given, Ginkgo refuses it
 	code := node.On(func(n *node.Node) int {
 		theNode = n
-		if err := startMeasuring(); err != nil {
-			fail(err)
-		}
 		return m.Run()
 	})
 	if err := wait(); err != nil {

@@ -1,17 +1,17 @@
 package tests
 
 import (
-	"bufio"
 	"bytes"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,9 +21,8 @@ import (
 // A whole run has two nodes, which share the machine's processors:
 //
 //   - On the first one are the tests that measure something. They come first, since their files' names do, and while one
-//     of them runs nothing else does. The others follow.
-//   - On the second one are those that stop components of the node. The first of them, in which the API server is away for
-//     five minutes, sleeps for most of its time, beside the measurements; the others wait until those have ended.
+//     of them runs nothing else does: even an idle node would take a third of a processor. The others follow.
+//   - On the second one, which starts when those have ended, are those that stop components of the node.
 
 // onSecondNode are its tests, as flags of go test select tests.
 const onSecondNode = "^(TestChangesArriveAfterFiveMinutesWithoutTheAPIServer|TestPodsKeepFiles.*|TestDeletedPodsLeaveNothing|" +
@@ -32,43 +31,39 @@ const onSecondNode = "^(TestChangesArriveAfterFiveMinutesWithoutTheAPIServer|Tes
 // envNode says which node of a whole run a process is for, "first" or "second".
 const envNode = "E2E_NODE"
 
-// startSecondNode starts this program again for the second node, and returns when that is ready. This process is for the
-// first one from then on.
+// measuringFile returns the file that is there as long as tests that measure something are to come on the first node.
+func measuringFile() (string, error) {
+	cache, err := machine.CacheDir()
+	return filepath.Join(cache, "measuring"), err
+}
+
+// startSecondNode makes this process one for the first node, and starts this program again for the second one when no
+// test that measures is to come.
 func startSecondNode() (wait func() error, _ error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.Command(self, append(os.Args[1:], "-test.run="+onSecondNode)...)
-	cmd.Env = append(os.Environ(), envNode+"=second")
-	os.Args = append(os.Args, "-test.skip="+onSecondNode)
-	os.Setenv(envNode, "first")
-	runtime.LockOSThread() // it ends with the thread that starts it
-	output, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	cmd.Stderr = cmd.Stdout
-	if err := cmd.Start(); err != nil {
+	measuring, err := measuringFile()
+	if err = errors.Join(err, os.WriteFile(measuring, nil, 0o600)); err != nil {
 		return nil, err
 	}
 	var printed bytes.Buffer
-	ready, ended := make(chan bool), make(chan bool)
+	cmd := exec.Command(self, append(os.Args[1:], "-test.run="+onSecondNode)...)
+	cmd.Env, cmd.Stdout, cmd.Stderr = append(os.Environ(), envNode+"=second"), &printed, &printed
+	os.Args = append(os.Args, "-test.skip="+onSecondNode)
+	os.Setenv(envNode, "first")
+	ended := make(chan error)
 	go func() {
-		defer close(ended)
-		isReady := sync.OnceFunc(func() { close(ready) })
-		defer isReady() // or it never will be
-		for lines := bufio.NewScanner(output); lines.Scan(); {
-			fmt.Fprintln(&printed, lines.Text())
-			if strings.HasPrefix(lines.Text(), "A Kubernetes node is ready") {
-				isReady()
-			}
+		runtime.LockOSThread() // the program ends with the thread that starts it
+		for machine.Exists(measuring) {
+			time.Sleep(time.Second)
 		}
+		ended <- cmd.Run()
 	}()
-	<-ready
 	return func() error {
-		<-ended
-		err := cmd.Wait()
+		os.Remove(measuring) // if the first node has ended before
+		err := <-ended
 		fmt.Printf("On the second node:\n%s", printed.String())
 		return err
 	}, nil
@@ -115,49 +110,27 @@ func processors(t *testing.T, how int) (release func()) {
 	return release
 }
 
-// measuring is the lock that the first node has as long as tests that measure something are to come.
-var measuring *os.File
-
-// startMeasuring is called before the first node's tests.
-func startMeasuring() (err error) {
-	if os.Getenv(envNode) == "first" {
-		measuring, err = lock("measuring", unix.LOCK_EX)
-	}
-	return err
-}
-
 // measured is begin for a test that measures something.
 func measured(t *testing.T, driverArgs ...string) namespace {
 	t.Helper()
-	if os.Getenv(envNode) == "first" && measuring == nil {
-		t.Fatal("the tests that measure come first: this one's file needs a name before those of the others")
+	measuring, err := measuringFile()
+	if err != nil || os.Getenv(envNode) == "first" && !machine.Exists(measuring) {
+		t.Fatal("the tests that measure come first: this one's file needs a name before those of the others", err)
 	}
 	processors(t, unix.LOCK_EX)
 	installDriver(t, driverArgs...)
 	return newNamespace(t)
 }
 
-// endMeasuring says that no test that measures is to come on this node, and waits until none is on the other.
-var endMeasuring = sync.OnceValue(func() error {
-	switch os.Getenv(envNode) {
-	case "first":
-		measuring.Close()
-		measuring = nil
-	case "second":
-		over, err := lock("measuring", unix.LOCK_SH)
-		if err != nil {
-			return err
-		}
-		over.Close()
-	}
-	return nil
-})
-
 // unmeasured is called at the beginning of a test that measures nothing.
 func unmeasured(t *testing.T) (release func()) {
 	t.Helper()
-	if err := endMeasuring(); err != nil {
+	measuring, err := measuringFile()
+	if err != nil {
 		t.Fatal(err)
+	}
+	if os.Getenv(envNode) == "first" {
+		os.Remove(measuring)
 	}
 	return processors(t, unix.LOCK_SH)
 }
