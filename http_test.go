@@ -163,10 +163,11 @@ func TestHTTPDisplacesTheOldestOfTheMost(t *testing.T) {
 	if code, _ := n.get("/healthz"); code != 200 {
 		t.Errorf("/healthz answers %d", code)
 	}
-	for i, conn := range many[:5] { // two were displaced by those before, and one by the probe
-		if open := isOpen(conn); open != (i >= 3) {
-			t.Errorf("connection %d of the address with the most is open: %v", i, open)
-		}
+	for _, conn := range many[:3] { // two were displaced by those before, and one by the probe
+		eventually(t, "the oldest of the address with the most is displaced", func() bool { return !isOpen(conn) })
+	}
+	if !isOpen(many[3]) || !isOpen(many[4]) {
+		t.Error("more connections were displaced")
 	}
 	for i, conn := range few {
 		if !isOpen(conn) {
@@ -180,8 +181,9 @@ func TestHTTPDisplacesTheOldestOfTheMost(t *testing.T) {
 		each = append(each, n.hold(fmt.Sprint("127.0.1.", 1+i)))
 	}
 	n.hold("127.0.0.2")
-	if isOpen(each[0]) || !isOpen(each[1]) {
-		t.Error("where all have the same, the oldest is not displaced, or more")
+	eventually(t, "where all have the same, the oldest is displaced", func() bool { return !isOpen(each[0]) })
+	if !isOpen(each[1]) {
+		t.Error("where all have the same, more than the oldest are displaced")
 	}
 }
 
@@ -389,7 +391,12 @@ func TestHTTPUnderSiege(t *testing.T) {
 	probes := make(chan []time.Duration, 1)
 	go func() { probes <- n.probeEach(ctx) }()
 	var peace, war []time.Duration
-	for range times(1, 30) {
+	enough := func() bool { // a busy machine lets fewer come at a time
+		counts := strings.Fields(came.String())
+		number, err := strconv.Atoi(counts[len(counts)-1])
+		return err == nil && number >= times(2000, 5000)
+	}
+	for round := 0; round < times(1, 30) || !enough(); round++ {
 		for _, phase := range []struct {
 			signal syscall.Signal
 			length time.Duration
@@ -412,9 +419,6 @@ func TestHTTPUnderSiege(t *testing.T) {
 		"%d KiB",
 		counts[len(counts)-1], len(answered), answered[len(answered)/2], answered[len(answered)-1],
 		quiet, len(peace), loud, len(war), peak>>10)
-	if came, err := strconv.Atoi(counts[len(counts)-1]); err != nil || came < times(2000, 5000) {
-		t.Errorf("%d came, %v", came, err)
-	}
 	if peak > share {
 		t.Errorf("the driver took %d KiB of memory, of the %d that it may", peak>>10, share>>10)
 	}
