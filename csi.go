@@ -474,14 +474,12 @@ func (d *driver) checkTarget(target string) (podUID string, err error) {
 	if target == "" {
 		return "", failuref(codes.InvalidArgument, "target_path is missing")
 	}
-	below, ok := strings.CutPrefix(target, d.podsDir+"/")
-	isTarget, _ := filepath.Match(targetPattern, below)
-	if !ok || !isTarget || filepath.Clean(target) != target {
+	podUID, ok := podOf(d.podsDir, target)
+	if !ok {
 		return "", failuref(codes.InvalidArgument,
 			"target_path %q is not %s/<Pod uid>/volumes/kubernetes.io~csi/<volume>/mount; if kubelet has "+
 				"another --root-dir, set --kubelet-dir to it", cut(target, maxQuotedBytes), d.podsDir)
 	}
-	podUID, _, _ = strings.Cut(below, "/")
 	return podUID, nil
 }
 

@@ -542,21 +542,27 @@ func newBudget(podsDir string, limit int64) (*budget, map[string]*footprint, err
 	mounts, err := readMounts()
 	for _, m := range mounts {
 		// Kubelet mounts single files of a volume below the Pod's directory as well, for subPath.
-		below, ok := strings.CutPrefix(m.point, podsDir+"/")
-		isTarget, _ := filepath.Match(targetPattern, below)
+		pod, isTarget := podOf(podsDir, m.point)
 		if over := left[m.point]; over != nil { // something else is mounted over it
 			over.id = unix.Fsid{}
-		} else if ok && isTarget && m.source == mountSource {
+		} else if isTarget && m.source == mountSource {
 			at, err := look(m.point)
 			if err != nil {
 				continue
 			}
-			pod, _, _ := strings.Cut(below, "/")
 			left[m.point] = &footprint{pod: pod, id: at.id}
 			b.set(left[m.point], at.used, at.used)
 		}
 	}
 	return b, left, err
+}
+
+// podOf returns the uid of the Pod that a path is a volume's target path of, if it is one.
+func podOf(podsDir, target string) (uid string, isTarget bool) {
+	below, ok := strings.CutPrefix(target, podsDir+"/")
+	matches, _ := filepath.Match(targetPattern, below)
+	uid, _, _ = strings.Cut(below, "/")
+	return uid, ok && matches && filepath.Clean(target) == target
 }
 
 // publish makes the files visible, complete and read-only, at the target path: by a new mount, or in place
