@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"log"
@@ -142,9 +143,17 @@ func serve(files map[string]string) http.Handler { return http.FileServerFS(inMe
 // npmRegistry has the package "greeting".
 func npmRegistry(t *testing.T) http.Handler {
 	t.Helper()
+	files := map[string]string{}
+	addNPMPackage(t, files, "greeting", `module.exports = "hello from npm"`)
+	return serve(files)
+}
+
+// addNPMPackage adds a package to the files of the registry npm.example.com.
+func addNPMPackage(t *testing.T, files map[string]string, name, script string) {
+	t.Helper()
 	archive, err := image.Tarball([]image.File{
-		{Name: "package/package.json", Mode: 0o644, Content: []byte(`{"name": "greeting", "version": "1.0.0"}`)},
-		{Name: "package/index.js", Mode: 0o644, Content: []byte(`module.exports = "hello from npm"`)},
+		{Name: "package/package.json", Mode: 0o644, Content: fmt.Appendf(nil, `{"name": %q, "version": "1.0.0"}`, name)},
+		{Name: "package/index.js", Mode: 0o644, Content: []byte(script)},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -155,11 +164,9 @@ func npmRegistry(t *testing.T) http.Handler {
 	if err := errors.Join(err, w.Close()); err != nil {
 		t.Fatal(err)
 	}
-	return serve(map[string]string{
-		"greeting.tgz": compressed.String(),
-		"greeting": `{"name": "greeting", "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": {
-			"name": "greeting", "version": "1.0.0", "dist": {"tarball": "https://npm.example.com/greeting.tgz"}}}}`,
-	})
+	files[name+".tgz"] = compressed.String()
+	files[name] = fmt.Sprintf(`{"name": %[1]q, "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": {
+		"name": %[1]q, "version": "1.0.0", "dist": {"tarball": "https://npm.example.com/%[1]s.tgz"}}}}`, name)
 }
 
 // goModules has the module greeting.example.com, a program.

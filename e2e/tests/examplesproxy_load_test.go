@@ -2,7 +2,6 @@ package tests
 
 import (
 	"bytes"
-	"compress/gzip"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,7 +15,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"connectors-csi/e2e/image"
 	"connectors-csi/e2e/machine"
 	"connectors-csi/e2e/node"
 )
@@ -209,22 +207,7 @@ func (p standardProxy) carriesPackages() {
 	dependencies := map[string]string{}
 	for i := range packages {
 		name := fmt.Sprintf("package-%d", i)
-		archive, err := image.Tarball([]image.File{
-			{Name: "package/package.json", Mode: 0o644, Content: fmt.Appendf(nil, `{"name": %q, "version": "1.0.0"}`, name)},
-			{Name: "package/index.js", Mode: 0o644, Content: bytes.Repeat([]byte("module.exports = 1\n"), 5000)},
-		})
-		if err != nil {
-			p.Fatal(err)
-		}
-		var compressed bytes.Buffer
-		w := gzip.NewWriter(&compressed)
-		_, err = w.Write(archive)
-		if err := errors.Join(err, w.Close()); err != nil {
-			p.Fatal(err)
-		}
-		files[name+".tgz"] = compressed.String()
-		files[name] = fmt.Sprintf(`{"name": %q, "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": {
-			"name": %q, "version": "1.0.0", "dist": {"tarball": "https://npm.example.com/%s.tgz"}}}}`, name, name, name)
+		addNPMPackage(p.T, files, name, strings.Repeat("module.exports = 1\n", 5000))
 		dependencies[name] = "1.0.0"
 	}
 	manifest, err := json.Marshal(map[string]any{"name": "load", "version": "1.0.0", "dependencies": dependencies})
