@@ -561,8 +561,8 @@ func TestPinnedVolumesAreGivenBack(t *testing.T) {
 			}
 		}
 		must(t, file.Close())
-		n.forgetUnmounted()
-		if n.used() != 0 || n.pinned() != 0 || len(n.driver.budget.pods) != 0 {
+		n.awaitNothingPinned()
+		if n.used() != 0 || len(n.driver.budget.pods) != 0 {
 			t.Errorf("%s: %d bytes are counted when it is closed", what, n.used())
 		}
 	}
@@ -645,7 +645,7 @@ func TestBudgetOfWhatFails(t *testing.T) {
 		}
 	}
 	must(t, file.Close())
-	n.forgetUnmounted()
+	n.awaitNothingPinned()
 	must(t, os.Remove(v.target+"/in-the-way"))
 	v.mustUnpublish()
 	if used := n.used(); used != 0 {

@@ -242,6 +242,13 @@ func (n *node) endRenderers() { n.driver.renderers.close() }
 // pinned is how many volumes are counted that are unmounted, since somebody has their old files open.
 func (n *node) pinned() int { return len(n.driver.budget.pinned) }
 
+// awaitNothingPinned waits until the driver finds that nobody has old files open. What this process has closed, a child
+// that another test starts meanwhile has open until it runs its own program.
+func (n *node) awaitNothingPinned() {
+	n.t.Helper()
+	eventually(n.t, "nothing is pinned", func() bool { n.forgetUnmounted(); return n.pinned() == 0 })
+}
+
 func (n *node) podsDir() string { return n.dir + "/pods" }
 
 // serviceAccount is the directory of the driver's token and CA, where it runs in this process.
