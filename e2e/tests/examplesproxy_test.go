@@ -457,6 +457,8 @@ func (p standardProxy) servesTLS() {
 	writeFile(p.T, dir+"/tls/class.yaml", class+"        "+strings.ReplaceAll(authority, "\n", "\n        ")+"\n")
 	p.kubectl("apply", "-k", dir)
 	p.rolledOut()
+	p.awaitPods() // until the last one of before, which speaks no TLS, is gone from the Service
+	p.pods = p.podIPs()
 	p.apply(strings.Replace(cluster.PodManifest("tls", `{connector.name: git, configuration.names: config}`), "/volume",
 		"/etc/git", 1))
 	p.running("tls")
@@ -474,8 +476,6 @@ func (p standardProxy) servesTLS() {
 		defer conn.Close()
 		return conn.ConnectionState().PeerCertificates[0].SerialNumber.String()
 	}
-	p.awaitPods()
-	p.pods = p.podIPs()
 	first := serial()
 	if certificate, key, err = theNode.Targets.Renew(p.host("git")); err != nil {
 		p.Fatal(err)
