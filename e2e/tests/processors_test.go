@@ -22,11 +22,12 @@ import (
 //
 //   - On the first one are the tests that measure something. They come first, since their files' names do, and while one
 //     of them runs nothing else does: even an idle node would take a third of a processor. The others follow.
-//   - On the second one, which starts when those have ended, are those that stop components of the node.
+//   - On the second one, which starts when those have ended, are those that stop components of the node; but for the
+//     soak, with which the first one ends about when the second one does.
 
 // onSecondNode are its tests, as flags of go test select tests.
 const onSecondNode = "^(TestChangesArriveAfterFiveMinutesWithoutTheAPIServer|TestPodsKeepFiles.*|TestDeletedPodsLeaveNothing|" +
-	"TestDriverIsListedOnlyWhileItServes|TestSoakOfTwoMinutes|TestUpgradeAndRollback)$"
+	"TestDriverIsListedOnlyWhileItServes|TestUpgradeAndRollback)$"
 
 // envNode says which node of a whole run a process is for, "first" or "second".
 const envNode = "E2E_NODE"
