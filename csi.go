@@ -603,8 +603,7 @@ func (a attributes) check() error {
 	for _, names := range [][]string{a.selection.Configurations, a.selection.Excluded} {
 		if len(names) > maxConfigurations {
 			return fmt.Errorf("%s may have %d configurations and as many exclusions, not %d: use several "+
-				"volumes",
-				attrConfigurations, maxConfigurations, len(names))
+				"volumes", attrConfigurations, maxConfigurations, len(names))
 		}
 		seen := map[string]bool{}
 		for _, name := range names {
@@ -708,8 +707,7 @@ func parseLifetime(text string) (time.Duration, error) {
 			attrExpiration, cut(text, maxQuotedBytes), minTokenLifetime)
 	case lifetime == extendedLifetime:
 		return 0, fmt.Errorf("%s may not be %v: the API server takes %d seconds as a sign to extend a "+
-			"token to a year; use 1h",
-			attrExpiration, lifetime, lifetime/time.Second)
+			"token to a year; use 1h", attrExpiration, lifetime, lifetime/time.Second)
 	}
 	return lifetime, nil
 }

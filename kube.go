@@ -282,8 +282,7 @@ func (l *lookup) requestToken(ctx context.Context, audiences []string,
 	seconds := int64(lifetime / time.Second)
 	spec := map[string]any{
 		"expirationSeconds": seconds,
-		"boundObjectRef": map[string]any{"apiVersion": "v1", "kind": "Pod", "name": pod.name,
-			"uid": pod.uid},
+		"boundObjectRef":    map[string]any{"apiVersion": "v1", "kind": "Pod", "name": pod.name, "uid": pod.uid},
 	}
 	if len(audiences) > 0 {
 		spec["audiences"] = audiences
@@ -871,8 +870,9 @@ func (k *kube) markRefused(e *entry, token string) (another bool) {
 }
 
 // receive opens a watch of the metadata of one object, and handles its events until it ends. Without a
-// resourceVersion it begins with the object as it is: that of a read may be too old to begin with, and stays so. It returns how long the API server wants not to be
-// asked again, and why the watch ended, unless it did so in the usual way.
+// resourceVersion it begins with the object as it is: that of a read may be too old to begin with, and stays
+// so. It returns how long the API server wants not to be asked again, and why the watch ended, unless it did
+// so in the usual way.
 func (k *kube) receive(ctx context.Context, e *entry, w *watch,
 	token string) (atLeast time.Duration, _ error) {
 	ctx, cancel := context.WithTimeout(ctx, maxWatchTime+time.Minute)
@@ -1235,7 +1235,8 @@ func lookupError(err error) (codes.Code, error) {
 // maxQuotedBytes is how much a message or a log line has of any one thing that a user wrote.
 const maxQuotedBytes = 200
 
-// cut returns a text of at most limit bytes as it is, and of a longer one the beginning, as valid UTF-8, with a mark.
+// cut returns a text of at most limit bytes as it is, and of a longer one the beginning, as valid UTF-8, with
+// a mark.
 func cut(text string, limit int) string {
 	if len(text) <= limit {
 		return text

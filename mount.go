@@ -155,8 +155,7 @@ func stateBehind(mount int) (at mountState) {
 func stateOf(usage *unix.Statfs_t) mountState {
 	at := mountState{mounted: true, id: usage.Fsid}
 	if usage.Type == unix.TMPFS_MAGIC {
-		at.used = charge(int64(usage.Blocks-usage.Bfree)*int64(usage.Bsize),
-			int64(usage.Files-usage.Ffree))
+		at.used = charge(int64(usage.Blocks-usage.Bfree)*int64(usage.Bsize), int64(usage.Files-usage.Ffree))
 	}
 	return at
 }
@@ -716,8 +715,7 @@ func (b *budget) reserve(m *footprint, used, need int64) (keepOld bool, err erro
 	switch {
 	case m.files == 0 && pod.volumes >= maxPodVolumes:
 		return refuse("the Pod has %d other volumes of %s, and may have %d in all: mount several "+
-			"configurations in one volume",
-			pod.volumes, mountSource, maxPodVolumes)
+			"configurations in one volume", pod.volumes, mountSource, maxPodVolumes)
 	case grows > 0 && pod.used+grows > maxPodMemory:
 		return refuse("the volume takes %d KiB of memory and the Pod's other volumes and old files take %d KiB, "+
 			"but together they may take %d KiB: mount fewer or smaller files", need>>10,
@@ -824,8 +822,7 @@ func checkShared(dir string) error {
 	if !around.shared {
 		return fmt.Errorf("%s is not on a shared mount (it is on the one at %s), so no Pod would see its "+
 			"volumes: mount kubelet's pods directory there with mountPropagation: Bidirectional, and set "+
-			"--kubelet-dir to kubelet's --root-dir",
-			dir, cmp.Or(around.point, "/"))
+			"--kubelet-dir to kubelet's --root-dir", dir, cmp.Or(around.point, "/"))
 	}
 	return nil
 }

@@ -157,8 +157,8 @@ func checkAddress(of, field, address string) error {
 }
 
 // keepCertificates replaces status.proxy.httpAddress.CACerts by the certificates in it, encoded anew: bundles
-// have lines of comment between them, which would reach files. Where one cannot be kept, the volume is refused: a file that
-// lacks a certificate fails much later, in TLS.
+// have lines of comment between them, which would reach files. Where one cannot be kept, the volume is refused:
+// a file that lacks a certificate fails much later, in TLS.
 func keepCertificates(of string, o object) error {
 	address, _ := valueAt(o, "status", "proxy", "httpAddress").(object)
 	bundle := stringAt(address, "CACerts")
@@ -1677,9 +1677,9 @@ func (r *renderer) ask(ctx context.Context, j job, most time.Duration) (files, e
 		r.step)
 }
 
-// watch kills the process when ctx ends, or when it takes more time than it may, counting
-// processor time from what it had used before. What it returns ends that,
-// and says why it was killed, if it was: "call", "time" or "processor".
+// watch kills the process when ctx ends, or when it takes more time than it may, counting processor time from
+// what it had used before. What it returns ends that, and says why it was killed, if it was: "call", "time" or
+// "processor".
 func (r *renderer) watch(ctx context.Context, before, most time.Duration) (stop func() (killed string)) {
 	stopped, killed := make(chan struct{}), make(chan string, 1)
 	pid := r.process.Process.Pid
