@@ -391,12 +391,13 @@ func TestHTTPUnderSiege(t *testing.T) {
 	probes := make(chan []time.Duration, 1)
 	go func() { probes <- n.probeEach(ctx) }()
 	var peace, war []time.Duration
-	enough := func() bool { // a busy machine lets fewer come at a time
+	number := func() int { // that came until now
 		counts := strings.Fields(came.String())
-		number, err := strconv.Atoi(counts[len(counts)-1])
-		return err == nil && number >= times(2000, 5000)
+		last, err := strconv.Atoi(counts[len(counts)-1])
+		must(t, err)
+		return last
 	}
-	for round := 0; round < times(1, 30) || !enough(); round++ {
+	for round := 0; round < times(1, 30) || number() < times(2000, 5000); round++ { // a busy machine lets fewer come
 		for _, phase := range []struct {
 			signal syscall.Signal
 			length time.Duration
@@ -410,14 +411,13 @@ func TestHTTPUnderSiege(t *testing.T) {
 	}
 	cancel()
 	answered := <-probes
-	counts := strings.Fields(came.String())
 	slices.Sort(answered)
 	slices.Sort(peace)
 	slices.Sort(war)
 	quiet, loud, peak := peace[len(peace)/2], war[len(war)/2], p.peak(t)
-	t.Logf("%s connections; %d probes, p50 %v, at most %v; publish p50: %v (of %d) in peace, %v (of %d) in war; memory: "+
+	t.Logf("%d connections; %d probes, p50 %v, at most %v; publish p50: %v (of %d) in peace, %v (of %d) in war; memory: "+
 		"%d KiB",
-		counts[len(counts)-1], len(answered), answered[len(answered)/2], answered[len(answered)-1],
+		number(), len(answered), answered[len(answered)/2], answered[len(answered)-1],
 		quiet, len(peace), loud, len(war), peak>>10)
 	if peak > share {
 		t.Errorf("the driver took %d KiB of memory, of the %d that it may", peak>>10, share>>10)
