@@ -64,8 +64,7 @@ func TestStandardProxy(t *testing.T) {
 		t.Run(part.name, func(t *testing.T) {
 			p := p
 			p.T = t
-			p.awaitPods()
-			p.pods = p.podIPs()
+			p.pods = p.awaitPods()
 			part.test(p)
 			if part.asks {
 				time.Sleep(askAgain)
@@ -78,15 +77,16 @@ func TestStandardProxy(t *testing.T) {
 // which twenty may be at once.
 const askAgain = 2 * time.Second
 
-// awaitPods waits until the proxy's Pods are two.
-func (p standardProxy) awaitPods() {
+// awaitPods waits until the proxy's Pods are two, and returns their addresses.
+func (p standardProxy) awaitPods() (ips []string) {
 	p.Helper()
 	p.eventually(func() error {
-		if pods := p.podIPs(); len(pods) != 2 {
-			return fmt.Errorf("two Pods are expected, there are %q", pods)
+		if ips = p.podIPs(); len(ips) != 2 {
+			return fmt.Errorf("two Pods are expected, there are %q", ips)
 		}
 		return nil
 	})
+	return ips
 }
 
 // deployStandardProxy applies a copy of examples/proxy in which only the namespace is another one, the component
@@ -426,8 +426,7 @@ func (p standardProxy) servesClients() {
 func (p standardProxy) refusesPushes() {
 	p.kubectl("apply", "-k", p.copyExample("more", "read-only"))
 	p.rolledOut()
-	p.awaitPods()
-	p.pods = p.podIPs()
+	p.pods = p.awaitPods()
 	p.target.taken()
 	for request, want := range sorted(map[string]int{
 		"GET /x.git/info/refs?service=git-upload-pack": 200, "POST /x.git/git-upload-pack": 200,
@@ -457,8 +456,7 @@ func (p standardProxy) servesTLS() {
 	writeFile(p.T, dir+"/tls/class.yaml", class+"        "+strings.ReplaceAll(authority, "\n", "\n        ")+"\n")
 	p.kubectl("apply", "-k", dir)
 	p.rolledOut()
-	p.awaitPods() // until the last one of before, which speaks no TLS, is gone from the Service
-	p.pods = p.podIPs()
+	p.pods = p.awaitPods() // until the last one of before, which speaks no TLS, is gone from the Service
 	p.apply(strings.Replace(cluster.PodManifest("tls", `{connector.name: git, configuration.names: config}`), "/volume",
 		"/etc/git", 1))
 	p.running("tls")
@@ -501,8 +499,7 @@ func (p standardProxy) verifiesAPIServer() {
 	p.kubectl("patch", "deployment", "connectors-proxy", "--patch",
 		`{"spec": {"template": {"spec": {"volumes": [{"name": "kubernetes", "configMap": {"name": "wrong"}}]}}}}`)
 	p.rolledOut()
-	p.awaitPods()
-	p.pods = p.podIPs()
+	p.pods = p.awaitPods()
 	before := p.asked()
 	got := p.get(npmPort, "/package", bearer(p.tokens["npm-user"]))
 	if got.status != 503 || !strings.Contains(got.body, "cannot be asked") {
