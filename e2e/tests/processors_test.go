@@ -11,7 +11,6 @@ import (
 	"runtime"
 	"sync"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -32,11 +31,21 @@ const onSecondNode = "^(TestChangesArriveAfterFiveMinutesWithoutTheAPIServer|Tes
 // envNode says which node of a whole run a process is for, "first" or "second".
 const envNode = "E2E_NODE"
 
-// measuringFile returns the file that is there as long as tests that measure something are to come on the first node.
+// measuringFile returns the named pipe that is there as long as tests that measure something are to come on the first
+// node.
 func measuringFile() (string, error) {
 	cache, err := machine.CacheDir()
 	return filepath.Join(cache, "measuring"), err
 }
+
+// endMeasuring says that none is to come any more, to startSecondNode, which reads the pipe.
+var endMeasuring = sync.OnceValue(func() error {
+	measuring, err := measuringFile()
+	if err != nil || !machine.Exists(measuring) {
+		return err
+	}
+	return errors.Join(os.WriteFile(measuring, nil, 0), os.Remove(measuring))
+})
 
 // startSecondNode makes this process one for the first node, and starts this program again for the second one when no
 // test that measures is to come.
@@ -46,7 +55,8 @@ func startSecondNode() (wait func() error, _ error) {
 		return nil, err
 	}
 	measuring, err := measuringFile()
-	if err = errors.Join(err, os.WriteFile(measuring, nil, 0o600)); err != nil {
+	os.Remove(measuring) // which an interrupted run has left
+	if err = errors.Join(err, unix.Mkfifo(measuring, 0o600)); err != nil {
 		return nil, err
 	}
 	var printed bytes.Buffer
@@ -57,14 +67,11 @@ func startSecondNode() (wait func() error, _ error) {
 	ended := make(chan error)
 	go func() {
 		runtime.LockOSThread() // the program ends with the thread that starts it
-		for machine.Exists(measuring) {
-			time.Sleep(time.Second)
-		}
+		os.ReadFile(measuring) // ends with endMeasuring
 		ended <- cmd.Run()
 	}()
 	return func() error {
-		os.Remove(measuring) // if the first node has ended before
-		err := <-ended
+		err := errors.Join(endMeasuring(), <-ended) // if the first node has ended before
 		fmt.Printf("On the second node:\n%s", printed.String())
 		return err
 	}, nil
@@ -126,12 +133,10 @@ func measured(t *testing.T, driverArgs ...string) namespace {
 // unmeasured is called at the beginning of a test that measures nothing.
 func unmeasured(t *testing.T) (release func()) {
 	t.Helper()
-	measuring, err := measuringFile()
-	if err != nil {
-		t.Fatal(err)
-	}
 	if os.Getenv(envNode) == "first" {
-		os.Remove(measuring)
+		if err := endMeasuring(); err != nil {
+			t.Fatal(err)
+		}
 	}
 	return processors(t, unix.LOCK_SH)
 }
